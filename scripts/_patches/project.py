@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""What the working tree says: the catalogue of patches and the files each one is made of.
+
+The registry is read as source, without importing unsloth_patches: that would install the import
+hooks here, and it keeps this tool free of torch.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
+
+from . import ROOT, PatchesError
+from .upstream import Release, get_release, read_pins
+
+WORLDS = ("cpu", "interpreter")
+MESSAGE_PARTS = ("Motivation:", "What changes:", "How it was tested:")
+
+
+class Project:
+    """The working tree at ``root``. ``patches`` are the registry's entries, in order."""
+
+    def __init__(self, root: Path = ROOT):
+        self.root = root
+        self.package = root / "unsloth_patches"
+        self.folder = root / "patches"
+        registry = _load(self.package / "registry.py")
+        self.patches: Tuple[Any, ...] = registry.PATCHES
+        self.supported: Tuple[str, ...] = registry.SUPPORTED_UPSTREAM
+        fingerprints = _load(self.package / "fingerprints.py")
+        self.fingerprint_source: Callable[[str, str], Set[str]] = fingerprints.fingerprint_source
+
+    @property
+    def pin_file(self) -> Path:
+        return self.folder / "UPSTREAM"
+
+    def pinned_unsloth(self) -> Release:
+        pins = read_pins(self.pin_file)
+        return get_release("unsloth", pins["version"], pins["wheel_sha256"])
+
+    def pinned_zoo(self) -> Release:
+        pins = read_pins(self.pin_file)
+        return get_release("unsloth_zoo", pins["zoo_version"], pins["zoo_wheel_sha256"])
+
+    def lands(self, patch: Any) -> Dict[str, Path]:
+        """Path in the fork -> file here, for everything that a patch adds whole."""
+        modules = {f"unsloth/{name}": self.package / name for name in patch.modules}
+        tests = {name: self.root / name for name in patch.tests}
+        return {**modules, **tests}
+
+    def message_file(self, patch: Any) -> Path:
+        return self.folder / "messages" / f"{patch.name}.md"
+
+    def callsite_file(self, patch: Any) -> Path:
+        return self.folder / "callsites" / f"{patch.name}.diff"
+
+    def patch_file(self, patch: Any) -> Path:
+        return self.folder / f"{patch.name}.patch"
+
+    def series(self) -> str:
+        return "".join(f"{patch.name}.patch\n" for patch in self.patches)
+
+    def commit_message(self, patch: Any) -> str:
+        """Title, the pull request's text, and the trailers that say what the patch is made of."""
+        body = read_text(self.message_file(patch)).strip()
+        trailers = [f"Patch-Module: unsloth/{name}" for name in patch.modules]
+        if "Upstream-Status:" not in body:
+            trailers.insert(0, "Upstream-Status: Pending")
+        return f"{patch.title}\n\n{body}\n\n" + "\n".join(trailers) + "\n"
+
+    def required(self, patch: Any) -> List[Any]:
+        """The patch and all that it needs, directly or not."""
+        by_name = {other.name: other for other in self.patches}
+        found: Dict[str, Any] = {}
+        waiting = [patch.name]
+        while waiting:
+            name = waiting.pop()
+            if name in found or name not in by_name:
+                continue
+            found[name] = by_name[name]
+            waiting += by_name[name].requires
+        return list(found.values())
+
+    def worlds(self) -> Dict[str, str]:
+        """Test file -> world, over all patches."""
+        return {test: world for patch in self.patches for test, world in patch.tests.items()}
+
+    def fingerprints(self, target: Any, unsloth: Release, zoo: Optional[Release]) -> Set[str]:
+        """Fingerprints of a target's definitions in a release; empty where it defines none."""
+        release = zoo if target.module.split(".")[0] == "unsloth_zoo" else unsloth
+        path = release.module_path(target.module) if release else None
+        return self.fingerprint_source(release.text(path), target.name) if path else set()
+
+    def needs_zoo(self) -> bool:
+        targets = (target for patch in self.patches for target in patch.targets)
+        return any(target.module.split(".")[0] == "unsloth_zoo" for target in targets)
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding = "utf-8")
+    except OSError as error:
+        raise PatchesError(f"cannot read {path}: {error.strerror}", "restore or write this file")
+    except UnicodeDecodeError as error:
+        raise PatchesError(f"{path} is not UTF-8: {error}", "save it as UTF-8")
+
+
+def _load(path: Path) -> types.ModuleType:
+    """Execute one stdlib-only module of the project from its text, so that no stale .pyc is used."""
+    module = types.ModuleType(f"_patches_{path.stem}")
+    module.__file__ = str(path)
+    # dataclasses look up a class's module to resolve its annotations.
+    sys.modules[module.__name__] = module
+    try:
+        exec(compile(read_text(path), str(path), "exec"), vars(module))
+    except PatchesError:
+        raise
+    except Exception as error:
+        raise PatchesError(f"{path} does not load: {type(error).__name__}: {error}", "fix it first")
+    return module

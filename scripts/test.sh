@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# All tests: this project's own, then the patches' tests in the import form, in the fork, and on
+# stock Unsloth, where each file has to fail. Ends with pytest's summary lines.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash scripts/setup.sh || { echo "test: setup failed, see its message above" >&2; exit 1; }
+python=.venv/bin/python
+# Two threads of torch on a shared machine cost more than they bring at the sizes of these tests.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+summaries=()
+failed=()
+say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+
+# run NAME COMMAND...: show the output, keep the summary lines, remember a failure.
+run() {
+  local name=$1 code started=$SECONDS
+  shift
+  say "$name"
+  "$@" 2>&1 | tee "$log"
+  code=${PIPESTATUS[0]}
+  while IFS= read -r line; do summaries+=("$line"); done < <(
+    sed -E 's/\x1b\[[0-9;]*m//g; s/^=+ //; s/ =+$//' "$log" |
+      grep -E '^((import|fork|stock) / [a-z]+: )?[0-9]+ (passed|failed|skipped|errors?|deselected|xfailed).* in [0-9.]+s' |
+      { if [ "$name" = "own tests" ]; then sed 's/^/own tests: /'; else grep -E '^(import|fork|stock) / '; fi; }
+  )
+  if [ "$code" -ne 0 ]; then failed+=("$name (exit code $code)"); fi
+  echo "$name: $((SECONDS - started)) s"
+}
+
+run "own tests" "$python" -m pytest tests/unsloth_patches -q --color=no
+for form in stock fork import; do
+  run "form: $form" "$python" scripts/patches.py test --form "$form"
+done
+
+run "rebase on the other supported releases" "$python" scripts/patches.py rebase
+
+say "summary after $SECONDS s"
+mkdir -p .pytest_cache
+printf '%s\n' ${summaries[@]+"${summaries[@]}"} | tee .pytest_cache/test-summaries
+if [ "${#failed[@]}" -ne 0 ]; then
+  printf 'FAILED: %s\n' "${failed[@]}"
+  exit 1
+fi
+echo "all as expected: green in the import form and in the fork, and every test file fails on stock Unsloth"

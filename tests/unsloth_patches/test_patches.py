@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""scripts/patches.py export, check, fork and rebase, on a small project of their own.
+
+The real series is checked by `python scripts/patches.py check`, which pre-commit and CI run.
+"""
+
+import shutil
+
+import pytest
+from toy_project import (
+    ENTRY,
+    HEADER,
+    TARGETS,
+    UPSTREAM,
+    ZOO,
+    check_all,
+    export_all,
+    make_release,
+    run_python,
+    write,
+    write_registry,
+)
+
+from _patches import PatchesError, rebase, upstream
+from _patches.build import build_base, build_fork
+from _patches.project import Project
+
+# ------------------------------------------------------------------------- export, check, fork
+
+
+def test_export_is_clean_and_stable(root, tmp_path):
+    """What was exported passes every check, and exporting again changes no byte."""
+    assert check_all(root, tmp_path / "check") == []
+    outcome = export_all(root, tmp_path / "again")
+    assert set(outcome.values()) == {"kept"}
+
+
+def test_patch_reads_as_a_pull_request(root):
+    text = (root / "patches/double-area.patch").read_text(encoding = "utf-8")
+    assert "\nSubject: Double the area\n" in text
+    assert "\nUpstream-Status: Pending\nPatch-Module: unsloth/sub/double.py\n" in text
+    assert text.startswith("From " + "0" * 40)
+
+
+def test_export_ignores_the_users_git(root, tmp_path, monkeypatch):
+    """Signing, CRLF, prefixes, hooks' variables and the clock of the user's git leave no trace."""
+    before = (root / "patches/double-area.patch").read_bytes()
+    config = tmp_path / "gitconfig"
+    config.write_text(
+        "[commit]\ngpgsign=true\n[core]\nautocrlf=true\n[diff]\nnoprefix=true\n[format]\nsignature=me\n"
+    )
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("GIT_AUTHOR_NAME", "somebody")
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    export_all(root, tmp_path / "again")
+    assert (root / "patches/double-area.patch").read_bytes() == before
+
+
+def test_fork_behaves_as_the_replacements_say(root, tmp_path):
+    """Functions, methods, staticmethods and tables are replaced in the fork by its own lines."""
+    build_fork(Project(root), tmp_path / "fork")
+    code = (
+        "import unsloth as u; print(u.area(3), u.Shape.corners(4), u.Shape().name(), u.TABLE['b'])"
+    )
+    assert run_python(tmp_path / "fork", code) == ["18", "8", "shape!", "2"]
+    text = (tmp_path / "fork/unsloth/sub/b.py").read_text(encoding = "utf-8")
+    assert text.startswith(UPSTREAM["unsloth/sub/b.py"])
+    added = text[len(UPSTREAM["unsloth/sub/b.py"]) :]
+    assert added.count("import") == 1 and "# Double the area\nfrom .double import " in added
+    assert 'Shape.corners = replace_corners(vars(Shape)["corners"])\n' in added
+
+
+def test_zoo_names_are_set_on_the_zoo_and_rebound(root, tmp_path):
+    """A target of unsloth_zoo is wired into the file that the entry names, both homes of the name."""
+    target = (
+        'Target(attribute = "unsloth_zoo.losses:loss", replacement = "sub.double:replace_area"%s),'
+    )
+    write_registry(root, target % ', wired_in = "zoo_user.py"')
+    fork = tmp_path / "fork"
+    build_fork(Project(root), fork)
+    write(fork, ZOO)
+    code = "import unsloth.zoo_user as u, unsloth_zoo.losses as z; print(u.loss(1), z.loss(1), u.loss is z.loss)"
+    assert run_python(fork, code) == ["2", "2", "True"]
+    write_registry(root, target % "")
+    with pytest.raises(PatchesError, match = "names no wired_in"):
+        build_fork(Project(root), tmp_path / "refused")
+
+
+def test_optional_targets(root, tmp_path):
+    """An optional name is wired where it may exist, and left alone where this release has none."""
+    target = 'Target(attribute = "unsloth.sub.b:%s", replacement = "sub.double:replace_table", optional = True),'
+    write_registry(
+        root, target % "branch" + target % "absent" + target.replace("sub.b", "gone") % "x"
+    )
+    build_fork(Project(root), tmp_path / "fork")
+    text = (tmp_path / "fork/unsloth/sub/b.py").read_text(encoding = "utf-8")
+    assert 'if "branch" in globals():\n    branch = replace_table(branch)\n' in text
+    assert "absent" not in text
+
+
+def test_patches_apply_to_a_clone_with_more_in_it(root, tmp_path):
+    """A real clone has other files, .gitattributes and executable bits; none of them is touched."""
+    git = build_base(upstream.get_release("unsloth", "1.0"), tmp_path / "clone")
+    others = {
+        "README.md": "x\n",
+        "tests/conftest.py": "y\n",
+        ".gitattributes": "*.py text eol=lf\n",
+    }
+    write(git.folder, others)
+    git.run("add", "--all")
+    git.run("update-index", "--chmod=+x", "unsloth/sub/b.py")
+    git.run("commit", "--quiet", "-m", "the rest")
+    before = git.text("ls-tree", "-r", "HEAD").splitlines()
+    assert git.am((root / "patches/double-area.patch").read_bytes()) is None
+    after = git.text("ls-tree", "-r", "HEAD").splitlines()
+    changed = {line.split("\t")[1] for line in set(before) ^ set(after)}
+    assert changed == {"unsloth/sub/b.py", "unsloth/sub/double.py", "tests/test_area.py"}
+    assert "100755" in git.text("ls-tree", "HEAD", "unsloth/sub/b.py")
+
+
+def test_callsite_hunks(root, tmp_path):
+    """Hand-edited hunks become part of the commit; one that does not fit is named."""
+    hunk = "--- a/unsloth/__init__.py\n+++ b/unsloth/__init__.py\n@@ -1,2 +1,3 @@\n+# edited\n{context}\n from .sub.b import TABLE\n"
+    good = {
+        "patches/callsites/double-area.diff": hunk.format(context = " from .sub.b import area, Shape")
+    }
+    write(root, good)
+    export_all(root, tmp_path / "fork")
+    assert (tmp_path / "fork/unsloth/__init__.py").read_text().startswith("# edited\n")
+    assert check_all(root, tmp_path / "check") == []
+    write(
+        root,
+        {"patches/callsites/double-area.diff": hunk.format(context = " from .sub.b import nothing")},
+    )
+    with pytest.raises(
+        PatchesError, match = r"double-area.diff does not apply.*unsloth/__init__.py:1"
+    ):
+        build_fork(Project(root), tmp_path / "refused")
+
+
+@pytest.mark.parametrize(
+    "file, old, new, message",
+    [
+        (
+            "unsloth_patches/sub/double.py",
+            "2 * stock(x)",
+            "3 * stock(x)",
+            "double-area.patch is out of date",
+        ),
+        ("patches/double-area.patch", "+    assert", "+     assert", "out of date from line"),
+        ("patches/series", "double-area.patch\n", "", "series does not list"),
+        ("patches/orphan.patch", "", "x", "orphan.patch belongs to no patch"),
+        ("unsloth_patches/sub/new.py", "", HEADER, "sub/new.py belongs to no patch"),
+        ("tests/test_new.py", "", HEADER, "tests/test_new.py belongs to no patch"),
+        (
+            "unsloth_patches/sub/double.py",
+            '"""\n\n',
+            '"""\nimport unsloth_patches\n',
+            "names unsloth_patches",
+        ),
+        (
+            "unsloth_patches/sub/double.py",
+            '"""\n\n',
+            '"""\nimport unsloth\n',
+            "imports unsloth at its top",
+        ),
+        ("unsloth_patches/sub/double.py", '"""\n\n', '"""\nfrom .c import d\n', "imports .sub.c"),
+        (
+            "unsloth_patches/sub/double.py",
+            '"""\n\n',
+            '"""\nmatch 1:\n    case 1: pass\n',
+            "not Python 3.9",
+        ),
+        (
+            "unsloth_patches/sub/double.py",
+            "def replace_area",
+            "def replaced_area",
+            "defines no replace_area",
+        ),
+        ("unsloth_patches/sub/double.py", HEADER, "", "does not start with"),
+        ("unsloth_patches/sub/double.py", "\n", "\r\n", "carriage returns"),
+        ("patches/messages/double-area.md", "Motivation:", "Motive:", "no line 'Motivation:'"),
+        ("patches/messages/double-area.md", "Why.", "diff --git a b", "git am would cut"),
+        ("tests/test_area.py", "import unsloth", "import unsloth_patches", "names unsloth_patches"),
+        ("unsloth_patches/registry.py", '"cpu"', '"gpu"', "names world 'gpu'"),
+        ("unsloth_patches/registry.py", "Double the area", "[a] doubles.", "one capitalised line"),
+    ],
+)
+def test_check_names_what_is_wrong(root, tmp_path, file, old, new, message):
+    """Each fault, put in by hand, is found and named."""
+    path = root / file
+    text = path.read_bytes().decode() if path.is_file() else ""
+    assert old in text
+    path.write_bytes((text.replace(old, new) if old else new).encode())
+    problems = check_all(root, tmp_path / "check")
+    assert any(message in problem for problem in problems), problems
+
+
+def test_check_compares_fingerprints(root, tmp_path):
+    """A target whose upstream definition the registry does not know is stale; a known one is not."""
+    project = Project(root)
+    release = project.pinned_unsloth()
+    known = project.fingerprints(project.patches[0].targets[0], release, None)
+    assert len(known) == 1
+    accepted = ', fingerprints = frozenset({"%s"})'
+    write_registry(root, TARGETS.format(prints = accepted % known.pop()))
+    assert check_all(root, tmp_path / "known") == []
+    write_registry(root, TARGETS.format(prints = accepted % ("0" * 16)))
+    problems = check_all(root, tmp_path / "unknown")
+    assert any("unsloth.sub.b:area has fingerprint" in problem for problem in problems)
+
+
+def test_relative_imports_of_own_modules_are_fine(root, tmp_path):
+    """Every way to import a sibling that the same patch adds."""
+    write_registry(
+        root, entry = ENTRY.replace("modules = (", 'modules = ("top.py", "sub/other.py", ')
+    )
+    lines = "from . import other\nfrom .other import x\nfrom .. import top\nfrom ..top import x\n"
+    module = root / "unsloth_patches/sub/double.py"
+    module.write_text(module.read_text() + lines)
+    write(root / "unsloth_patches", {"sub/other.py": HEADER + "x = 1\n"})
+    write(root / "unsloth_patches", {"top.py": HEADER + "from .sub import other\n\nx = other.x\n"})
+    export_all(root, tmp_path / "fork")
+    assert check_all(root, tmp_path / "check") == []
+
+
+def test_a_module_that_upstream_has_is_not_overwritten(root, tmp_path, cache):
+    shutil.rmtree(cache / "unsloth-1.0")
+    make_release(cache, "unsloth", "1.0", {**UPSTREAM, "unsloth/sub/double.py": "x = 1\n"})
+    git = build_base(upstream.get_release("unsloth", "1.0"), tmp_path / "pin2")
+    pins = {**upstream.read_pins(root / "patches/UPSTREAM"), "tree": git.tree()}
+    upstream.write_pins(pins, root / "patches/UPSTREAM")
+    with pytest.raises(PatchesError, match = "already has a different double.py"):
+        build_fork(Project(root), tmp_path / "fork")
+
+
+# ------------------------------------------------------------------------------------- rebase
+
+
+def rebase_on(root, cache, tmp_path, changes):
+    files = {**UPSTREAM, **changes}
+    make_release(cache, "unsloth", "2.0", {k: v for k, v in files.items() if v is not None})
+    (outcome,) = rebase.rebase(Project(root), "2.0", tmp_path / "scratch")
+    return outcome.state, "\n".join(outcome.notes)
+
+
+def test_rebase_clean(root, cache, tmp_path):
+    changes = {"unsloth/sub/b.py": "# new comment\n" + UPSTREAM["unsloth/sub/b.py"]}
+    assert rebase_on(root, cache, tmp_path, changes) == (rebase.CLEAN, "")
+
+
+def test_rebase_names_the_hunk(root, cache, tmp_path):
+    """The end of the module changed under the block: the hunk is named, with its file and number."""
+    text = UPSTREAM["unsloth/sub/b.py"].replace(
+        "def branch():\n        return 1", "def tree():\n        return 2"
+    )
+    state, notes = rebase_on(root, cache, tmp_path, {"unsloth/sub/b.py": text})
+    assert state == rebase.STALE
+    assert "unsloth/sub/b.py: hunk 1 @@ -18,3 +18,11 @@" in notes
+
+
+def test_rebase_merges_what_moved(root, cache, tmp_path):
+    """The context changed beside the block, not under it: git merges it, and the hunk is named."""
+    text = UPSTREAM["unsloth/sub/b.py"].replace("== 1:\n\n", "== 1:\n    # why\n")
+    state, notes = rebase_on(root, cache, tmp_path, {"unsloth/sub/b.py": text})
+    assert state == rebase.MERGED
+    assert notes.startswith("three-way merge moved unsloth/sub/b.py: hunk 1 @@ -18,3")
+
+
+def test_rebase_names_a_missing_file(root, cache, tmp_path):
+    changes = {"unsloth/sub/b.py": None, "unsloth/__init__.py": ""}
+    state, notes = rebase_on(root, cache, tmp_path, changes)
+    assert state == rebase.STALE
+    assert "unsloth/sub/b.py" in notes and "unsloth.sub.b is not there" in notes
+
+
+def test_rebase_leaves_out_an_absent_optional_file(root, cache, tmp_path):
+    """The only target in a file that the release lacks is optional: the rest of the patch applies."""
+    gone = 'Target(attribute = "unsloth.zoo_user:loss", replacement = "sub.double:replace_area"%s),'
+    for optional, state in (", optional = True", rebase.CLEAN), ("", rebase.STALE):
+        write_registry(root, TARGETS.format(prints = "") + gone % optional)
+        export_all(root, tmp_path / f"export-{state}")
+        assert "zoo_user.py" in (root / "patches/double-area.patch").read_text(encoding = "utf-8")
+        shutil.rmtree(cache / "unsloth-2.0", ignore_errors = True)
+        shutil.rmtree(tmp_path / "scratch", ignore_errors = True)
+        found, notes = rebase_on(root, cache, tmp_path, {"unsloth/zoo_user.py": None})
+        assert found == state, notes
+        assert "unsloth/zoo_user.py" in notes
+
+
+def test_rebase_names_the_fingerprint(root, cache, tmp_path):
+    """The hunk still applies, but the function that it replaces is another one: stale."""
+    project = Project(root)
+    (known,) = project.fingerprints(project.patches[0].targets[0], project.pinned_unsloth(), None)
+    write_registry(root, TARGETS.format(prints = f', fingerprints = frozenset({{"{known}"}})'))
+    text = UPSTREAM["unsloth/sub/b.py"].replace("return x * x", "return x * x * 1.0")
+    state, notes = rebase_on(root, cache, tmp_path, {"unsloth/sub/b.py": text})
+    assert state == rebase.STALE
+    assert notes.startswith("unsloth.sub.b:area has fingerprint")
+
+
+def test_rebase_on_the_pinned_release(root, cache, tmp_path):
+    (outcome,) = rebase.rebase(Project(root), "1.0", tmp_path / "scratch")
+    assert (outcome.state, outcome.notes) == (rebase.CLEAN, [])

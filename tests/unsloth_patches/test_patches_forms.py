@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""scripts/patches.py test on a toy project, where upstream's source comes from, and its messages."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from toy_project import ENTRY, HEADER, ROOT, TEST, run_python, write, write_registry
+
+from _patches import PatchesError, forms, upstream
+from _patches.build import build_fork
+from _patches.git import Git
+from _patches.project import Project
+
+# ----------------------------------------------------------------------------------- releases
+
+
+def pip_says(
+    monkeypatch,
+    returncode,
+    stdout = "",
+    stderr = "",
+):
+    done = subprocess.CompletedProcess([], returncode, stdout, stderr)
+    monkeypatch.setattr(upstream.subprocess, "run", lambda *_, **__: done)
+
+
+@pytest.mark.parametrize(
+    "stderr, message, remedy",
+    [
+        (
+            "ERROR: ... (from versions: 1.0, 1.1)\nERROR: No matching",
+            "has no unsloth 9.9",
+            "newest there: 1.0, 1.1",
+        ),
+        (
+            "ERROR: ... (from versions: none)\nERROR: No matching",
+            "could not download",
+            "check the network",
+        ),
+        ("/usr/bin/python: No module named pip", "has no pip", ".venv"),
+    ],
+)
+def test_download_errors_name_a_remedy(tmp_path, monkeypatch, stderr, message, remedy):
+    monkeypatch.setenv("UNSLOTH_PATCHES_CACHE", str(tmp_path))
+    pip_says(monkeypatch, 1, stderr = stderr)
+    with pytest.raises(PatchesError, match = message) as error:
+        upstream.get_release("unsloth", "9.9")
+    assert remedy in error.value.remedy
+
+
+@pytest.mark.parametrize("version", ["nonsense", "", "1.0; rm -rf /", "../1.0", "--pre"])
+def test_version_is_validated(version):
+    with pytest.raises(PatchesError, match = "is not a version number"):
+        upstream.get_release("unsloth", version)
+
+
+def test_a_changed_file_is_not_taken_for_upstream(cache, monkeypatch):
+    """One edited byte in the cache: the release is fetched anew instead."""
+    (cache / "unsloth-1.0/unsloth/sub/b.py").write_text("TABLE = {}\n")
+    asked = []
+    monkeypatch.setattr(upstream, "_download", lambda *arguments: asked.append(arguments))
+    with pytest.raises(PatchesError, match = "does not match its own RECORD"):
+        upstream.get_release("unsloth", "1.0")
+    assert len(asked) == 1
+
+
+def test_a_wheel_with_another_sha256_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNSLOTH_PATCHES_CACHE", str(tmp_path / "cache"))
+    wheel = tmp_path / "unsloth-9.9-py3-none-any.whl"
+    wheel.write_bytes(b"not the one")
+    monkeypatch.setattr(upstream, "_pip_download", lambda *_: wheel)
+    with pytest.raises(PatchesError, match = "patches/UPSTREAM pins abc"):
+        upstream.get_release("unsloth", "9.9", "abc")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_another_tree_than_the_pinned_one_is_refused(root, tmp_path):
+    pins = {**upstream.read_pins(root / "patches/UPSTREAM"), "tree": "0" * 40}
+    upstream.write_pins(pins, root / "patches/UPSTREAM")
+    with pytest.raises(PatchesError, match = "pins 0000"):
+        build_fork(Project(root), tmp_path / "fork")
+
+
+def test_missing_git_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PatchesError, match = "git is not installed"):
+        Git(tmp_path).run("status")
+
+
+# ---------------------------------------------------------------------------------- the forms
+
+
+@pytest.mark.parametrize("form", ["import", "fork", "stock"])
+def test_forms(root, tmp_path, monkeypatch, cache, form):
+    """The same file passes in the import form and in the fork, and fails on stock, by real pytest runs."""
+    monkeypatch.setenv("PYTHONPATH", str(cache / "unsloth-1.0"))
+    result = forms.run_form(Project(root), form, [], tmp_path)
+    (file,) = result.files
+    assert result.ok, file.verdict
+    assert (file.passed, file.failed) == ((0, 2) if form == "stock" else (2, 0))
+    assert result.summaries[0].startswith(
+        f"{form} / cpu: 2 {'failed' if form == 'stock' else 'passed'}"
+    )
+
+
+def test_stock_form_refuses_a_test_that_proves_nothing(root, tmp_path):
+    write(root, {"tests/test_area.py": HEADER + "def test_nothing():\n    pass\n"})
+    result = forms.run_form(Project(root), "stock", ["tests/test_area.py"], tmp_path)
+    assert not result.ok and "prove nothing" in result.files[0].verdict
+
+
+def test_stock_form_refuses_an_import_at_the_top(root, tmp_path):
+    """A file that cannot even be collected fails for a reason that says nothing about the patch."""
+    write(root, {"tests/test_area.py": HEADER + "import unsloth.sub.double\n" + TEST})
+    result = forms.run_form(Project(root), "stock", [], tmp_path)
+    assert not result.ok and "could not be collected" in result.files[0].verdict
+
+
+@pytest.mark.parametrize("form", ["fork", "stock"])
+def test_fork_and_stock_hide_unsloth_patches(root, tmp_path, form):
+    """Even where it is installed, unsloth_patches cannot be imported, and Unsloth is the one asked for."""
+    text = HEADER + (
+        "import importlib, os, pytest, unsloth\n\n\n"
+        "def test_hidden():\n"
+        "    with pytest.raises(ModuleNotFoundError, match = 'hidden in form'):\n"
+        "        importlib.import_module('unsloth' + '_patches')\n"
+        "    assert unsloth.__file__.startswith(os.environ['UNSLOTH_PATCHES_HOME'])\n\n\n"
+        "def test_area():\n    assert unsloth.area(3) == 18\n"
+    )
+    write(root, {"tests/test_area.py": text})
+    (file,) = forms.run_form(Project(root), form, [], tmp_path).files
+    assert (file.passed, file.failed) == ((1, 1) if form == "stock" else (2, 0))
+
+
+def run_pytest(root, *files, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
+        env = {**os.environ, **environment},
+        cwd = root,
+        capture_output = True,
+        text = True,
+    )
+
+
+def test_worlds_do_not_share_a_process(root, cache):
+    """pytest on files of both worlds stops with the command to use instead; each alone runs."""
+    second = TEST.replace("test_area", "test_area_again")
+    write(root, {"tests/test_other.py": second})
+    entry = ENTRY.replace('"cpu"', '"cpu", "tests/test_other.py": "interpreter"')
+    write_registry(root, entry = entry)
+    stock = str(cache / "unsloth-1.0")
+    done = run_pytest(root, "tests", PYTHONPATH = stock)
+    assert done.returncode == 4
+    assert "test_area.py (cpu) and test_other.py (interpreter)" in done.stderr
+    assert "python scripts/patches.py test" in done.stderr
+    assert run_pytest(root, "tests/test_other.py", PYTHONPATH = stock).returncode == 0
+
+
+def test_unknown_form_is_named(root):
+    done = run_pytest(root, "tests", UNSLOTH_PATCHES_FORM = "both")
+    assert done.returncode == 4
+    assert "UNSLOTH_PATCHES_FORM='both'" in done.stdout + done.stderr
+
+
+def test_a_crash_is_not_taken_for_a_failing_test(root, tmp_path):
+    """pytest dies after a test has failed: stock's file did fail, but the run proves nothing."""
+    text = TEST + "\n\ndef test_z():\n    import os\n\n    os._exit(3)\n"
+    write(root, {"tests/test_area.py": text})
+    result = forms.run_form(Project(root), "stock", [], tmp_path)
+    assert not result.ok
+
+
+def test_failing_tests_are_told(root, tmp_path):
+    write(root, {"tests/test_area.py": TEST.replace("18", "19")})
+    result = forms.run_form(Project(root), "fork", [], tmp_path)
+    assert not result.ok and result.files[0].verdict == "1 failed"
+
+
+def test_unknown_test_file_and_form(root, tmp_path):
+    with pytest.raises(PatchesError, match = "is no test of a patch"):
+        forms.run_form(Project(root), "fork", ["tests/test_none.py"], tmp_path)
+    with pytest.raises(PatchesError, match = "unknown form 'both'"):
+        forms.run_form(Project(root), "both", [], tmp_path)
+
+
+# ----------------------------------------------------------------------------------- the tool
+
+
+def run_tool(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts/patches.py"), *arguments],
+        env = {**os.environ, **environment},
+        capture_output = True,
+        text = True,
+    )
+
+
+def test_fork_refuses_a_folder_with_content(tmp_path):
+    (tmp_path / "kept").write_text("mine")
+    done = run_tool("fork", str(tmp_path))
+    assert done.returncode == 2
+    assert "is not an empty folder" in done.stderr and "remedy:" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_the_tool_imports_no_torch():
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); import patches; patches.Project(); "
+    code += (
+        "print(sorted({'torch', 'unsloth', 'unsloth_patches', 'transformers'} & set(sys.modules)))"
+    )
+    assert run_python(ROOT, code) == ["[]"]

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""A small project for the tests of scripts/patches.py: a toy Unsloth, a toy patch, and helpers."""
+
+import base64
+import csv
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from _patches import upstream  # noqa: E402,F401
+from _patches.build import build_base, build_fork  # noqa: E402,F401
+from _patches.check import check, export  # noqa: E402
+from _patches.project import Project  # noqa: E402
+
+HEADER = "# SPDX-License-Identifier: Apache-2.0\n# Copyright 2026 the unsloth_patches authors\n"
+UPSTREAM = {
+    "unsloth/__init__.py": "from .sub.b import area, Shape\nfrom .sub.b import TABLE\n",
+    "unsloth/sub/__init__.py": "",
+    "unsloth/sub/b.py": (
+        "TABLE = {'a': 1}\n\n\n"
+        "def area(x):\n    return x * x\n\n\n"
+        "class Shape:\n"
+        "    @staticmethod\n    def corners(n):\n        return n\n\n"
+        "    def name(self):\n        return 'shape'\n\n\n"
+        "if len(TABLE) == 1:\n\n    def branch():\n        return 1\n"
+    ),
+    "unsloth/zoo_user.py": "from unsloth_zoo.losses import loss\n",
+}
+ZOO = {"unsloth_zoo/__init__.py": "", "unsloth_zoo/losses.py": "def loss(x):\n    return x\n"}
+MODULE = HEADER + (
+    '"""Doubles what upstream returns."""\n\n\n'
+    "def replace_area(stock):\n    return lambda x: 2 * stock(x)\n\n\n"
+    "def replace_corners(stock):\n    return staticmethod(lambda n: 2 * stock.__func__(n))\n\n\n"
+    "def replace_name(stock):\n    return lambda self: stock(self) + '!'\n\n\n"
+    "def replace_table(stock):\n    return {**stock, 'b': 2}\n"
+)
+TEST = HEADER + (
+    "import unsloth\n\n\n"
+    "def test_area():\n    assert unsloth.area(3) == 18\n\n\n"
+    "def test_name():\n    assert unsloth.Shape().name() == 'shape!'\n"
+)
+MESSAGE = "Motivation:\n\nWhy.\n\nWhat changes:\n\nThat.\n\nHow it was tested:\n\nSo.\n"
+# The import form of the toy patch: enough of a hook for its own test.
+PACKAGE = HEADER + (
+    "import sys\nimport unsloth\nfrom .sub import double\n"
+    "unsloth.area = double.replace_area(unsloth.area)\n"
+    "unsloth.Shape.name = double.replace_name(unsloth.Shape.name)\n"
+)
+ENTRY = """
+PATCHES = (
+    Patch(
+        name = "double-area",
+        title = "Double the area",
+        targets = ({targets}),
+        modules = ("sub/double.py",),
+        tests = {{"tests/test_area.py": "cpu"}},
+    ),
+)
+"""
+TARGETS = (
+    'Target(attribute = "unsloth.sub.b:area", replacement = "sub.double:replace_area"{prints}),'
+    'Target(attribute = "unsloth.sub.b:Shape.corners", replacement = "sub.double:replace_corners"),'
+    'Target(attribute = "unsloth.sub.b:Shape.name", replacement = "sub.double:replace_name"),'
+    'Target(attribute = "unsloth.sub.b:TABLE", replacement = "sub.double:replace_table"),'
+)
+
+
+def write(root, files):
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents = True, exist_ok = True)
+        (root / name).write_bytes(text.encode())
+
+
+def make_release(cache, package, version, files):
+    """An unpacked wheel in the cache, with the RECORD that a wheel has."""
+    root = cache / f"{package}-{version}"
+    write(root, files)
+    record = root / f"{package}-{version}.dist-info" / "RECORD"
+    record.parent.mkdir()
+    with record.open("w", encoding = "utf-8", newline = "") as out:
+        for name, text in files.items():
+            digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest())
+            csv.writer(out).writerow([name, "sha256=" + digest.decode().rstrip("="), len(text)])
+
+
+def write_registry(
+    root,
+    targets = TARGETS.format(prints = ""),
+    entry = ENTRY,
+):
+    real = (ROOT / "unsloth_patches" / "registry.py").read_text(encoding = "utf-8")
+    head = real.partition("\nPATCHES")[0]
+    assert "class Patch" in head
+    write(root, {"unsloth_patches/registry.py": head + entry.format(targets = targets)})
+
+
+def export_all(root, scratch):
+    project = Project(root)
+    return dict(export(project, build_fork(project, scratch)))
+
+
+def check_all(root, scratch):
+    """Problems of `check`, by step."""
+    found = {}
+    clean = check(Project(root), scratch, lambda step, problems: found.update({step: problems}))
+    assert clean == (not any(found.values()))
+    return [problem for problems in found.values() for problem in problems]
+
+
+def run_python(folder, code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env = {**os.environ, "PYTHONPATH": str(folder), **environment},
+        cwd = folder,
+        capture_output = True,
+        text = True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""Production-grade patches for Unsloth: ``import unsloth_patches`` before ``from unsloth import …``.
+
+Importing this package imports nothing of Unsloth, torch or transformers: it places one finder on
+``sys.meta_path`` that replaces Unsloth's functions as their modules are imported.
+
+    status()   what each patch replaces, whether it is in, and why not
+    stock()    a context in which Unsloth's own functions run, for comparisons
+    undo()     give Unsloth its own functions back
+    install()  replace them again
+
+``UNSLOTH_PATCHES_DISABLE=name,name`` (or ``all``) in the environment leaves patches out;
+``UNSLOTH_PATCHES_QUIET=1`` leaves out the summary line.
+"""
+
+__version__ = "0.1.0"
+__all__ = ["status", "stock", "undo", "install", "__version__"]
+
+from .importing import install
+
+
+def status():
+    """The state of every patch: a list of ``PatchStatus`` (name, title, replaces, state, reason)."""
+    from .patching import status as _status
+
+    return _status()
+
+
+def stock():
+    """Context manager: inside it Unsloth's own functions run. Not for use from several threads."""
+    from .patching import stock as _stock
+
+    return _stock()
+
+
+def undo():
+    """Give every module its own functions back and remove the hooks; ``install()`` replaces them again."""
+    from .importing import uninstall
+
+    uninstall()
+
+
+install()

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""What every benchmark shares: environment, timing, peak memory, JSON, tables and plots.
+
+Candidates are timed interleaved in one process (each round runs every candidate once, in a
+rotating order), so that clock and temperature drift falls on all of them alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Callable, Dict, Iterable, List, Optional, Sequence
+
+RESULTS = Path(__file__).resolve().parent / "results"
+_PACKAGES = ("unsloth_patches", "unsloth", "unsloth_zoo", "torch", "triton", "bitsandbytes")
+_PACKAGES += ("transformers", "trl", "peft", "liger-kernel", "cut_cross_entropy")
+FLUSH_BYTES = 256 << 20  # several times the L2 of any current GPU
+
+
+def _version(package: str) -> Optional[str]:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        # A source tree on PYTHONPATH has no metadata, but may know its version.
+        return getattr(sys.modules.get(package), "__version__", None)
+
+
+def environment(command: Optional[str] = None) -> dict:
+    """GPU, versions, date (UTC) and command of this process: the head of every results file.
+
+    command: how to repeat the figures; by default this process's own command line.
+    """
+    import torch
+
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "multiprocessors": properties.multi_processor_count,
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
+    return {
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "platform": platform.machine(),
+        "versions": {name: v for name in _PACKAGES if (v := _version(name)) is not None},
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec = "seconds"),
+        "command": command or " ".join(["python", *sys.argv]),
+    }
+
+
+def gpu_available(what: str) -> bool:
+    """True with a CUDA GPU; otherwise says on stderr that ``what`` cannot run here."""
+    import torch
+
+    if torch.cuda.is_available():
+        return True
+    print(f"bench: {what} needs a CUDA GPU, and torch sees none; not run.", file = sys.stderr)
+    return False
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The q-quantile of values, linear between neighbours (as numpy's default)."""
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def summarize(samples: Sequence[float]) -> dict:
+    """{median, q1, q3, min, n} of samples, in the samples' unit."""
+    return {
+        "median": quantile(samples, 0.5),
+        "q1": quantile(samples, 0.25),
+        "q3": quantile(samples, 0.75),
+        "min": min(samples),
+        "n": len(samples),
+    }
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    values = list(values)
+    if not values:
+        raise ValueError("geometric_mean: no values.")
+    return math.exp(sum(math.log(value) for value in values) / len(values))
+
+
+class _L2Flush:
+    """Overwrites the L2 cache, then keeps the GPU busy while the host enqueues what is timed."""
+
+    def __init__(self, flush: bool, lead_cycles: int):
+        import torch
+
+        self._torch, self._lead_cycles = torch, lead_cycles
+        self._buffer = None
+        if flush:
+            self._buffer = torch.empty(FLUSH_BYTES // 4, dtype = torch.int32, device = "cuda")
+
+    def __call__(self) -> None:
+        if self._buffer is not None:
+            self._buffer.zero_()
+        if self._lead_cycles:
+            self._torch.cuda._sleep(self._lead_cycles)
+
+
+def measure(
+    candidates: Dict[str, Callable[[], object]],
+    rounds: int = 100,
+    warmup: int = 10,
+    flush: bool = True,
+    lead_cycles: int = 200_000,
+) -> Dict[str, dict]:
+    """GPU time of each candidate in microseconds, by CUDA events, interleaved in one process.
+
+    candidates: name -> function of no arguments that enqueues work on the current stream.
+    flush: overwrite the L2 cache before every timed call, so that inputs come from memory.
+    lead_cycles: GPU clock cycles of idling before every timed call. They let the host enqueue the
+        whole call before the GPU reaches it, so host time stays out (`host_time` measures that).
+    Returns name -> {median, q1, q3, min, n}. Raises RuntimeError without a CUDA GPU.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("measure: no CUDA GPU here; run the benchmark where torch sees one.")
+    prepare = _L2Flush(flush, lead_cycles)
+    names = list(candidates)
+    for name in names:
+        for _ in range(warmup):
+            candidates[name]()
+    torch.cuda.synchronize()
+
+    events = {name: [] for name in names}
+    for round_index in range(rounds):
+        shift = round_index % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = torch.cuda.Event(enable_timing = True)
+            stop = torch.cuda.Event(enable_timing = True)
+            prepare()
+            start.record()
+            candidates[name]()
+            stop.record()
+            events[name].append((start, stop))
+        if round_index % 8 == 7:
+            torch.cuda.synchronize()  # the queue must never fill up, or the host waits in a launch
+    torch.cuda.synchronize()
+    return {
+        name: summarize([start.elapsed_time(stop) * 1e3 for start, stop in pairs])
+        for name, pairs in events.items()
+    }
+
+
+def host_time(
+    candidates: Dict[str, Callable[[], object]],
+    calls: int = 100,
+    rounds: int = 30,
+) -> Dict[str, dict]:
+    """Host microseconds a call takes to return, interleaved; GPU work is drained between batches.
+
+    Works without a GPU too. ``calls`` times the launches of one call must stay well under the
+    queue's 1024 entries, or the figure turns into GPU time.
+    """
+    import torch
+
+    gpu = torch.cuda.is_available()
+    samples = {name: [] for name in candidates}
+    for name, function in candidates.items():
+        for _ in range(10):
+            function()
+    for round_index in range(rounds):
+        names = list(candidates)
+        shift = round_index % len(names)
+        for name in names[shift:] + names[:shift]:
+            function = candidates[name]
+            if gpu:
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(calls):
+                function()
+            samples[name].append((time.perf_counter() - begin) / calls * 1e6)
+    if gpu:
+        torch.cuda.synchronize()
+    return {name: summarize(values) for name, values in samples.items()}
+
+
+def wall_time(
+    candidates: Dict[str, Callable[[], object]],
+    rounds: int = 5,
+    warmup: int = 1,
+) -> Dict[str, dict]:
+    """Seconds from call to finished GPU work, interleaved: what a user waits for."""
+    import torch
+
+    drain = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    samples = {name: [] for name in candidates}
+    for function in candidates.values():
+        for _ in range(warmup):
+            function()
+    for round_index in range(rounds):
+        names = list(candidates)
+        shift = round_index % len(names)
+        for name in names[shift:] + names[:shift]:
+            drain()
+            begin = time.perf_counter()
+            candidates[name]()
+            drain()
+            samples[name].append(time.perf_counter() - begin)
+    return {name: summarize(values) for name, values in samples.items()}
+
+
+def peak_memory(function: Callable[[], object]) -> dict:
+    """{peak_bytes, allocated_bytes}: what a call adds, at its peak and still held after it.
+
+    Both are above what the process held before the call, by torch's CUDA allocator. The call's
+    result is alive when allocated_bytes is read. Raises RuntimeError without a CUDA GPU.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("peak_memory: no CUDA GPU here; run it where torch sees one.")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = function()
+    torch.cuda.synchronize()
+    peak, after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    del result
+    return {"peak_bytes": peak - before, "allocated_bytes": after - before}
+
+
+def save_json(path: Path, payload: dict, command: Optional[str] = None) -> Path:
+    """Writes ``{"environment": ..., **payload}`` to path, making its folder; returns path."""
+    path = Path(path)
+    path.parent.mkdir(parents = True, exist_ok = True)
+    document = {"environment": environment(command), **payload}
+    path.write_text(json.dumps(document, indent = 1) + "\n", encoding = "utf-8")
+    return path
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Prints rows under columns; numbers are aligned right. Uses rich where it is installed."""
+    cells: List[List[str]] = [[_cell(value) for value in row] for row in rows]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(f"\n{title}")
+        for row in [list(columns), *cells]:
+            print("  ".join(value.rjust(10) for value in row))
+        return
+    table = Table(title = title, title_justify = "left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify = "left" if index == 0 else "right")
+    for row in cells:
+        table.add_row(*row)
+    # A pipe has no width of its own; rich would fold the table at 80 columns.
+    console = Console()
+    Console(width = None if console.is_terminal else 160).print(table)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
+    return "" if value is None else str(value)
+
+
+COLORS = {
+    "ours": "#0f766e",
+    "upstream": "#b45309",
+    "peer": "#6d28d9",
+    "baseline": "#94a3b8",
+    "extra": "#be123c",
+}
+
+
+@contextlib.contextmanager
+def plot_style():
+    """matplotlib with the one look of all result plots, off screen. Yields pyplot."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    look = {
+        "figure.dpi": 130,
+        "figure.constrained_layout.use": True,
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": "#e2e8f0",
+        "legend.frameon": False,
+    }
+    with plt.rc_context(look):
+        yield plt
+        plt.close("all")

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""The command line: ``python -m unsloth_patches status | doctor | demo | bench``."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pkgutil
+from pathlib import Path
+from typing import Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+
+app = typer.Typer(
+    name = "unsloth-patches",
+    help = "Patches for Unsloth: what is in, whether this machine is ready, a demo, benchmarks.",
+    no_args_is_help = True,
+    add_completion = False,
+    pretty_exceptions_enable = False,
+)
+console = Console()
+STATE_STYLE = {
+    "applied": "green",
+    "upstreamed": "green",
+    "pending": "cyan",
+    "skipped": "yellow",
+    "failed": "red",
+    "ok": "green",
+    "note": "cyan",
+    "problem": "red",
+}
+
+
+def _styled(state: str) -> str:
+    return f"[{STATE_STYLE.get(state, 'white')}]{state}[/]"
+
+
+def _import_unsloth() -> str:
+    """Import Unsloth with its banner kept back; returns why it does not import, or an empty string."""
+    os.environ["UNSLOTH_PATCHES_QUIET"] = "1"
+    banner = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(banner), contextlib.redirect_stderr(banner):
+            import unsloth  # noqa: F401
+            import unsloth.chat_templates  # noqa: F401
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def status_table(rows) -> Table:
+    """``status()`` as a table."""
+    table = Table(title = f"unsloth_patches {__version__}", title_justify = "left")
+    table.add_column("patch", no_wrap = True)
+    table.add_column("replaces", overflow = "fold")
+    table.add_column("state", no_wrap = True)
+    table.add_column("reason", overflow = "fold")
+    for row in rows:
+        replaces = "\n".join(name.replace(":", ".") for name in row.replaces)
+        table.add_row(row.name, replaces, _styled(row.state), row.reason)
+    return table
+
+
+@app.command()
+def status(
+    as_json: bool = typer.Option(False, "--json", help = "Print JSON instead of a table."),
+) -> None:
+    """Import Unsloth and show what each patch replaces, its state, and why it is not in."""
+    from . import status as current
+
+    with console.status("importing unsloth …"):
+        error = _import_unsloth()
+    rows = current()
+    if as_json:
+        patches = [row._asdict() for row in rows]
+        print(
+            json.dumps(
+                {"version": __version__, "unsloth_error": error, "patches": patches}, indent = 2
+            )
+        )
+    else:
+        console.print(status_table(rows))
+        if error:
+            console.print(f"[red]unsloth does not import here:[/] {error}")
+            console.print("`python -m unsloth_patches doctor` says what is missing.")
+    raise typer.Exit(1 if error or any(row.state == "failed" for row in rows) else 0)
+
+
+@app.command()
+def doctor(
+    as_json: bool = typer.Option(False, "--json", help = "Print JSON instead of a table."),
+) -> None:
+    """Check versions, device and patches without importing Unsloth, and say what to do."""
+    from .doctor import examine
+
+    findings = examine()
+    if as_json:
+        print(json.dumps([finding._asdict() for finding in findings], indent = 2))
+    else:
+        table = Table(title = f"unsloth_patches {__version__} doctor", title_justify = "left")
+        for column in ("check", "found", "", "what to do"):
+            table.add_column(column, overflow = "fold")
+        for finding in findings:
+            table.add_row(finding.check, finding.found, _styled(finding.verdict), finding.remedy)
+        console.print(table)
+    raise typer.Exit(1 if any(finding.verdict == "problem" for finding in findings) else 0)
+
+
+def _benchmarks() -> list:
+    from . import bench as package
+
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    return sorted(name.replace("_", "-") for name in names if name != "harness")
+
+
+@app.command()
+def bench(
+    name: str = typer.Argument(help = "Which benchmark; `all` runs each in turn."),
+    out: Optional[Path] = typer.Option(
+        None, help = "Folder for JSON and plots. Default: bench_results in this folder."
+    ),
+    quick: bool = typer.Option(False, help = "Fewer shapes and repeats: does it run here?"),
+) -> None:
+    """Measure stock Unsloth, peers and the patches side by side on this machine."""
+    import importlib
+
+    known = _benchmarks()
+    if name != "all" and name not in known:
+        console.print(f"[red]no benchmark {name!r}[/]; there are: {', '.join(known)}, all")
+        raise typer.Exit(2)
+    out = out or Path("bench_results")
+    try:
+        out.mkdir(parents = True, exist_ok = True)
+    except OSError as error:
+        console.print(
+            f"[red]cannot write to {out}[/]: {error.strerror}; name another folder with --out"
+        )
+        raise typer.Exit(2)
+    codes = []
+    for each in known if name == "all" else [name]:
+        module = importlib.import_module(f"{__package__}.bench.{each.replace('-', '_')}")
+        codes.append(module.run(out, quick = quick))
+    raise typer.Exit(max(codes))

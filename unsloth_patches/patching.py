@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""Apply, check, undo: what happens to each patch once a module of Unsloth is there.
+
+States: *pending* (its module has not been imported), *applied*, *skipped* (upstream is not what the
+patch knows, or it was switched off: stock functions stay), *failed* (an error of ours: stock
+functions stay), *upstreamed* (this Unsloth already contains it). All targets of a patch are
+replaced or none: the sources of modules still to come are checked before the first replacement,
+and a target that fails later takes the earlier ones back. No exception leaves this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import importlib
+import importlib.machinery
+import os
+import sys
+import threading
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+
+from .fingerprints import fingerprint_file, fingerprint_live
+from .registry import PATCHES, Patch, Target
+
+PENDING, APPLIED, SKIPPED, FAILED, UPSTREAMED = (
+    "pending",
+    "applied",
+    "skipped",
+    "failed",
+    "upstreamed",
+)
+HOME = __package__
+
+
+class PatchStatus(NamedTuple):
+    """One row of ``status()``."""
+
+    name: str
+    title: str
+    replaces: Tuple[str, ...]
+    state: str
+    reason: str
+
+
+class _Unsupported(Exception):
+    """Upstream is not what the patch was written for; its text is the reason that users read."""
+
+
+@dataclass
+class _Replaced:
+    target: Target
+    owner: Any
+    leaf: str
+    stock: Any
+    new: Any
+
+
+@dataclass
+class _Record:
+    patch: Patch
+    state: str = PENDING
+    reason: str = ""
+    replaced: List[_Replaced] = field(default_factory = list)
+    checked: bool = False
+
+
+# Two threads can import two modules of one patch at the same time. No deadlock with import locks: under
+# this one only our own modules are imported, and those import nothing of Unsloth at their top.
+_lock = threading.RLock()
+
+
+# --- what is there to do -----------------------------------------------------------------------
+
+
+def disabled_names() -> Set[str]:
+    """Names in ``UNSLOTH_PATCHES_DISABLE``; ``all`` stands for every patch."""
+    listed = os.environ.get("UNSLOTH_PATCHES_DISABLE", "").split(",")
+    names = {name.strip() for name in listed} - {""}
+    return {patch.name for patch in PATCHES} if "all" in names else names
+
+
+@functools.lru_cache(maxsize = None)
+def _records() -> Dict[str, _Record]:
+    disabled = disabled_names()
+    records = {patch.name: _Record(patch) for patch in PATCHES}
+    for name in disabled & set(records):
+        records[name].state = SKIPPED
+        records[name].reason = "switched off by UNSLOTH_PATCHES_DISABLE"
+    for name in sorted(disabled - set(records)):
+        known = ", ".join(records)
+        _say(f"UNSLOTH_PATCHES_DISABLE names {name!r}, which is no patch. Known: {known}, all.")
+    return records
+
+
+@functools.lru_cache(maxsize = None)
+def hooked_modules() -> Set[str]:
+    """Modules after whose import something is to be done; ``unsloth`` itself for the summary line."""
+    targets = (target for record in _records().values() for target in record.patch.targets)
+    return {"unsloth"} | {target.module for target in targets}
+
+
+@functools.lru_cache(maxsize = None)
+def new_modules() -> Dict[str, str]:
+    """Upstream path -> our module, for the modules that patches add and this Unsloth lacks."""
+    paths = {}
+    for record in _records().values():
+        if record.reason.startswith("switched off") or _is_upstreamed(record.patch):
+            continue
+        for file in record.patch.modules:
+            dotted = file[: -len(".py")].replace("/", ".")
+            paths[f"unsloth.{dotted}"] = f"{HOME}.{dotted}"
+    return paths
+
+
+@functools.lru_cache(maxsize = None)
+def _package_folder(root: str) -> Optional[Path]:
+    module = sys.modules.get(root)
+    locations = getattr(module, "__path__", None)
+    if not locations:
+        # Not importlib.util.find_spec: that asks our own finder, which asks here.
+        spec = importlib.machinery.PathFinder.find_spec(root)
+        locations = spec.submodule_search_locations if spec else None
+    return Path(list(locations)[0]) if locations else None
+
+
+def _source_file(module: str) -> Optional[Path]:
+    root, _, rest = module.partition(".")
+    folder = _package_folder(root)
+    if folder is None:
+        return None
+    base = folder.joinpath(*rest.split(".")) if rest else folder
+    candidates = (base / "__init__.py", base.with_suffix(".py"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _is_upstreamed(patch: Patch) -> bool:
+    folder = _package_folder("unsloth")
+    return bool(patch.modules) and folder is not None and (folder / patch.modules[0]).is_file()
+
+
+def upstream_fingerprints(target: Target) -> Set[str]:
+    """Fingerprints of a target's definitions in the installed Unsloth, read without importing it."""
+    path = _source_file(target.module)
+    return fingerprint_file(str(path), target.name) if path else set()
+
+
+def _misfit(target: Target) -> str:
+    """Why a target cannot be replaced, judged by the source alone; empty where it can."""
+    if _source_file(target.module) is None:
+        return "" if target.optional else f"this Unsloth has no module {target.module}"
+    if not target.fingerprints:
+        return ""
+    found = upstream_fingerprints(target)
+    if not found:
+        return "" if target.optional else f"{target.attribute} is not defined in this Unsloth"
+    if not found & target.fingerprints:
+        return f"{target.attribute} is a version that this patch does not know ({', '.join(sorted(found))})"
+    return ""
+
+
+def _preflight(record: _Record) -> None:
+    if _is_upstreamed(record.patch):
+        record.state, record.reason = UPSTREAMED, "this Unsloth already contains it"
+        return
+    for name in record.patch.requires:
+        other = _records()[name]
+        if other.state in (SKIPPED, FAILED):
+            raise _Unsupported(f"needs {name}, which is {other.state}: {other.reason}")
+    for target in record.patch.targets:
+        reason = _misfit(target)
+        if reason:
+            raise _Unsupported(reason)
+    record.checked = True
+
+
+# --- replacing ---------------------------------------------------------------------------------
+
+
+def module_imported(module: types.ModuleType) -> None:
+    """Called by the import hook right after ``module`` was executed, also on a reload."""
+    for record in _records().values():
+        if any(target.module == module.__name__ for target in record.patch.targets):
+            _apply(record, module, late = False)
+    if module.__name__ == "unsloth":
+        _summarise()
+
+
+def patch_imported_modules() -> None:
+    """For a late ``import unsloth_patches``: replace in modules that are imported already."""
+    for record in _records().values():
+        for name in dict.fromkeys(target.module for target in record.patch.targets):
+            if name in sys.modules and not any(r.target.module == name for r in record.replaced):
+                _apply(record, sys.modules[name], late = True)
+    _summarise()
+
+
+def _apply(record: _Record, module: types.ModuleType, late: bool) -> None:
+    with _lock:
+        if record.state not in (PENDING, APPLIED):
+            return
+        try:
+            if not record.checked:
+                _preflight(record)
+                if record.state == UPSTREAMED:
+                    return
+            # A reloaded module has stock functions again; what we remember of it is gone.
+            record.replaced = [r for r in record.replaced if r.target.module != module.__name__]
+            targets = [t for t in record.patch.targets if t.module == module.__name__]
+            # Chained targets (two on one name) see each other's result, so one at a time.
+            for target in targets:
+                _replace(record, target, module, late)
+            record.state, record.reason = APPLIED, ""
+        except (_Unsupported, NotImplementedError) as error:
+            _give_up(record, SKIPPED, str(error))
+        except Exception as error:
+            _give_up(record, FAILED, f"{type(error).__name__}: {error}")
+
+
+def _give_up(record: _Record, state: str, reason: str) -> None:
+    """Take a patch back, and first the patches that wrapped what it had put in."""
+    mine = {id(done.new) for done in record.replaced}
+    for other in _records().values():
+        if other is not record and any(id(done.stock) in mine for done in other.replaced):
+            _give_up(other, SKIPPED, f"stands on {record.patch.name}, which is {state}: {reason}")
+    _restore(record)
+    record.state, record.reason = state, reason or "no reason given"
+
+
+def _owner_of(target: Target, module: types.ModuleType) -> Tuple[Any, str]:
+    *path, leaf = target.name.split(".")
+    owner = module
+    for part in path:
+        owner = getattr(owner, part)
+    return owner, leaf
+
+
+def _replace(record: _Record, target: Target, module: types.ModuleType, late: bool) -> None:
+    owner, leaf = _owner_of(target, module)
+    if not hasattr(owner, leaf):
+        if target.optional:
+            return
+        raise _Unsupported(f"{target.attribute} is not there")
+    # Not getattr: a staticmethod or a plain function of a class has to stay what it is.
+    stock = vars(owner).get(leaf, getattr(owner, leaf))
+    _check_live(record, target, stock)
+    if late:
+        _check_not_held(target, stock)
+    path, _, function = target.replacement.partition(":")
+    make = getattr(importlib.import_module(f"{HOME}.{path}"), function)
+    new = make(stock)
+    setattr(owner, leaf, new)
+    record.replaced.append(_Replaced(target, owner, leaf, stock, new))
+    if late:
+        _swap({id(stock): (stock, new)})
+
+
+def _check_live(record: _Record, target: Target, stock: Any) -> None:
+    """The live object must be what the source said: another library may have replaced it before us."""
+    ours = any(r.new is stock for other in _records().values() for r in other.replaced)
+    if not target.fingerprints or ours:
+        return
+    found = fingerprint_live(stock)
+    if found not in target.fingerprints:
+        raise _Unsupported(
+            f"{target.attribute} is a version that this patch does not know ({found or 'no source'})"
+        )
+
+
+def _check_not_held(target: Target, stock: Any) -> None:
+    """Module attributes can be rebound late; closures, class attributes, lists and compiled code cannot."""
+    module_dicts = {id(vars(m)) for m in _modules()}
+    for holder in gc.get_referrers(stock):
+        if id(holder) in module_dicts or isinstance(holder, types.FrameType):
+            continue
+        raise _Unsupported(
+            f"unsloth was imported before unsloth_patches, and {target.attribute} is already held by "
+            f"a {type(holder).__name__}; put `import unsloth_patches` first"
+        )
+
+
+# --- rebinding, undo, stock --------------------------------------------------------------------
+
+
+def _modules() -> List[types.ModuleType]:
+    return [m for m in list(sys.modules.values()) if isinstance(m, types.ModuleType)]
+
+
+def _swap(pairs: Dict[int, Tuple[Any, Any]]) -> None:
+    """In every module: names bound to an old object (``from x import y``) get the new one."""
+    for module in _modules():
+        for name, value in list(vars(module).items()):
+            pair = pairs.get(id(value))
+            if pair is not None and pair[0] is value:
+                vars(module)[name] = pair[1]
+
+
+def _restore(record: _Record) -> None:
+    for done in reversed(record.replaced):
+        setattr(done.owner, done.leaf, done.stock)
+        _swap({id(done.new): (done.new, done.stock)})
+    record.replaced = []
+
+
+def restore_all() -> None:
+    """Undo every patch, last one first, and forget what was found out."""
+    with _lock:
+        for record in reversed(list(_records().values())):
+            _restore(record)
+    for cache in (_records, hooked_modules, new_modules, _package_folder):
+        cache.cache_clear()
+
+
+@contextlib.contextmanager
+def stock() -> Iterator[None]:
+    """Run stock functions inside the block: module attributes and their aliases are swapped, and back."""
+    done = [r for record in _records().values() for r in record.replaced]
+    for r in reversed(done):
+        setattr(r.owner, r.leaf, r.stock)
+    # Chained replacements: an alias of any of them has to end at the bottom of its chain.
+    bottom: Dict[int, Any] = {}
+    for r in done:
+        bottom[id(r.new)] = bottom.get(id(r.stock), r.stock)
+    swapped = _swap_remembering({id(r.new): (r.new, bottom[id(r.new)]) for r in done})
+    try:
+        yield
+    finally:
+        for names, name, new in swapped:
+            names[name] = new
+        for r in done:
+            setattr(r.owner, r.leaf, r.new)
+
+
+def _swap_remembering(pairs: Dict[int, Tuple[Any, Any]]) -> List[Tuple[dict, str, Any]]:
+    places = []
+    for module in _modules():
+        for name, value in list(vars(module).items()):
+            pair = pairs.get(id(value))
+            if pair is not None and pair[0] is value:
+                vars(module)[name] = pair[1]
+                places.append((vars(module), name, value))
+    return places
+
+
+# --- telling -----------------------------------------------------------------------------------
+
+
+def status() -> List[PatchStatus]:
+    """The state of every patch now. A pending one says what it waits for and whether it will fit."""
+    return [_status_of(record) for record in _records().values()]
+
+
+def _status_of(record: _Record) -> PatchStatus:
+    state, reason = record.state, record.reason
+    done = {r.target.attribute for r in record.replaced}
+    waiting = sorted({t.module for t in record.patch.targets if t.attribute not in done})
+    if state == PENDING and _is_upstreamed(record.patch):
+        state, reason = UPSTREAMED, "this Unsloth already contains it"
+    elif state == PENDING:
+        misfit = next(filter(None, map(_misfit, record.patch.targets)), "")
+        outlook = f"will be skipped: {misfit}" if misfit else "will apply"
+        reason = f"{outlook}; waits for {', '.join(waiting)}"
+    elif state == APPLIED and waiting:
+        total = len(record.patch.targets)
+        reason = f"{len(done)} of {total} targets; not imported: {', '.join(waiting)}"
+    replaces = tuple(target.attribute for target in record.patch.targets)
+    return PatchStatus(record.patch.name, record.patch.title, replaces, state, reason)
+
+
+def _summarise() -> None:
+    if os.environ.get("UNSLOTH_PATCHES_QUIET") == "1":
+        return
+    rows = status()
+    counts = [
+        (state, [r for r in rows if r.state == state]) for state in (APPLIED, PENDING, UPSTREAMED)
+    ]
+    parts = [f"{len(found)} {state}" for state, found in counts if found]
+    parts += [f"{r.name} {r.state} ({r.reason})" for r in rows if r.state in (SKIPPED, FAILED)]
+    _say("; ".join(parts) or "no patches")
+
+
+def _say(text: str) -> None:
+    print(f"unsloth_patches: {text}", file = sys.stderr)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""The one catalogue of patches: what each replaces, with what, and how it is tested.
+
+Everything else reads it: the import hooks (``importing.py``), the command line, and
+``scripts/patches.py``, which writes the git form from the same entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Dict, FrozenSet, Tuple
+
+SUPPORTED_UPSTREAM = ("2026.10.7", "2026.10.9")
+
+
+@dataclass(frozen = True)
+class Target:
+    """One attribute of Unsloth (or unsloth_zoo) and what replaces it.
+
+    attribute: ``"package.module:name"``, on the leaf module that defines the name.
+    replacement: ``"path.below.the.package:function"``, a function ``stock -> new object``.
+    fingerprints: accepted AST hashes of the stock function; empty where the replacement checks
+        the stock object itself (a table of templates has no AST).
+    wired_in: the fork's file that gets the line ``name = replacement(name)``; by default the file of
+        ``attribute``'s module. Needed for names of unsloth_zoo, which a patch to Unsloth cannot edit.
+    optional: a supported release lacks the module or the name; the rest of the patch holds without it.
+    """
+
+    attribute: str
+    replacement: str
+    fingerprints: FrozenSet[str] = frozenset()
+    wired_in: str = ""
+    optional: bool = False
+
+    @property
+    def module(self) -> str:
+        return self.attribute.partition(":")[0]
+
+    @property
+    def name(self) -> str:
+        return self.attribute.partition(":")[2]
+
+
+@dataclass(frozen = True)
+class Patch:
+    """A focused change that is one pull request in the git form.
+
+    modules: files it adds, relative to ``unsloth_patches/`` here and to ``unsloth/`` in the fork.
+    tests: test file -> world it runs in, ``"cpu"`` (Unsloth's CPU backend) or ``"interpreter"``
+        (GPU code paths, Triton kernels in the interpreter).
+    requires: names of patches that have to be in before this one; they stand earlier in ``PATCHES``.
+    """
+
+    name: str
+    title: str
+    targets: Tuple[Target, ...]
+    modules: Tuple[str, ...] = ()
+    tests: Dict[str, str] = field(default_factory = dict)
+    requires: Tuple[str, ...] = ()
+
+
+PATCHES: Tuple[Patch, ...] = (
+    Patch(
+        name = "llama-chat-templates",
+        title = "Render Llama 3.1, 3.2 and 3.3 chat templates as Meta publishes them",
+        targets = (
+            Target(
+                attribute = "unsloth.chat_templates:CHAT_TEMPLATES",
+                replacement = "llama_chat_templates:replace_chat_templates",
+            ),
+            Target(
+                attribute = "unsloth.chat_templates:get_chat_template",
+                replacement = "llama_chat_templates:replace_get_chat_template",
+            ),
+        ),
+        modules = ("llama_chat_templates.py",),
+        tests = {"tests/test_chat_template.py": "cpu"},
+    ),
+)
+
+
+def main() -> None:
+    """Print the fingerprints of every target in the installed Unsloth: what to write into an entry."""
+    from .patching import upstream_fingerprints
+
+    for patch in PATCHES:
+        for target in patch.targets:
+            found = ", ".join(sorted(upstream_fingerprints(target))) or "no definition (checks itself)"
+            print(f"{patch.name:24} {target.attribute:56} {found}")
+
+
+if __name__ == "__main__":
+    main()
