@@ -38,7 +38,8 @@ LLAMA_SPECIAL_TOKENS = (
 
 
 def make_llama_tokenizer(eos_token = "<|eot_id|>", special_tokens = LLAMA_SPECIAL_TOKENS):
-    """A byte-level tokenizer with Llama's special tokens, made on the spot: nothing is downloaded."""
+    """A byte-level tokenizer with Llama's special tokens, made on the spot: nothing is
+    downloaded."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space = False)
@@ -90,9 +91,9 @@ def assert_parity(
 ):
     """Text and token ids are equal to those of Meta's template.
 
-    hazard: the conversation is malformed (JSON text as arguments, content None, ...). Meta's template
-    then prints odd text or fails, and unsloth may check it before rendering; so the templates
-    themselves are compared.
+    hazard: the conversation is malformed (JSON text as arguments, content None, ...). Meta's
+    template then prints odd text or fails, and unsloth may check it before rendering; so the
+    templates themselves are compared.
     """
     messages, options = conversation["messages"], conversation["options"]
     apply = PreTrainedTokenizerBase.apply_chat_template
@@ -242,7 +243,7 @@ def option_conversations():
         "builtin": conversation(*chat, builtin_tools = ["brave_search", "wolfram_alpha"]),
         "builtin-code": conversation(*chat, builtin_tools = ["code_interpreter", "brave_search"]),
         "builtin-only-code": conversation(*chat, builtin_tools = ["code_interpreter"]),
-        "builtin-and-tools": conversation(*chat, builtin_tools = ["brave_search"], tools = [WEATHER]),
+        "builtin-tools": conversation(*chat, builtin_tools = ["brave_search"], tools = [WEATHER]),
     }
 
 

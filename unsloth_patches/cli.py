@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 import os
-import pkgutil
 from pathlib import Path
 from typing import Optional
 
@@ -113,11 +112,6 @@ def doctor(
     raise typer.Exit(1 if any(finding.verdict == "problem" for finding in findings) else 0)
 
 
-def _benchmarks() -> list:
-    from . import bench as package
-
-    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    return sorted(name.replace("_", "-") for name in names if name != "harness")
 
 
 @app.command()
@@ -131,7 +125,8 @@ def bench(
     """Measure stock Unsloth, peers and the patches side by side on this machine."""
     import importlib
 
-    known = _benchmarks()
+    from .bench import BENCHMARKS as known
+
     if name != "all" and name not in known:
         console.print(f"[red]no benchmark {name!r}[/]; there are: {', '.join(known)}, all")
         raise typer.Exit(2)

@@ -30,9 +30,10 @@ SYSTEM_PLACEHOLDER = "{system_message}"
 
 BEHAVIOUR_CHANGE = (
     "Unsloth: the llama-3.1, llama-3.2 and llama-3.3 chat templates now render exactly as Meta "
-    'publishes them. New: the default date is "26 Jul 2024" (it was "26 July 2024"; pass date_string '
-    "to apply_chat_template to choose one), whitespace around system, user and assistant texts is "
-    "trimmed, and llama-3.2 has its own template (today's date, no built-in tools)."
+    'publishes them. New: the default date is "26 Jul 2024" (it was "26 July 2024"; pass '
+    "date_string to apply_chat_template to choose one), whitespace around system, user and "
+    "assistant texts is trimmed, and llama-3.2 has its own template (today's date, no built-in "
+    "tools)."
 )
 
 
@@ -51,7 +52,7 @@ def replace_chat_templates(stock):
     shipped = {stock[name][0] for name in LLAMA_3X_NAMES}
     if len(shipped) != 1:
         raise NotImplementedError(
-            f"the llama-3.1, 3.2 and 3.3 names carry {len(shipped)} different templates, expected one"
+            f"the Llama 3.1, 3.2 and 3.3 names carry {len(shipped)} different templates, not one"
         )
     llama_31 = official_llama_31(shipped.pop())
     llama_32 = official_llama_32(llama_31)
@@ -121,7 +122,8 @@ def official_llama_32(llama_31):
         '    {%- set date_string = "26 Jul 2024" %}\n',
         "{%- endif %}",
         lambda span: _indent(
-            '{%- if strftime_now is defined %}\n    {%- set date_string = strftime_now("%d %b %Y") %}\n'
+            "{%- if strftime_now is defined %}\n"
+            '    {%- set date_string = strftime_now("%d %b %Y") %}\n'
             "{%- else %}\n" + span + "{%- endif %}\n"
         ),
     )
@@ -171,7 +173,8 @@ def _indent(text, spaces = 4):
 
 
 def _escape_newlines_in_literals(text):
-    r"""Newlines inside ``{{ ... }}`` stand only in string literals there; Meta writes them as \n."""
+    r"""Newlines inside ``{{ ... }}`` stand only in string literals there; Meta writes them as
+    \n."""
     return re.sub(r"\{\{.*?\}\}", lambda m: m.group().replace("\n", r"\n"), text, flags = re.DOTALL)
 
 
@@ -181,7 +184,8 @@ def _replace_once(text, what, old, new):
 
 
 def _edit_span(text, what, start, end, edit):
-    """Replaces ``text[start:end]``, from the only ``start`` up to the next ``end``, by edit(span)."""
+    """Replaces ``text[start:end]``, from the only ``start`` up to the next ``end``, by
+    edit(span)."""
     _require_once(text, what, start)
     begin = text.index(start)
     stop = text.find(end, begin)

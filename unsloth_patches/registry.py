@@ -77,6 +77,31 @@ PATCHES: Tuple[Patch, ...] = (
         modules = ("llama_chat_templates.py",),
         tests = {"tests/test_chat_template.py": "cpu"},
     ),
+    Patch(
+        name = "nf4-dequantize",
+        title = "Dequantize every bitsandbytes 4-bit weight in one Triton launch",
+        targets = (
+            Target(
+                attribute = "unsloth.kernels.utils:fast_dequantize",
+                replacement = "kernels.nf4_dequantize:replace_fast_dequantize",
+                fingerprints = frozenset(
+                    # One definition per device branch, and the outermost one that is live: 2026.10.9, .7
+                    "1454833d36486569 317cbc886535aa9f 6362d349d6e3df04 d01b9c70a43e6aa4 "
+                    "1929688413cf077a 5996de1656b594d5 a796198c099dfb75 dd96aa49b3577ea4".split()
+                ),
+            ),
+        ),
+        modules = (
+            "kernels/nf4_decode.py",
+            "kernels/nf4_dequantize.py",
+            "kernels/nf4_dequantize_kernel.py",
+            "kernels/nf4_launch.py",
+            "kernels/nf4_operator.py",
+            "kernels/nf4_plan.py",
+            "kernels/nf4_quant_state.py",
+        ),
+        tests = {"tests/test_nf4_dequantize.py": "interpreter"},
+    ),
 )
 
 
@@ -86,7 +111,9 @@ def main() -> None:
 
     for patch in PATCHES:
         for target in patch.targets:
-            found = ", ".join(sorted(upstream_fingerprints(target))) or "no definition (checks itself)"
+            found = (
+                ", ".join(sorted(upstream_fingerprints(target))) or "no definition (checks itself)"
+            )
             print(f"{patch.name:24} {target.attribute:56} {found}")
 
 

@@ -5,3 +5,5 @@
 Each module has ``run(out: Path, quick: bool = False) -> int``; the figures that are quoted
 anywhere stand under ``results/`` with the GPU, the versions and the command that made them.
 """
+
+BENCHMARKS = ("dequant",)

@@ -241,7 +241,11 @@ def peak_memory(function: Callable[[], object]) -> dict:
     return {"peak_bytes": peak - before, "allocated_bytes": after - before}
 
 
-def save_json(path: Path, payload: dict, command: Optional[str] = None) -> Path:
+def save_json(
+    path: Path,
+    payload: dict,
+    command: Optional[str] = None,
+) -> Path:
     """Writes ``{"environment": ..., **payload}`` to path, making its folder; returns path."""
     path = Path(path)
     path.parent.mkdir(parents = True, exist_ok = True)
@@ -312,3 +316,23 @@ def plot_style():
     with plt.rc_context(look):
         yield plt
         plt.close("all")
+
+
+def grouped_bars(
+    axes,
+    labels: Sequence[str],
+    series: Dict[str, Sequence[float]],
+    unit: str,
+    colors: Dict[str, str],
+    number: str = "{:.2f}",
+) -> None:
+    """Grouped bars, values above. series: name -> values; colors: name -> key of COLORS."""
+    width = 0.84 / len(series)
+    for position, (name, values) in enumerate(series.items()):
+        places = [i - 0.42 + width * (position + 0.5) for i in range(len(labels))]
+        bars = axes.bar(places, values, width * 0.94, color = COLORS[colors[name]], label = name)
+        axes.bar_label(bars, [number.format(v) for v in values], fontsize = 5.5, padding = 1)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_ylabel(unit)
+    axes.margins(y = 0.16)
+    axes.legend(ncols = len(series), loc = "upper left", fontsize = 7)

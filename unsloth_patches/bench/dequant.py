@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""4-bit dequantize beside upstream's fast_dequantize, bitsandbytes and a copy of the same bytes.
+
+``python -m unsloth_patches bench dequant`` writes dequant_<gpu>.json and .png. GPU times are
+medians with the L2 cache flushed before every call; host times are what a call takes to return.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Callable, Dict, List, Tuple
+
+from . import harness
+
+# Projections [out, in]; k and v are one shape, as are gate and up.
+MODELS = {
+    name: {"q, o": (d, d), "k, v": (kv, d), "gate, up": (hidden, d), "down": (d, hidden)}
+    for name, d, kv, hidden in (
+        ("Llama-1B", 2048, 512, 8192),
+        ("Llama-8B", 4096, 1024, 14336),
+        ("Llama-70B", 8192, 1024, 28672),
+    )
+}
+OTHER_SHAPES = ((1024, 14336),)
+MLPS = ((2, 3333, 2048, 8192), (5, 777, 1024, 4096), (3, 2048, 4096, 14336))  # of the puzzle
+TOKENS = 8192  # of a training step: 4 sequences of 2048
+
+
+def shapes() -> List[Tuple[int, int]]:
+    """Every weight shape of the table, by size."""
+    found = {shape for model in MODELS.values() for shape in model.values()} | set(OTHER_SHAPES)
+    return sorted(found, key = lambda shape: (shape[0] * shape[1], shape))
+
+
+class Functions:
+    """The functions compared: ours as installed, upstream's stock one, and bitsandbytes'."""
+
+    def __init__(self):
+        import bitsandbytes.functional
+        import unsloth  # noqa: F401
+        from unsloth.kernels import nf4_dequantize, utils
+
+        self.ours = utils.fast_dequantize
+        self.upstream = getattr(self.ours, "__wrapped__", None)
+        if self.upstream is None:
+            raise RuntimeError(
+                "bench dequant: unsloth.kernels.utils.fast_dequantize is not the patched one, so "
+                "there is nothing to compare. See `python -m unsloth_patches status`."
+            )
+        self.many = nf4_dequantize.dequantize_4bit_many
+        self.bitsandbytes = bitsandbytes.functional.dequantize_4bit
+
+
+def make_weight(
+    shape,
+    dtype,
+    quant_type: str = "nf4",
+):
+    """(packed, quant_state): random values, double quantized by bitsandbytes, blocksize 64."""
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+
+    values = torch.randn(shape, dtype = dtype, device = "cuda")
+    return quantize_4bit(values, blocksize = 64, compress_statistics = True, quant_type = quant_type)
+
+
+def copy_of(packed, state) -> Callable[[], object]:
+    """A device copy that moves as many bytes as decoding that weight reads and writes."""
+    import torch
+
+    element = torch.empty(0, dtype = state.dtype).element_size()
+    total = packed.numel() + state.absmax.numel() + state.shape.numel() * element
+    source = torch.randint(0, 2**31 - 1, (total // 8,), dtype = torch.int32, device = "cuda")
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def check_equal(functions: Functions, packed, state) -> None:
+    """The three give the same bits, or the times compare nothing."""
+    import torch
+
+    every = (functions.ours, functions.upstream, functions.bitsandbytes)
+    results = [f(packed, state) for f in every]
+    integer = {2: torch.int16, 4: torch.int32}[results[0].element_size()]
+    bits = [result.view(integer) for result in results]
+    if not (torch.equal(bits[0], bits[2]) and torch.equal(bits[1], bits[2])):
+        raise RuntimeError(
+            f"bench dequant: results differ for {tuple(state.shape)}, {state.dtype}; times of "
+            "different results compare nothing. Run tests/test_nf4_dequantize.py on this GPU."
+        )
+
+
+def bench_single(functions: Functions, rounds: int, quick: bool) -> List[dict]:
+    """One weight a call: every shape, NF4 and FP4, bfloat16 and float16; float32 for three."""
+    import torch
+
+    cases = list(itertools.product(shapes(), (torch.bfloat16, torch.float16), ("nf4", "fp4")))
+    cases += [(s, torch.float32, "nf4") for s in ((1024, 4096), (4096, 4096), (4096, 14336))]
+    rows = []
+    for shape, dtype, quant_type in cases[:4] if quick else cases:
+        packed, state = make_weight(shape, dtype, quant_type)
+        check_equal(functions, packed, state)
+        times = harness.measure(
+            {
+                "upstream": lambda: functions.upstream(packed, state),
+                "bitsandbytes": lambda: functions.bitsandbytes(packed, state),
+                "ours": lambda: functions.ours(packed, state),
+                "copy": copy_of(packed, state),
+            },
+            rounds = rounds,
+        )
+        rows.append(
+            {
+                "shape": list(shape),
+                "dtype": str(dtype).replace("torch.", ""),
+                "quant_type": quant_type,
+                "us": times,
+            }
+        )
+    return rows
+
+
+def groups() -> Dict[str, List[Tuple[int, int]]]:
+    """Weights that share an input, by name."""
+    found = {}
+    for name, model in MODELS.items():
+        found[f"{name} Q, K, V"] = [model["q, o"], model["k, v"], model["k, v"]]
+        found[f"{name} gate, up"] = [model["gate, up"]] * 2
+    return found
+
+
+def bench_many(functions: Functions, rounds: int) -> List[dict]:
+    """Q, K, V and gate, up: separate calls beside one launch into one buffer; with host time."""
+    import torch
+
+    rows = []
+    for name, members in groups().items():
+        pairs = [make_weight(shape, torch.bfloat16) for shape in members]
+        whole = make_weight((sum(height for height, _ in members), members[0][1]), torch.bfloat16)
+        weights, states = map(list, zip(*pairs))
+        each = lambda f: [f(packed, state) for packed, state in pairs]
+        candidates = {
+            "upstream, separate": lambda: each(functions.upstream),
+            "bitsandbytes, separate": lambda: each(functions.bitsandbytes),
+            "ours, separate": lambda: each(functions.ours),
+            "ours, one launch": lambda: functions.many(weights, states),
+            "upstream, as one weight": lambda: functions.upstream(*whole),
+        }
+        rows.append(
+            {
+                "group": name,
+                "us": harness.measure(candidates, rounds = rounds),
+                "host_us": harness.host_time(candidates, calls = 60, rounds = 15),
+            }
+        )
+    return rows
+
+
+def bench_host(functions: Functions) -> dict:
+    """Host microseconds of a call on a small weight, fresh output and Unsloth's global buffer."""
+    import torch
+
+    packed, state = make_weight((512, 2048), torch.bfloat16)
+    _, fp4_state = fp4 = make_weight((512, 2048), torch.bfloat16, "fp4")
+    return harness.host_time(
+        {
+            "upstream": lambda: functions.upstream(packed, state),
+            "ours": lambda: functions.ours(packed, state),
+            "bitsandbytes": lambda: functions.bitsandbytes(packed, state),
+            "upstream, global buffer": lambda: functions.upstream(packed, state, None, True),
+            "ours, global buffer": lambda: functions.ours(packed, state, None, True),
+            "upstream, FP4": lambda: functions.upstream(*fp4),
+            "ours, FP4": lambda: functions.ours(*fp4),
+            "torch.empty": lambda: torch.empty(
+                state.shape, dtype = state.dtype, device = packed.device
+            ),
+        }
+    )
+
+
+def bench_mlp(functions: Functions, calls: int) -> List[dict]:
+    """The NF4 puzzle's harness: a Linear4bit MLP's three weights decoded, each waited for."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    rows = []
+    for batch, length, width, hidden in MLPS:
+        dtype = torch.float16 if width == 2048 else torch.bfloat16
+        sizes = ((width, hidden), (width, hidden), (hidden, width))
+        layers = [
+            Linear4bit(
+                *size,
+                bias = False,
+                compute_dtype = dtype,
+                compress_statistics = True,
+                quant_type = "nf4",
+            )
+            .to(dtype)
+            .to("cuda")
+            for size in sizes
+        ]
+        tensors = [(layer.weight, layer.weight.quant_state) for layer in layers]
+
+        def repeat(f):
+            for _ in range(calls // 10):
+                for packed, state in tensors:
+                    f(packed, state)
+                    torch.cuda.synchronize()
+
+        times = harness.wall_time(
+            {
+                "bitsandbytes": lambda: repeat(functions.bitsandbytes),
+                "upstream": lambda: repeat(functions.upstream),
+                "ours": lambda: repeat(functions.ours),
+            },
+            rounds = 10,
+        )
+        seconds = {name: time["median"] * 10 for name, time in times.items()}
+        rows.append({"mlp": [batch, length, width, hidden], "calls": calls, "seconds": seconds})
+    return rows
+
+
+def bench_backward(functions: Functions, rounds: int) -> List[dict]:
+    """Is one launch worth wiring in? dX of the projections that share an input, weights included.
+
+    As fast_lora.py computes it: decode, multiply, add. Separately, each dense weight is freed
+    before the next is decoded; decoded together, all are in memory at once (Llama-8B's Q, K and V:
+    48 MiB instead of 32; gate and up: 224 instead of 112).
+    """
+    import torch
+
+    rows = []
+    for name, members in groups().items():
+        if "70B" in name:
+            continue
+        pairs = [make_weight(shape, torch.bfloat16) for shape in members]
+        weights, states = map(list, zip(*pairs))
+        grads = [
+            torch.randn(TOKENS, height, dtype = torch.bfloat16, device = "cuda")
+            for height, _ in members
+        ]
+        dX = torch.empty(TOKENS, members[0][1], dtype = torch.bfloat16, device = "cuda")
+
+        def separate(f):
+            for i, ((packed, state), grad) in enumerate(zip(pairs, grads)):
+                dense = f(packed.t(), state).t()
+                torch.mm(grad, dense, out = dX) if i == 0 else dX.addmm_(grad, dense)
+                del dense
+
+        def together():
+            for i, (dense, grad) in enumerate(zip(functions.many(weights, states), grads)):
+                torch.mm(grad, dense, out = dX) if i == 0 else dX.addmm_(grad, dense)
+
+        candidates = {
+            "upstream, separate": lambda: separate(functions.upstream),
+            "ours, separate": lambda: separate(functions.ours),
+            "ours, one launch": together,
+        }
+        times = harness.measure(candidates, rounds = rounds)
+        rows.append({"group": name, "tokens": TOKENS, "us": times})
+    return rows
+
+
+def bench_ablation(rounds: int) -> List[dict]:
+    """What the 16-byte hints and the PTX decode are worth: the same kernel without one of them."""
+    import torch
+    from unsloth.kernels import nf4_launch, nf4_plan
+
+    rows = []
+    for shape in ((1024, 4096), (4096, 14336)):
+        packed, state = make_weight(shape, torch.bfloat16)
+        plan = nf4_plan.plan_for(packed, state)
+        out = plan.empty()
+        chunks, warps, _ = nf4_launch.settings(plan.index)
+        constants = nf4_launch.constants_of(plan.format, 16, [plan.numel], plan.index)
+        kernel, grid, arguments = nf4_launch.arguments_of(
+            [(packed, *plan.tensors)], out, [plan.numel], chunks
+        )
+
+        def variant(**changed):
+            options = {**constants, **changed}
+            return lambda: kernel[(grid,)](*arguments, **options, num_warps = warps)
+
+        times = harness.measure(
+            {
+                "as shipped": variant(),
+                "without hints": variant(ALIGN = 4),
+                "without PTX": variant(PTX = False),
+                "guarded throughout": variant(ALIGN = 1, ON_GRID = False),
+            },
+            rounds = rounds,
+        )
+        rows.append({"shape": list(shape), "us": times})
+    return rows
+
+
+def ratios(rows: List[dict], over: str, **where) -> List[float]:
+    """ours / ``over`` of the rows that match."""
+    return [
+        row["us"]["ours"]["median"] / row["us"][over]["median"]
+        for row in rows
+        if all(row[key] == value for key, value in where.items())
+    ]
+
+
+def summarize(rows: List[dict]) -> dict:
+    """Geometric means and extremes: what the goals are about."""
+    half = [row for row in rows if row["dtype"] != "float32"]
+    elements = lambda row: row["shape"][0] * row["shape"][1]
+    large = [row for row in half if elements(row) >= 2**24]
+    medium = [row for row in half if elements(row) >= 2**22]
+    nf4 = ratios(half, "upstream", quant_type = "nf4")
+    summary = {
+        "NF4 time / upstream, geometric mean": harness.geometric_mean(nf4),
+        "NF4 time / upstream, worst": max(nf4),
+    }
+    if large:
+        fp4 = ratios(large, "upstream", quant_type = "fp4")
+        copies = ratios(large, "copy", quant_type = "nf4")
+        summary["NF4 time / copy from 16 M elements, worst"] = max(copies)
+        summary["FP4 speedup over upstream from 16 M elements, least"] = 1 / max(fp4)
+    if medium:
+        peers = ratios(medium, "bitsandbytes", quant_type = "nf4")
+        summary["NF4 speedup over bitsandbytes from 4 M elements, least"] = 1 / max(peers)
+    return summary
+
+
+def print_tables(results: dict) -> None:
+    """The tables of the README."""
+    rows = []
+    for row in results["single"]:
+        us = {name: time["median"] for name, time in row["us"].items()}
+        name = f"{row['shape'][0]} x {row['shape'][1]} {row['quant_type']} {row['dtype']}"
+        rows.append(
+            [name, us["upstream"], us["bitsandbytes"], us["ours"], us["copy"]]
+            + [us["ours"] / us["upstream"], us["ours"] / us["copy"]]
+        )
+    columns = ["weight", "upstream", "bitsandbytes", "ours", "copy", "ours/upstream", "ours/copy"]
+    harness.print_table("GPU microseconds", columns, rows)
+    titles = {"many": "several weights, GPU us", "backward": f"dX with {TOKENS} tokens, GPU us"}
+    for key, title in titles.items():
+        for row in results[key]:
+            values = {name: round(time["median"], 1) for name, time in row["us"].items()}
+            print(f"{title}: {row['group']}: {values}")
+            if "host_us" in row:
+                print("   host us:", {n: round(t["median"], 1) for n, t in row["host_us"].items()})
+    print("host us a call:", {n: round(t["median"], 2) for n, t in results["host"].items()})
+    for row in results["mlp"]:
+        print(f"MLP {row['mlp']}, {row['calls']} calls, seconds:", row["seconds"])
+    for row in results["ablation"]:
+        print("ablation", row["shape"], {n: round(t["median"], 1) for n, t in row["us"].items()})
+    for name, value in results["summary"].items():
+        print(f"{name}: {value:.3f}")
+
+
+def _plot_single(axes, rows, quant_type):
+    chosen = [r for r in rows if r["quant_type"] == quant_type and r["dtype"] == "bfloat16"]
+    median = lambda row, name: row["us"][name]["median"]
+    labels = [f"{r['shape'][0]}\nx {r['shape'][1]}" for r in chosen]
+    names = {"bitsandbytes": "peer", "upstream": "upstream", "ours": "ours"}
+    series = {n: [median(r, n) / median(r, "copy") for r in chosen] for n in names}
+    harness.grouped_bars(axes, labels, series, "time / copy of the same bytes", names)
+    axes.axhline(1, color = harness.COLORS["baseline"], linewidth = 0.8)
+    axes.set_title(f"{quant_type.upper()} to bfloat16, one weight (1 = a copy of the same bytes)")
+    axes.tick_params(axis = "x", labelsize = 7)
+
+
+def plot(results: dict, path: Path, gpu: str) -> None:
+    """Writes the PNG: NF4 and FP4 by shape, several weights at once, host time of a call."""
+    with harness.plot_style() as plt:
+        figure = plt.figure(figsize = (11, 9.5))
+        grid = figure.add_gridspec(3, 2)
+        _plot_single(figure.add_subplot(grid[0, :]), results["single"], "nf4")
+        _plot_single(figure.add_subplot(grid[1, :]), results["single"], "fp4")
+
+        axes = figure.add_subplot(grid[2, 0])
+        names = {
+            "upstream, separate": "upstream",
+            "ours, separate": "extra",
+            "ours, one launch": "ours",
+        }
+        base = [r["us"]["upstream, separate"]["median"] for r in results["many"]]
+        series = {
+            n: [b / r["us"][n]["median"] for b, r in zip(base, results["many"])] for n in names
+        }
+        labels = [r["group"].replace(" ", "\n", 1) for r in results["many"]]
+        harness.grouped_bars(axes, labels, series, "speedup over upstream's calls", names)
+        axes.tick_params(axis = "x", labelsize = 7)
+        axes.set_title("Several weights that share an input, GPU time")
+
+        axes = figure.add_subplot(grid[2, 1])
+        host = {name: time["median"] for name, time in results["host"].items()}
+        kinds = {"NF4": "", "NF4, global buffer": ", global buffer", "FP4": ", FP4"}
+        names = {"upstream": "upstream", "ours": "ours"}
+        series = {n: [host[n + suffix] for suffix in kinds.values()] for n in names}
+        harness.grouped_bars(axes, list(kinds), series, "host microseconds a call", names, "{:.1f}")
+        axes.set_title("Host time of a call (512 x 2048)")
+        figure.suptitle(f"4-bit dequantize on one {gpu}: GPU medians, L2 flushed", fontsize = 11)
+        path.parent.mkdir(parents = True, exist_ok = True)
+        figure.savefig(path)
+
+
+def run(out: Path, quick: bool = False) -> int:
+    """Runs the benchmark into folder ``out``; returns a process exit code."""
+    if not harness.gpu_available("dequant"):
+        return 2
+    import torch
+
+    functions = Functions()
+    rounds = 20 if quick else 100
+    results = {"single": bench_single(functions, rounds, quick)}
+    results["many"] = bench_many(functions, rounds)
+    results["host"] = bench_host(functions)
+    results["mlp"] = bench_mlp(functions, 100 if quick else 1000)
+    results["backward"] = bench_backward(functions, rounds // 4)
+    results["ablation"] = bench_ablation(rounds)
+    results["summary"] = summarize(results["single"])
+    print_tables(results)
+
+    name = torch.cuda.get_device_name().split()[-1].lower()
+    command = "python -m unsloth_patches bench dequant" + (" --quick" if quick else "")
+    harness.save_json(Path(out) / f"dequant_{name}.json", results, command)
+    plot(results, Path(out) / f"dequant_{name}.png", torch.cuda.get_device_name())
+    return 0
