@@ -102,6 +102,63 @@ PATCHES: Tuple[Patch, ...] = (
         ),
         tests = {"tests/test_nf4_dequantize.py": "interpreter"},
     ),
+    Patch(
+        name = "linear-loss",
+        title = "Compute the loss from the head without the logits, with everything nn.CrossEntropyLoss has",
+        targets = (
+            Target(
+                attribute = "unsloth.kernels.cross_entropy_loss:fast_cross_entropy_loss",
+                replacement = "fused_loss:replace_fast_cross_entropy_loss",
+            ),
+            Target(
+                attribute = "unsloth.models._utils:unsloth_fused_ce_loss",
+                replacement = "fused_loss:replace_unsloth_fused_ce_loss",
+            ),
+            Target(
+                attribute = "unsloth.models._utils:_unsloth_pre_compute_loss",
+                replacement = "fused_loss:replace_unsloth_pre_compute_loss",
+            ),
+            Target(
+                attribute = "unsloth.models.llama:CausalLM_fast_forward",
+                replacement = "fused_loss:replace_CausalLM_fast_forward",
+            ),
+            Target(
+                attribute = "unsloth.models.mistral:MistralForCausalLM_fast_forward",
+                replacement = "fused_loss:replace_MistralForCausalLM_fast_forward",
+            ),
+            # 2026.10.7 has no CPU backend.
+            Target(
+                attribute = "unsloth_zoo.cpu.ops:chunked_linear_cross_entropy",
+                replacement = "fused_loss:replace_chunked_linear_cross_entropy",
+                wired_in = "unsloth/_cpu_init.py",
+                optional = True,
+            ),
+            Target(
+                attribute = "unsloth_zoo.cpu.loader:patch_chunked_causal_lm_loss",
+                replacement = "fused_loss:replace_patch_chunked_causal_lm_loss",
+                wired_in = "unsloth/_cpu_init.py",
+                optional = True,
+            ),
+        ),
+        modules = (
+            "fused_loss.py",
+            "loss_options.py",
+            "kernels/chunk_rows.py",
+            "kernels/cross_entropy_kernel.py",
+            "kernels/cross_entropy_rows.py",
+            "kernels/cross_entropy_torch.py",
+            "kernels/dense_cross_entropy.py",
+            "kernels/linear_chunks.py",
+            "kernels/linear_cross_entropy.py",
+            "kernels/linear_log_probs.py",
+            "kernels/linear_loss.py",
+            "kernels/log_probs_kernel.py",
+        ),
+        tests = {
+            "tests/test_linear_loss.py": "cpu",
+            "tests/test_cross_entropy_parity.py": "interpreter",
+        },
+    ),
 )
 
 
