@@ -78,6 +78,57 @@ PATCHES: Tuple[Patch, ...] = (
         tests = {"tests/test_chat_template.py": "cpu"},
     ),
     Patch(
+        name = "parallel-tool-calls",
+        title = "Render, check, mask and parse several tool calls in one message of Llama 3.x",
+        targets = (
+            Target(
+                attribute = "unsloth.ollama_template_mappers:OLLAMA_TEMPLATES",
+                replacement = "tool_call_templates:replace_ollama_templates",
+            ),
+            Target(
+                attribute = "unsloth.chat_templates:get_chat_template",
+                replacement = "tool_calls:replace_get_chat_template",
+                # 2026.10.9, .7
+                fingerprints = frozenset(["6964c9950024548e", "a2da57caf2ff94fa"]),
+            ),
+            Target(
+                attribute = "unsloth.chat_templates:train_on_responses_only",
+                # No fingerprint: stock wraps unsloth_zoo's function; the replacement checks the signature.
+                replacement = "tool_call_training:replace_train_on_responses_only",
+            ),
+            Target(
+                attribute = "unsloth.chat_templates:standardize_data_formats",
+                replacement = "tool_call_datasets:replace_standardize_data_formats",
+            ),
+            Target(
+                attribute = "unsloth.chat_templates:standardize_sharegpt",
+                replacement = "tool_call_datasets:replace_standardize_data_formats",
+            ),
+            # unsloth.standardize_sharegpt without a GPU; 2026.10.7 has no CPU backend.
+            Target(
+                attribute = "unsloth._cpu_init:standardize_data_formats",
+                replacement = "tool_call_datasets:replace_standardize_data_formats",
+                optional = True,
+            ),
+        ),
+        modules = (
+            "tool_calls.py",
+            "tool_call_datasets.py",
+            "tool_call_messages.py",
+            "tool_call_parser.py",
+            "tool_call_schemas.py",
+            "tool_call_templates.py",
+            "tool_call_training.py",
+        ),
+        tests = {
+            "tests/test_parallel_tool_calls.py": "cpu",
+            "tests/test_tool_call_ollama.py": "cpu",
+            "tests/test_tool_call_parsing.py": "cpu",
+            "tests/test_tool_call_training.py": "cpu",
+        },
+        requires = ("llama-chat-templates",),
+    ),
+    Patch(
         name = "nf4-dequantize",
         title = "Dequantize every bitsandbytes 4-bit weight in one Triton launch",
         targets = (
