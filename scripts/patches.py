@@ -29,14 +29,14 @@ from _patches.check import export as write_patches
 from _patches.forms import FORMS, FormResult, run_form
 from _patches.lint import problems
 from _patches.project import Project
-from _patches.rebase import CLEAN, MERGED, STALE, new_pins
+from _patches.rebase import CLEAN, MERGED, NEWER, STALE, new_pins
 from _patches.rebase import rebase as try_rebase
 from _patches.upstream import read_pins, write_pins
 
 app = typer.Typer(help = __doc__, no_args_is_help = True, add_completion = False, rich_markup_mode = None)
 console = Console(highlight = False, soft_wrap = True)
 errors = Console(stderr = True, highlight = False, soft_wrap = True)
-COLOURS = {CLEAN: "green", MERGED: "yellow", STALE: "red"}
+COLOURS = {CLEAN: "green", MERGED: "yellow", STALE: "red", NEWER: "cyan"}
 
 
 @contextmanager

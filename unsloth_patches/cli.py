@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""The command line: ``python -m unsloth_patches status | doctor | demo | bench``."""
+"""The command line: ``python -m unsloth_patches status | doctor | demo | plan | bench``."""
 
 from __future__ import annotations
 
@@ -112,6 +112,58 @@ def doctor(
     raise typer.Exit(1 if any(finding.verdict == "problem" for finding in findings) else 0)
 
 
+@app.command()
+def demo(
+    model: Optional[Path] = typer.Option(
+        None, help = "Folder of a local checkpoint to train. Default: make a small random model."
+    ),
+    out: Path = typer.Option(
+        Path("demo_output"), help = "Folder for the adapter, the plot and the report."
+    ),
+    steps: Optional[int] = typer.Option(
+        None, help = "Optimizer steps. Default: 450 for the small model, 60 for a checkpoint."
+    ),
+    seed: int = typer.Option(3407, help = "Order of the training data."),
+    prompts: int = typer.Option(30, help = "Held-out prompts with one call; half as many with two."),
+) -> None:
+    """Fine-tune a model on tool calls with the patches in, and show what it learned."""
+    from .demo import run
+
+    raise typer.Exit(run(model, out, steps = steps, seed = seed, prompts = prompts))
+
+
+@app.command()
+def plan(
+    model: Path = typer.Option(..., help = "config.json, or a folder that holds one."),
+    gpus: int = typer.Option(..., help = "Ranks that share the frozen weights."),
+    memory: float = typer.Option(..., help = "Memory of one GPU, GiB."),
+    tokens: int = typer.Option(4096, help = "Tokens of one micro-batch on one GPU."),
+    rank: int = typer.Option(16, help = "LoRA rank, on all seven linears of a block."),
+    checkpointing: str = typer.Option("unsloth", help = "unsloth, on or off."),
+    host: Optional[float] = typer.Option(
+        None, help = "Memory of one host, GiB. Default: not limited."
+    ),
+    gpus_per_host: int = typer.Option(8, help = "Ranks of one host."),
+    offload: str = typer.Option("auto", help = "auto, never, blocks:K or all."),
+    sweep: bool = typer.Option(False, help = "One line for each power of two up to --gpus."),
+) -> None:
+    """Would QLoRA on this model train on these GPUs under FSDP2, and with what offload? No GPU needed."""
+    from .plan import plan as compute
+
+    raise typer.Exit(
+        compute(
+            model,
+            gpus,
+            memory,
+            tokens = tokens,
+            rank = rank,
+            checkpointing = checkpointing,
+            host = host,
+            gpus_per_host = gpus_per_host,
+            offload = offload,
+            sweep = sweep,
+        )
+    )
 
 
 @app.command()

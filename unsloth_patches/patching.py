@@ -163,6 +163,14 @@ def _misfit(target: Target) -> str:
     return ""
 
 
+def _patch_misfit(patch: Patch) -> str:
+    """Why a patch cannot go in whole, judged by the sources alone; empty where it can."""
+    reason = next(filter(None, map(_misfit, patch.targets)), "")
+    return (
+        f"made for Unsloth {patch.since} and newer: {reason}" if reason and patch.since else reason
+    )
+
+
 def _preflight(record: _Record) -> None:
     if _is_upstreamed(record.patch):
         record.state, record.reason = UPSTREAMED, "this Unsloth already contains it"
@@ -171,10 +179,9 @@ def _preflight(record: _Record) -> None:
         other = _records()[name]
         if other.state in (SKIPPED, FAILED):
             raise _Unsupported(f"needs {name}, which is {other.state}: {other.reason}")
-    for target in record.patch.targets:
-        reason = _misfit(target)
-        if reason:
-            raise _Unsupported(reason)
+    reason = _patch_misfit(record.patch)
+    if reason:
+        raise _Unsupported(reason)
     record.checked = True
 
 
@@ -361,7 +368,7 @@ def _status_of(record: _Record) -> PatchStatus:
     if state == PENDING and _is_upstreamed(record.patch):
         state, reason = UPSTREAMED, "this Unsloth already contains it"
     elif state == PENDING:
-        misfit = next(filter(None, map(_misfit, record.patch.targets)), "")
+        misfit = _patch_misfit(record.patch)
         outlook = f"will be skipped: {misfit}" if misfit else "will apply"
         reason = f"{outlook}; waits for {', '.join(waiting)}"
     elif state == APPLIED and waiting:

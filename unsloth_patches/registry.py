@@ -50,6 +50,7 @@ class Patch:
     tests: test file -> world it runs in, ``"cpu"`` (Unsloth's CPU backend) or ``"interpreter"``
         (GPU code paths, Triton kernels in the interpreter).
     requires: names of patches that have to be in before this one; they stand earlier in ``PATCHES``.
+    since: the oldest release that has what it builds on; with an older one it is skipped.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Patch:
     modules: Tuple[str, ...] = ()
     tests: Dict[str, str] = field(default_factory = dict)
     requires: Tuple[str, ...] = ()
+    since: str = ""
 
 
 PATCHES: Tuple[Patch, ...] = (
@@ -209,6 +211,82 @@ PATCHES: Tuple[Patch, ...] = (
             "tests/test_linear_loss.py": "cpu",
             "tests/test_cross_entropy_parity.py": "interpreter",
         },
+    ),
+    Patch(
+        name = "fsdp2-sharded-4bit",
+        title = "Load 4-bit weights under native FSDP2 as one shard a rank",
+        targets = (
+            Target(
+                attribute = "unsloth.models.fsdp2_load:sharded_load_env",
+                replacement = "models.fsdp2_sharded_4bit:replace_sharded_load_env",
+                fingerprints = frozenset({"ee87d3d93a2efb32"}),
+            ),
+            Target(
+                attribute = "unsloth.models.fsdp2_load:begin_shard",
+                replacement = "models.fsdp2_sharded_4bit:replace_begin_shard",
+                fingerprints = frozenset({"36852de07d4541e7"}),
+            ),
+            Target(
+                attribute = "unsloth.models.fsdp2_load:finish_shard",
+                replacement = "models.fsdp2_sharded_4bit:replace_finish_shard",
+                fingerprints = frozenset({"43ac82533b55e12c"}),
+            ),
+            Target(
+                attribute = "unsloth._cpu_init:FastLanguageModel.from_pretrained",
+                replacement = "fsdp2_cpu_load:replace_cpu_from_pretrained",
+            ),
+            Target(
+                attribute = "unsloth.models.fsdp2_save:_gather_full",
+                replacement = "models.fsdp2_sharded_save:replace_gather_full",
+                fingerprints = frozenset({"241be9beacc7af51"}),
+            ),
+            Target(
+                attribute = "unsloth.models.fsdp2_save:fsdp2_gathered",
+                replacement = "models.fsdp2_sharded_save:replace_fsdp2_gathered",
+                fingerprints = frozenset({"64625703a0a5ffac"}),
+            ),
+            Target(
+                attribute = "unsloth.models.fsdp2_native:native_full_state_dict",
+                replacement = "models.fsdp2_sharded_save:replace_native_full_state_dict",
+                fingerprints = frozenset({"e56be29fbb410847"}),
+            ),
+        ),
+        modules = (
+            "fsdp2_cpu_load.py",
+            "models/fsdp2_checkpoint.py",
+            "models/fsdp2_param_init.py",
+            "models/fsdp2_sharded_4bit.py",
+            "models/fsdp2_sharded_load.py",
+            "models/fsdp2_sharded_params.py",
+            "models/fsdp2_sharded_save.py",
+        ),
+        tests = {"tests/test_fsdp2_sharded_4bit.py": "cpu"},
+        since = "2026.10.9",
+    ),
+    Patch(
+        name = "fsdp2-offload-plan",
+        title = "Offload frozen weights under native FSDP2 by what fits",
+        targets = (
+            Target(
+                attribute = "unsloth.models.fsdp2_native:shard_model",
+                replacement = "models.fsdp2_offload_apply:replace_shard_model",
+                fingerprints = frozenset({"91e99b737fc53ea5"}),
+            ),
+            Target(
+                attribute = "unsloth.models.fsdp2_native:native_fsdp2_trainer_setup",
+                replacement = "models.fsdp2_offload_apply:replace_native_fsdp2_trainer_setup",
+                fingerprints = frozenset({"b803af7aea71b62a"}),
+            ),
+        ),
+        modules = (
+            "models/fsdp2_model_shape.py",
+            "models/fsdp2_offload_apply.py",
+            "models/fsdp2_offload_plan.py",
+            "models/fsdp2_usable_memory.py",
+        ),
+        tests = {"tests/test_fsdp2_offload_plan.py": "cpu"},
+        requires = ("fsdp2-sharded-4bit",),
+        since = "2026.10.9",
     ),
 )
 

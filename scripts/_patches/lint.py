@@ -24,6 +24,7 @@ PROJECT_ONLY = {
     "patching.py",
     "fingerprints.py",
     "doctor.py",
+    "plan.py",
 }
 PROJECT_FOLDERS = {"bench", "demo"}
 # Lines of a message that git am would take for the end of it or for a mail header.

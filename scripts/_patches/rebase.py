@@ -17,12 +17,13 @@ from .project import Project
 from .upstream import Release, get_release, read_pins
 from .wiring import wired_path
 
-CLEAN, MERGED, STALE = "clean", "merged", "stale"
+CLEAN, MERGED, STALE, NEWER = "clean", "merged", "stale", "not for it"
 
 
 @dataclass
 class Outcome:
-    """How one patch fares: ``state`` is clean, merged (git moved hunks) or stale; ``notes`` say where."""
+    """How one patch fares: clean, merged (git moved hunks), stale, or not for it (the release is older
+    than what the patch builds on); ``notes`` say where."""
 
     name: str
     state: str = CLEAN
@@ -38,6 +39,10 @@ def rebase(project: Project, version: str, scratch: Path) -> List[Outcome]:
     for patch in project.patches:
         outcome = Outcome(patch.name)
         outcomes.append(outcome)
+        if patch.since and _numbers(version) < _numbers(patch.since):
+            outcome.state = NEWER
+            outcome.notes.append(f"made for {patch.since} and newer")
+            continue
         lost = [o.name for o in outcomes if o.name in patch.requires and o.state == STALE]
         if lost:
             outcome.state = STALE
@@ -57,6 +62,10 @@ def rebase(project: Project, version: str, scratch: Path) -> List[Outcome]:
     if broken:
         outcomes.append(Outcome("compile", STALE, broken))
     return outcomes
+
+
+def _numbers(version: str) -> List[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
 
 
 def new_pins(project: Project, version: str, scratch: Path) -> dict:

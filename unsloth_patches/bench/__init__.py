@@ -6,4 +6,4 @@ Each module has ``run(out: Path, quick: bool = False) -> int``; the figures that
 anywhere stand under ``results/`` with the GPU, the versions and the command that made them.
 """
 
-BENCHMARKS = ("dequant", "loss", "chunk-size")
+BENCHMARKS = ("dequant", "loss", "chunk-size", "loss-training", "fsdp2")

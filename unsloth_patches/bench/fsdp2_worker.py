@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""One rank of `bench fsdp2`: load, wrap and train every case of a JSON list, and write what was
+measured.
+
+    RANK=0 WORLD_SIZE=2 ... python -m unsloth_patches.bench.fsdp2_worker cases.json result.json
+    ours|upstream
+
+Ranks that share one GPU (REHEARSE_ON_ONE_GPU=1) talk through gloo: their memory is their own and
+counts, their times do not.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import sys
+import time
+
+STEPS = 4
+WARMUP = 1
+
+
+def _gib(count: float) -> float:
+    return round(count / 2**30, 4)
+
+
+class Memory:
+    """Peak of torch's allocator on this rank since the last `reset`; zeros without a GPU."""
+
+    def __init__(self, torch):
+        self.cuda = torch.cuda if torch.cuda.is_available() else None
+
+    def reset(self) -> None:
+        if self.cuda:
+            self.cuda.synchronize()
+            self.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int:
+        if not self.cuda:
+            return 0
+        self.cuda.synchronize()
+        return self.cuda.max_memory_allocated()
+
+    def now(self) -> int:
+        return self.cuda.memory_allocated() if self.cuda else 0
+
+
+def _environment(case: dict, mode: str) -> None:
+    layout = case.get("layout", "auto")
+    os.environ["UNSLOTH_FSDP2_LAYOUT"] = layout
+    os.environ["UNSLOTH_FSDP2_SHARDED_LOAD"] = (
+        "0" if case.get("whole") or mode == "upstream" else ""
+    )
+    os.environ["UNSLOTH_PATCHES_OFFLOAD"] = case.get("offload", "never")
+
+
+def _fraction(torch, gib) -> None:
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(
+            1.0 if not gib else min(gib * 2**30 / total, 1.0)
+        )
+
+
+def run_case(case: dict, mode: str) -> dict:
+    """Measurements of one case; an error is one of them."""
+    import torch
+    import torch.distributed as dist
+
+    found = {"stage": "load"}
+    try:
+        _environment(case, mode)
+        _fraction(torch, case.get("card_gib"))
+        _measure(case, found)
+    except torch.OutOfMemoryError as error:
+        found["error"] = f"out of memory: {str(error)[:160]}"
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {str(error)[:600]}"
+    found["host_peak"] = _gib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if "error" in found and dist.is_initialized():
+        found["last"] = (
+            True  # the other ranks may wait in a collective: nothing can follow in this process
+        )
+    return found
+
+
+def _load(case: dict, found: dict, memory: Memory):
+    import torch
+    from unsloth import FastLanguageModel
+
+    memory.reset()
+    begin = time.perf_counter()
+    model, _ = FastLanguageModel.from_pretrained(
+        case["checkpoint"], max_seq_length = case["length"], load_in_4bit = True, dtype = torch.bfloat16
+    )
+    found.update(load_s = round(time.perf_counter() - begin, 2), load_peak = _gib(memory.peak()))
+    found.update(after_load = _gib(memory.now()), stage = "wrap")
+    return FastLanguageModel.get_peft_model(
+        model, r = 16, lora_alpha = 16, random_state = 1, use_gradient_checkpointing = case["checkpointing"]
+    )
+
+
+def _wrap(model, found: dict, memory: Memory):
+    memory.reset()
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        from torch.distributed.fsdp import FSDPModule
+        from unsloth.models.fsdp2_native import shard_model
+
+        model = shard_model(model)
+        for unit in model.modules():
+            if isinstance(unit, FSDPModule) and os.environ.get("REHEARSE_ON_ONE_GPU"):
+                unit.set_force_sum_reduction_for_comms(True)  # gloo knows no average
+    found.update(wrap_peak = _gib(memory.peak()), after_wrap = _gib(memory.now()), stage = "train")
+    plan = model.__dict__.get("_fsdp2_offload_plan")
+    if plan is not None:
+        found["offloaded_blocks"] = len(plan.blocks)
+    return model
+
+
+def _measure(case: dict, found: dict) -> None:
+    """Load, wrap and train one case. In a function of its own, so that nothing of it outlives the
+    case.
+    """
+    import torch
+    from unsloth import FastLanguageModel
+
+    world = int(os.environ["WORLD_SIZE"])
+    memory = Memory(torch)
+    model = _wrap(_load(case, found, memory), found, memory)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr = 1e-4, foreach = False
+    )
+    FastLanguageModel.for_training(model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, case["vocab"], (max(world, 2), case["length"]), generator = generator).to(
+        device
+    )
+    rows = [int(os.environ["RANK"])] if world > 1 else range(case.get("micro_batches", 1))
+    memory.reset()
+    losses, seconds = [], []
+    for _ in range(case.get("steps", STEPS)):
+        begin = time.perf_counter()
+        total = 0.0
+        for row in rows:
+            with torch.autocast(device, dtype = torch.bfloat16):
+                loss = model(input_ids = ids[[row]], labels = ids[[row]]).loss / len(rows)
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    middle = sorted(seconds[WARMUP:])[len(seconds[WARMUP:]) // 2]
+    found.update(
+        train_peak = _gib(memory.peak()),
+        step_s = round(middle, 4),
+        tokens_per_s = round(case["length"] * (world if world > 1 else len(rows)) / middle, 1),
+        losses = [round(value, 5) for value in losses],
+        stage = "done",
+    )
+
+
+def main() -> None:
+    cases_file, result_file, mode = sys.argv[1:4]
+    with open(cases_file, encoding = "utf-8") as handle:
+        cases = json.load(handle)
+    if mode == "ours":
+        import unsloth_patches  # noqa: F401
+    import torch
+    import unsloth  # noqa: F401
+
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        import torch.distributed as dist
+
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        gloo = os.environ.get("REHEARSE_ON_ONE_GPU") or not torch.cuda.is_available()
+        dist.init_process_group("gloo" if gloo else "nccl")
+    with open(result_file, "w", encoding = "utf-8") as out:
+        for case in cases:
+            found = run_case(case, mode)
+            out.write(json.dumps({"case": case, **found}) + "\n")
+            out.flush()
+            if found.get("last"):
+                break
+    os._exit(0)  # after a failure in a collective an ordinary exit could wait for it
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""The CPU backend's `from_pretrained` under FSDP2 (gloo ranks: tests, and machines without GPUs).
+
+Apart from `models/`, because importing that package loads Unsloth's GPU stack, which the CPU backend
+leaves out on purpose.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any, Callable
+
+
+def replace_cpu_from_pretrained(stock: Callable) -> Any:
+    """`FastLanguageModel.from_pretrained` of the CPU backend: 4-bit loads are sharded as on a GPU.
+
+    Without UNSLOTH_FSDP2 and UNSLOTH_FSDP2_SHARDED_LOAD in the environment it is the stock function.
+    """
+
+    @functools.wraps(stock)
+    def from_pretrained(*args, **kwargs):
+        if not (os.environ.get("UNSLOTH_FSDP2") and os.environ.get("UNSLOTH_FSDP2_SHARDED_LOAD")):
+            return stock(*args, **kwargs)
+        from .models.fsdp2_sharded_4bit import replace_sharded_load_env
+
+        return replace_sharded_load_env(lambda loader: loader)(stock)(*args, **kwargs)
+
+    return staticmethod(from_pretrained)

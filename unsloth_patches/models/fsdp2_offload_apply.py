@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""Put an offload plan into effect on a model that native FSDP2 has sharded.
+
+Only frozen parameters move: their shards to (pinned) host memory, from where every gather copies
+them to the device first. FSDP2 has one offload policy for a whole unit; here its flag is set on
+single parameters, so LoRA factors, their gradients and the optimizer stay on the device.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+from typing import Any, Callable, Iterator, Optional, Tuple, Union
+
+import torch
+
+from .fsdp2_offload_plan import (
+    LORA_TARGETS,
+    OffloadPlan,
+    evenly_spaced,
+    offload_override,
+    plan_offload,
+)
+from .fsdp2_sharded_params import fsdp_params, shard_of
+
+__all__ = ["offload_blocks", "offload_sharded_model"]
+
+_PLAN = "_fsdp2_offload_plan"
+_batch_tokens: contextvars.ContextVar = contextvars.ContextVar("offload_batch_tokens", default = None)
+# Tokens of a micro-batch of the Trainer that is being built.
+
+
+def offload_blocks(
+    model: torch.nn.Module,
+    blocks: Tuple[int, ...],
+    tables: bool = False,
+    pin: Optional[bool] = None,
+) -> int:
+    """Move the frozen shards of the decoder blocks `blocks` (indices of FSDP2 units in order) to
+    host memory, with `tables` those of the root unit too (embedding, head, last norm).
+
+    pin: page-locked memory; default: where the mesh is on a GPU. Returns the bytes moved off this
+    rank's device. Raises ValueError if `model` is not sharded block by block.
+    """
+    units = list(getattr(model, "_unsloth_fsdp2_units", None) or ())
+    if not units or max(blocks, default = -1) >= len(units):
+        raise ValueError(
+            f"offload_blocks: blocks {blocks} of a model with {len(units)} FSDP2 units; shard it "
+            "block by block "
+            "with unsloth.models.fsdp2_native.shard_model first."
+        )
+    chosen = [units[index] for index in blocks]
+    moved = sum(_to_host(p, pin) for unit in chosen for p in _frozen(unit))
+    if tables:
+        inside = {id(p) for unit in units for p in fsdp_params(unit)}
+        moved += sum(_to_host(p, pin) for p in _frozen(model) if id(p) not in inside)
+    return moved
+
+
+def _frozen(module: torch.nn.Module) -> Iterator[Any]:
+    return (p for p in fsdp_params(module) if not p.sharded_param.requires_grad)
+
+
+def _to_host(fsdp_param: Any, pin: Optional[bool]) -> int:
+    if fsdp_param.offload_to_cpu:
+        return 0
+    pin = fsdp_param.device.type != "cpu" if pin is None else pin
+    fsdp_param.offload_to_cpu, fsdp_param.pin_memory = True, pin
+    shard = shard_of(fsdp_param._module_info.module)
+    if shard is not None and fsdp_param._module_info.param_name == "weight":
+        attributes = dict(fsdp_param.sharded_param.__dict__)
+        shard.install(fsdp_param)
+        _restore_attributes(fsdp_param.sharded_param, attributes)
+        return shard.nbytes()
+    return _plain_to_host(fsdp_param, pin)
+
+
+def _plain_to_host(fsdp_param: Any, pin: bool) -> int:
+    old = fsdp_param.sharded_param
+    data = fsdp_param._sharded_param_data.cpu()
+    data = data.pin_memory() if pin else data
+    rows = old._local_tensor.shape[0] if old._local_tensor.numel() else 0
+    local = data.view(fsdp_param.padded_sharded_param_size)[:rows]
+    new = torch.nn.Parameter(fsdp_param.to_sharded_dtensor(local), requires_grad = False)
+    _restore_attributes(new, old.__dict__)
+    fsdp_param._setattr_on_modules(new)
+    fsdp_param.sharded_param = new
+    fsdp_param._sharded_param_data = data
+    return data.numel() * data.element_size()
+
+
+def _restore_attributes(parameter: torch.nn.Parameter, attributes: dict) -> None:
+    for name, value in attributes.items():
+        if name not in ("_local_tensor", "_spec"):
+            setattr(parameter, name, value)
+
+
+def _lora(model: torch.nn.Module) -> Tuple[int, Tuple[str, ...]]:
+    for module in model.modules():
+        configs = module.__dict__.get("peft_config")
+        if isinstance(configs, dict) and configs:
+            config = next(iter(configs.values()))
+            wanted = config.target_modules
+            names = [
+                name for name in LORA_TARGETS if not isinstance(wanted, str) and name in wanted
+            ]
+            return config.r, tuple(names or LORA_TARGETS)
+    raise ValueError("the model has no LoRA adapter")
+
+
+def _say(text: str) -> None:
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"Unsloth: {text}")
+
+
+def offload_sharded_model(model: torch.nn.Module) -> Optional[OffloadPlan]:
+    """Plan from the memory that is there now, print the count, and offload what the plan says.
+
+    Collective over the model's mesh. Returns the plan, or None where there is nothing to decide (a
+    layout that replicates frozen weights, a model that the count does not know, a CPU mesh without
+    an override). Raises RuntimeError with the count if not even offloading everything is enough.
+    """
+    mode, count = offload_override()
+    mesh = model.__dict__.get("_unsloth_fsdp2_mesh")
+    units = getattr(model, "_unsloth_fsdp2_units", None)
+    sharded = any(hasattr(p.sharded_param, "quant_state") for p in fsdp_params(model))
+    if mode == "never" or mesh is None or not units or not sharded:
+        return None
+    if mesh.device_type == "cpu":
+        if mode == "auto":
+            return None  # host memory on both sides: nothing to gain
+        offload_blocks(model, evenly_spaced(count or len(units), len(units)), mode == "all")
+        return None
+    try:
+        plan = _plan(model, mesh)
+    except ValueError as error:
+        _say(f"no offload plan for this model: {error}")
+        return None
+    model.__dict__[_PLAN] = plan
+    _say(f"offload plan for {plan.world} ranks\n{plan.table()}")
+    if not plan.fits and mode == "auto":
+        raise RuntimeError(
+            f"Unsloth: this training does not fit, with all frozen weights in host memory "
+            f"too:\n{plan.table()}\n"
+            "Use fewer tokens a step or more ranks; UNSLOTH_PATCHES_OFFLOAD=all tries it all the "
+            "same."
+        )
+    offload_blocks(model, plan.blocks, plan.tables)
+    torch.cuda.empty_cache()
+    return plan
+
+
+def _plan(model: torch.nn.Module, mesh: Any) -> OffloadPlan:
+    import os
+
+    rank, targets = _lora(model)
+    tokens = _batch_tokens.get()
+    tokens = tokens or getattr(model, "max_seq_length", None) or 2048
+    shard = next((shard_of(m) for m in model.modules() if shard_of(m) is not None), None)
+    return plan_offload(
+        model,
+        mesh,
+        batch_tokens = int(tokens),
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or mesh.size()),
+        lora_rank = rank,
+        lora_targets = targets,
+        double_quant = shard is None or shard.nested is not None,
+        gradient_checkpointing = _checkpointing(model),
+    )
+
+
+def replace_shard_model(stock: Callable) -> Callable:
+    """`shard_model`, followed by the offload plan unless the caller chose CPU offload."""
+
+    @functools.wraps(stock)
+    def shard_model(model, config = None):
+        done = getattr(model, "_unsloth_fsdp2_native", False)
+        model = stock(model, config)
+        if not done and not getattr(config, "cpu_offload", False):
+            offload_sharded_model(model)
+        return model
+
+    return shard_model
+
+
+def replace_native_fsdp2_trainer_setup(stock: Callable) -> Callable:
+    """The Trainer's setup: tells the plan the tokens of a micro-batch, and explains an
+    out-of-memory later.
+    """
+
+    @functools.wraps(stock)
+    def native_fsdp2_trainer_setup(
+        trainer = None,
+        *args,
+        **kwargs,
+    ):
+        token = _batch_tokens.set(_trainer_tokens(kwargs.get("training_args")))
+        try:
+            model = stock(trainer, *args, **kwargs)
+        finally:
+            _batch_tokens.reset(token)
+        plan = getattr(getattr(trainer, "model", None), _PLAN, None)
+        if kwargs.get("phase") == "post" and plan is not None:
+            trainer.training_step = explaining(trainer.training_step, plan)
+        return model
+
+    return native_fsdp2_trainer_setup
+
+
+def _trainer_tokens(arguments: Any) -> Optional[int]:
+    length = getattr(arguments, "max_length", None) or getattr(arguments, "max_seq_length", None)
+    return length * getattr(arguments, "per_device_train_batch_size", 1) if length else None
+
+
+def _checkpointing(model: torch.nn.Module) -> Union[bool, str]:
+    """Unsloth's flag on the model, or what transformers set on its blocks."""
+    for module in model.modules():
+        asked = module.__dict__.get("_unsloth_gradient_checkpointing")
+        if asked is not None:
+            return asked if asked == "unsloth" else bool(asked)
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def explaining(step: Callable, plan: OffloadPlan) -> Callable:
+    """`step`, whose out-of-memory compares what `plan` predicted with what was used."""
+
+    @functools.wraps(step)
+    def training_step(*args, **kwargs):
+        try:
+            return step(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+            raise torch.OutOfMemoryError(plan.explain_out_of_memory(used)) from error
+
+    return training_step

@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""One rank's shard of a bitsandbytes 4-bit weight, QuantState included, and its life under FSDP2.
+
+A weight is cut on rows of 256 quantization blocks (256 x 64 = 16,384 weights): a row is one block
+of the nested quantization too, so packed bytes, absmax and nested absmax of a row depend on no
+other row. Only the nested offset, the mean of all absmax, needs the other ranks. Rows are padded to
+a multiple of the world size, so every rank holds equally many.
+
+FSDP2 sees a frozen uint8 parameter of `(rows, 8192)` whose local tensor is a `PackedShard`. Its
+all-gather extension (`fsdp_pre_all_gather`, `fsdp_post_all_gather`; torch's own hook for
+quantized parameters) gathers bytes and scales in the same collective.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Iterator, Optional, Tuple
+
+import torch
+import torch.distributed as dist
+
+try:
+    from bitsandbytes import functional as bnb_functional
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.utils import unpack_tensor_to_dict
+except Exception:  # absent or broken: Unsloth has to import without it, and no model is 4-bit then
+    bnb_functional = SimpleNamespace(QuantState = object)
+    Linear4bit = Params4bit = type("Linear4bitIsMissing", (), {})
+    unpack_tensor_to_dict = None
+
+__all__ = [
+    "PackedShard",
+    "RowLayout",
+    "ShardedQuantState",
+    "WeightShard",
+    "fsdp_params",
+    "shard_group",
+    "shard_of",
+]
+
+NESTED_BLOCKSIZE = 256  # of bitsandbytes' compress_statistics
+_SHARD = "_fsdp2_weight_shard"
+
+
+@dataclass(frozen = True)
+class RowLayout:
+    """Which weights of a flattened weight of `numel` elements belong to `rank` of `world`."""
+
+    numel: int
+    world: int
+    rank: int
+    blocksize: int
+
+    @property
+    def row(self) -> int:
+        return self.blocksize * NESTED_BLOCKSIZE
+
+    @property
+    def local_rows(self) -> int:
+        return -(-(-(-self.numel // self.row)) // self.world)
+
+    @property
+    def rows(self) -> int:
+        return self.local_rows * self.world
+
+    @property
+    def start(self) -> int:
+        return min(self.rank * self.local_rows * self.row, self.numel)
+
+    @property
+    def stop(self) -> int:
+        return min((self.rank + 1) * self.local_rows * self.row, self.numel)
+
+    @property
+    def blocks(self) -> int:
+        """Quantization blocks of the whole weight."""
+        return -(-self.numel // self.blocksize)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Packed bytes of the whole weight."""
+        return -(-self.numel // 2)
+
+
+class ShardedQuantState(bnb_functional.QuantState):
+    """A QuantState whose scales FSDP2 gathers with the packed bytes.
+
+    While the weight is gathered it is an ordinary QuantState. While it is sharded there are no
+    scales to save, and `as_dict` is empty, so a `state_dict()` taken then holds the packed shard
+    alone; the saves of Unsloth gather first.
+    """
+
+    gathered = False
+
+    def set_gathered(self, absmax: torch.Tensor, nested: Optional[torch.Tensor]) -> None:
+        # New views for every gather: caches of kernels that key on the absmax tensor then miss,
+        # whose addresses are void because the storage was freed and allocated again.
+        self.absmax = absmax
+        if self.state2 is not None:
+            self.state2.absmax = nested
+        self.gathered = True
+
+    def as_dict(self, packed: bool = False) -> dict:
+        if not self.gathered or self.absmax.untyped_storage().size() == 0:
+            return {}
+        return super().as_dict(packed = packed)
+
+
+class PackedShard(torch.Tensor):
+    """uint8 `(local_rows, blocksize * 128)`: the packed bytes of this rank, zero in the padding.
+
+    A class, not hooks on an instance: views and copies to another device keep the class only.
+    """
+
+    def fsdp_pre_all_gather(
+        self,
+        mesh: Any,
+        outer_size: torch.Size,
+        outer_stride: Tuple[int, ...],
+        module: torch.nn.Module,
+        mp_policy: Any,
+    ) -> Tuple[Tuple[torch.Tensor, ...], "WeightShard"]:
+        shard = shard_of(module)
+        inputs = [self.as_subclass(torch.Tensor), *shard.scales()]
+        return tuple(t.to(self.device, non_blocking = True) for t in inputs), shard
+
+    def fsdp_post_all_gather(
+        self,
+        gathered: Tuple[torch.Tensor, ...],
+        shard: "WeightShard",
+        param_dtype: torch.dtype,
+        *,
+        out: Optional[torch.Tensor] = None,
+    ) -> Optional[Tuple[torch.Tensor, Tuple[torch.Tensor, ...]]]:
+        shard.set_gathered(gathered[1:])
+        # FSDP2 frees and reallocates the gathered buffers themselves; there are no others.
+        return None if out is not None else (gathered[0], ())
+
+
+@dataclass
+class WeightShard:
+    """This rank's part of one Linear4bit weight.
+
+    packed: uint8 `(local_rows, row / 2)`; absmax: `(local_rows, 256)`, uint8 with nested
+    quantization, else float32; nested: float32 `(local_rows, 1)` or None; state: what the gathered
+    weight is dequantized with. Tensors are on the rank's device, or in host memory once offloaded.
+    """
+
+    layout: RowLayout
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    nested: Optional[torch.Tensor]
+    state: ShardedQuantState
+
+    def scales(self) -> Tuple[torch.Tensor, ...]:
+        return (self.absmax,) if self.nested is None else (self.absmax, self.nested)
+
+    def set_gathered(self, scales: Tuple[torch.Tensor, ...]) -> None:
+        absmax = scales[0].view(-1)[: self.layout.blocks]
+        nested = None
+        if self.nested is not None:
+            nested = scales[1].view(-1)[: -(-self.layout.blocks // NESTED_BLOCKSIZE)]
+        self.state.set_gathered(absmax, nested)
+
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.packed, *self.scales()))
+
+    def placeholder(self) -> torch.nn.Parameter:
+        """Full-size uint8 `(rows, row / 2)` on meta: what `fully_shard` cuts into equal row chunks."""
+        shape = (self.layout.rows, self.packed.shape[1])
+        return torch.nn.Parameter(
+            torch.empty(shape, dtype = torch.uint8, device = "meta"), requires_grad = False
+        )
+
+    def local_parameter(self, module: Linear4bit) -> Params4bit:
+        """The shard as the module's weight until the wrap, so that PEFT and Unsloth see a 4-bit
+        layer.
+        """
+        weight = Params4bit(
+            self.packed.view(-1, 1),
+            requires_grad = False,
+            quant_state = self.state,
+            blocksize = self.layout.blocksize,
+            compress_statistics = self.nested is not None,
+            quant_type = self.state.quant_type,
+            module = module,
+            bnb_quantized = True,
+        )
+        module.quant_state = self.state
+        module.__dict__[_SHARD] = self
+        return weight
+
+    def to_host(self, pin: bool) -> None:
+        """Move the bytes and scales to host memory, pinned for copies that run beside computation."""
+
+        def moved(tensor):
+            tensor = tensor.cpu()
+            return tensor.pin_memory() if pin else tensor
+
+        self.packed, self.absmax = moved(self.packed), moved(self.absmax)
+        self.nested = None if self.nested is None else moved(self.nested)
+
+    def install(self, fsdp_param: Any) -> None:
+        """Make this shard the local tensor of torch's FSDPParam for the placeholder."""
+        if fsdp_param.offload_to_cpu:
+            self.to_host(fsdp_param.pin_memory)
+        module = fsdp_param._module_info.module
+        module.__dict__[_SHARD] = self
+        # bitsandbytes would repack the gathered weight in place for CPU inference.
+        module.support_avx512bf16_for_cpu = False
+        local = self.packed.as_subclass(PackedShard)
+        parameter = torch.nn.Parameter(fsdp_param.to_sharded_dtensor(local), requires_grad = False)
+        parameter._local_tensor = local  # Parameter() detaches, and the class is lost in that
+        fsdp_param._setattr_on_modules(parameter)
+        fsdp_param.reset_sharded_param()
+        fsdp_param._init_extensions()
+        # The gathered weight gets the shape that bitsandbytes gives packed bytes, without the
+        # padding.
+        fsdp_param._orig_size = torch.Size((self.layout.packed_bytes, 1))
+        fsdp_param._contiguous_orig_stride = (1, 1)
+        self._keep_class_and_state(fsdp_param, module)
+
+    def _keep_class_and_state(self, fsdp_param: Any, module: Linear4bit) -> None:
+        """What Unsloth's FSDP2 hooks put back onto the gathered parameter, which torch makes a
+        plain one.
+        """
+        meta = {
+            "quant_state": self.state,
+            "blocksize": self.layout.blocksize,
+            "compress_statistics": self.nested is not None,
+            "quant_type": self.state.quant_type,
+            "quant_storage": torch.uint8,
+            "bnb_quantized": True,
+        }
+        fsdp_param._unsloth_quant_meta = meta
+        fsdp_param._unsloth_param_cls = Params4bit
+        fsdp_param._unsloth_param_module = module
+        for name, value in {**meta, _SHARD: self}.items():
+            setattr(fsdp_param.sharded_param, name, value)
+        module.quant_state = self.state
+
+    def gather_whole(self, mesh: Any) -> Tuple[torch.Tensor, bnb_functional.QuantState]:
+        """Collective over the mesh's shard ranks: (packed uint8 `(bytes, 1)`, QuantState), as one
+        GPU has.
+        """
+        group = shard_group(mesh)
+        device = _collective_device(mesh)
+        gathered = [_all_gather_rows(t.to(device), group) for t in (self.packed, *self.scales())]
+        state = self.state
+        whole = bnb_functional.QuantState(
+            absmax = gathered[1].view(-1)[: self.layout.blocks].clone(),
+            shape = state.shape,
+            code = state.code,
+            blocksize = state.blocksize,
+            quant_type = state.quant_type,
+            dtype = state.dtype,
+            offset = state.offset,
+            state2 = None
+            if self.nested is None
+            else _whole_nested(state.state2, gathered[2], self.layout),
+        )
+        return gathered[0].view(-1)[: self.layout.packed_bytes].view(-1, 1).clone(), whole
+
+
+def _whole_nested(
+    state2: Any,
+    nested: torch.Tensor,
+    layout: RowLayout,
+) -> bnb_functional.QuantState:
+    return bnb_functional.QuantState(
+        absmax = nested.view(-1)[: -(-layout.blocks // NESTED_BLOCKSIZE)].clone(),
+        code = state2.code,
+        blocksize = state2.blocksize,
+        dtype = state2.dtype,
+    )
+
+
+def shard_of(module: torch.nn.Module) -> Optional[WeightShard]:
+    """The shard that `module` (a Linear4bit) holds, or None."""
+    return module.__dict__.get(_SHARD)
+
+
+def fsdp_params(model: torch.nn.Module) -> Iterator[Any]:
+    """torch's FSDPParam objects below `model`."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # torch before 2.13: at most one
+            groups = [getattr(state, "_fsdp_param_group", None)]
+        for group in groups:
+            yield from getattr(group, "fsdp_params", None) or ()
+
+
+def shard_group(mesh: Any) -> Any:
+    """The process group that weights are sharded over: the last dimension of a 1-D or HSDP mesh."""
+    return mesh.get_group(mesh.ndim - 1)
+
+
+def _collective_device(mesh: Any) -> torch.device:
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, getattr(torch, mesh.device_type).current_device())
+
+
+def _all_gather_rows(local: torch.Tensor, group: Any) -> torch.Tensor:
+    world = dist.get_world_size(group)
+    out = local.new_empty((local.shape[0] * world, *local.shape[1:]))
+    dist.all_gather_into_tensor(out, local.contiguous(), group = group)
+    return out
+
+
+def quantize_rows(
+    weights: Optional[torch.Tensor],
+    layout: RowLayout,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    quant_type: str,
+    nested: bool,
+    device: torch.device,
+    group: Any,
+) -> WeightShard:
+    """Quantize this rank's weights, flat `[stop - start]` in `dtype` on `device` (None where it has
+    none).
+
+    Collective over `group` with nested quantization. The result is bit-identical to the same slice
+    of `bitsandbytes.functional.quantize_4bit(whole, compress_statistics = nested)`.
+    """
+    rows, row = layout.local_rows, layout.row
+    packed = torch.zeros(rows, row // 2, dtype = torch.uint8, device = device)
+    absmax = torch.zeros(rows, NESTED_BLOCKSIZE, device = device)
+    if weights is not None and weights.numel():
+        data, state = bnb_functional.quantize_4bit(
+            weights, blocksize = layout.blocksize, compress_statistics = False, quant_type = quant_type
+        )
+        packed.view(-1)[: data.numel()] = data.view(-1)
+        absmax.view(-1)[: state.absmax.numel()] = state.absmax
+    code = bnb_functional.get_4bit_type(quant_type, device = device)
+    if not nested:
+        state = make_state(layout, shape, dtype, quant_type, code, absmax, None, None, None)
+        return WeightShard(layout, packed, absmax, None, state)
+    # The mean of the whole absmax, not a mean of means: the order of its additions is part of the
+    # bits.
+    offset = _all_gather_rows(absmax, group).view(-1)[: layout.blocks].mean()
+    scales = torch.zeros(rows, NESTED_BLOCKSIZE, dtype = torch.uint8, device = device)
+    outer = torch.zeros(rows, 1, device = device)
+    count = -(-(layout.stop - layout.start) // layout.blocksize)
+    code2 = bnb_functional.create_dynamic_map().to(device)
+    if count:
+        bytes_, state2 = bnb_functional.quantize_blockwise(
+            absmax.view(-1)[:count] - offset, blocksize = NESTED_BLOCKSIZE
+        )
+        scales.view(-1)[:count] = bytes_
+        outer.view(-1)[: state2.absmax.numel()] = state2.absmax
+        code2 = state2.code
+    state = make_state(layout, shape, dtype, quant_type, code, scales, offset, outer, code2)
+    return WeightShard(layout, packed, scales, outer, state)
+
+
+def make_state(
+    layout: RowLayout,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    quant_type: str,
+    code: torch.Tensor,
+    absmax: torch.Tensor,
+    offset: Optional[torch.Tensor],
+    nested: Optional[torch.Tensor],
+    code2: Optional[torch.Tensor],
+) -> ShardedQuantState:
+    """The QuantState of a shard. `shape` is the whole weight's, the scales are the shard's until a
+    gather.
+    """
+    state2 = None
+    if nested is not None:
+        state2 = bnb_functional.QuantState(
+            absmax = nested.view(-1), blocksize = NESTED_BLOCKSIZE, code = code2, dtype = torch.float32
+        )
+    return ShardedQuantState(
+        absmax = absmax.view(-1),
+        shape = torch.Size(shape),
+        code = code,
+        blocksize = layout.blocksize,
+        quant_type = quant_type,
+        dtype = dtype,
+        offset = offset,
+        state2 = state2,
+    )
