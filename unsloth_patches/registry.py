@@ -48,7 +48,8 @@ class Patch:
 
     modules: files it adds, relative to ``unsloth_patches/`` here and to ``unsloth/`` in the fork.
     tests: test file -> world it runs in, ``"cpu"`` (Unsloth's CPU backend) or ``"interpreter"``
-        (GPU code paths, Triton kernels in the interpreter).
+        (GPU code paths, Triton kernels in the interpreter) or ``"gloo"`` (the CPU backend, in a process
+        that does nothing but fork ranks: a fork after a backward pass would hang).
     requires: names of patches that have to be in before this one; they stand earlier in ``PATCHES``.
     since: the oldest release that has what it builds on; with an older one it is skipped.
     """
@@ -260,7 +261,7 @@ PATCHES: Tuple[Patch, ...] = (
             "models/fsdp2_sharded_params.py",
             "models/fsdp2_sharded_save.py",
         ),
-        tests = {"tests/test_fsdp2_sharded_4bit.py": "cpu"},
+        tests = {"tests/test_fsdp2_sharded_4bit.py": "gloo"},
         since = "2026.10.9",
     ),
     Patch(
@@ -284,7 +285,7 @@ PATCHES: Tuple[Patch, ...] = (
             "models/fsdp2_offload_plan.py",
             "models/fsdp2_usable_memory.py",
         ),
-        tests = {"tests/test_fsdp2_offload_plan.py": "cpu"},
+        tests = {"tests/test_fsdp2_offload_plan.py": "gloo"},
         requires = ("fsdp2-sharded-4bit",),
         since = "2026.10.9",
     ),

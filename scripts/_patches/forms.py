@@ -6,8 +6,8 @@ import: stock Unsloth with ``import unsloth_patches`` first (tests/conftest.py d
 fork:   the patched Unsloth, without unsloth_patches.
 stock:  Unsloth as it is. Every test file has to fail here: one that passes proves nothing.
 
-The worlds are Unsloth's CPU backend and Triton's interpreter. Unsloth chooses between them once,
-when it is imported, so they cannot share a process.
+The worlds are Unsloth's CPU backend, Triton's interpreter, and forked gloo ranks. Unsloth chooses its
+backend once, when it is imported, and a fork after a backward pass hangs, so they cannot share a process.
 """
 
 from __future__ import annotations

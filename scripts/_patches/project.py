@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 from . import ROOT, PatchesError
 from .upstream import Release, get_release, read_pins
 
-WORLDS = ("cpu", "interpreter")
+WORLDS = ("cpu", "interpreter", "gloo")
 MESSAGE_PARTS = ("Motivation:", "What changes:", "How it was tested:")
 
 
