@@ -198,8 +198,7 @@ def _child(folder: Path, result: Path, quick: bool) -> None:
     found = {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "step_seconds": seconds,
-        # At the fastest step: another tenant of the host slows single steps by a third.
-        "tokens_per_second": batch * length * accumulation / seconds["min"],
+        "tokens_per_second": batch * length * accumulation / seconds["median"],
         "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0,
         "calls": _calls(),
     }
