@@ -150,10 +150,11 @@ def _rebase_on(project: Project, version: str, scratch: Path) -> bool:
 def test(
     files: Optional[List[str]] = typer.Argument(None, help = "test files of patches; default all"),
     form: str = typer.Option("import", "--form", help = " | ".join(FORMS)),
+    jobs: int = typer.Option(1, "--jobs", help = "more than 1: a process a file, so many at a time"),
 ) -> None:
     """Run the patches' tests on stock Unsloth with the import hooks, on the fork, or on stock alone."""
     with _scratch() as scratch:
-        result = run_form(Project(), form, files or [], scratch)
+        result = run_form(Project(), form, files or [], scratch, jobs)
     _print_results(result)
     raise typer.Exit(0 if result.ok else 1)
 

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""QLoRA on two or more GPUs: Unsloth, FSDP2, TRL's SFTTrainer, and no whole model on any GPU.
+"""QLoRA on two or more GPUs: Unsloth, FSDP2 and TRL's SFTTrainer.
 
     UNSLOTH_FSDP2=1 torchrun --nproc-per-node 2 scripts/train_fsdp2.py \\
         --model meta-llama/Llama-3.1-8B --data chats.jsonl
 
-chats.jsonl: one {"text": ...} or {"messages": [...]} a line. Two T4 (16 GB each, no bfloat16) need
-no other options: the dtype is float16 there. UNSLOTH_PATCHES_OFFLOAD=auto|never|blocks:K|all
-decides what moves to host memory; the plan is printed. Without GPUs it runs on CPU ranks (gloo),
-for tests of a toy.
+chats.jsonl: one {"text": ...} or {"messages": [...]} a line. Where the whole 4-bit model does not
+fit a GPU, each rank loads its shard only (UNSLOTH_FSDP2_SHARDED_LOAD=auto|1|0), and what does not
+fit even so moves to host memory (UNSLOTH_PATCHES_OFFLOAD=auto|never|blocks:K|all); both decisions
+are printed. Two T4 (16 GB each, no bfloat16) need no other options: the dtype is float16 there. Without
+GPUs it runs on CPU ranks (gloo), for tests of a toy.
 """
 
 import argparse
 import os
-
-os.environ.setdefault("UNSLOTH_FSDP2_SHARDED_LOAD", "1")  # 0: every rank loads the whole model
 
 import unsloth_patches  # isort: skip  (before unsloth)
 import unsloth  # noqa: F401  isort: skip
@@ -47,6 +46,7 @@ def parse_arguments():
     parser.add_argument(
         "--resume", action = "store_true", help = "go on from the last checkpoint in --output"
     )
+    parser.add_argument("--merged", help = "folder for the merged 16-bit model; default: not saved")
     return parser.parse_args()
 
 
@@ -82,6 +82,8 @@ def training_settings(options, dtype):
 def main():
     options = parse_arguments()
     dtype = compute_dtype()
+    # The load decides by the tokens of a micro-batch, which only the training settings say.
+    os.environ.setdefault("UNSLOTH_FSDP2_BATCH_TOKENS", str(options.batch * options.length))
     model, tokenizer = FastLanguageModel.from_pretrained(
         options.model, max_seq_length = options.length, load_in_4bit = True, dtype = dtype
     )
@@ -97,6 +99,8 @@ def main():
     trainer.train(resume_from_checkpoint = options.resume or None)
     adapter = os.path.join(options.output, "adapter")
     trainer.save_model(adapter)
+    if options.merged:  # every rank takes part: the weights are gathered one after the other
+        trainer.model.save_pretrained_merged(options.merged, tokenizer, save_method = "merged_16bit")
     if trainer.is_world_process_zero():
         states = {
             row.name: row.state for row in unsloth_patches.status() if row.name.startswith("fsdp2")

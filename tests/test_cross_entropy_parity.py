@@ -450,3 +450,27 @@ def test_random_shapes_on_the_gpu_against_float64(linear_cross_entropy):
                 size = b.norm() + 1e-12
                 allowed = 1.5 * (c.double() - b).norm() / size + torch.finfo(dtype).eps
                 assert (a.double() - b).norm() / size <= allowed
+
+
+@on_gpu
+def test_losses_on_several_streams_at_once(linear_cross_entropy):
+    """The programs of a row wait for each other, whatever else runs on the GPU meanwhile."""
+    problems = [inputs(256, 64, 128256, torch.bfloat16, seed = seed) for seed in range(4)]
+
+    def gradients(problem):
+        hidden, weight, bias, labels = problem
+        loss = linear_cross_entropy(hidden, weight, labels, bias, chunk_rows = 64)
+        return (loss.detach(), *torch.autograd.grad(loss, (hidden, weight, bias)))
+
+    alone = [gradients(problem) for problem in problems]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in problems]
+    for _ in range(3):
+        together = []
+        for stream, problem in zip(streams, problems):
+            with torch.cuda.stream(stream):
+                together.append(gradients(problem))
+        torch.cuda.synchronize()
+        for found, wanted in zip(together, alone):
+            for a, b in zip(found, wanted):
+                torch.testing.assert_close(a, b)

@@ -102,15 +102,29 @@ def test_more_of_anything_needs_more(planner):
     """Tokens, LoRA rank and no checkpointing raise the count; ranks lower it."""
 
     def peak(**changes):
-        arguments = dict(world = 2, batch_tokens = 2048, device_memory = 80 * GIB)
-        return planner.plan_offload(LLAMA_8B, **{**arguments, **changes}).peak
+        arguments = dict(world = 2, batch_tokens = 4096, device_memory = 80 * GIB)
+        return planner.plan_offload(config, **{**arguments, **changes}).peak
 
+    config = {**LLAMA_8B, "vocab_size": 32000}
     base = peak()
-    assert peak(batch_tokens = 4096) > base
+    assert peak(batch_tokens = 8192) > base
     assert peak(lora_rank = 64) > base
     assert peak(gradient_checkpointing = False) > base
     assert peak(double_quant = False) > base
+    assert peak(accumulates = True) > base
     assert peak(world = 4) < base
+
+
+def test_the_peak_is_at_the_gather_of_large_tables(planner):
+    """A large vocabulary and few tokens: the moment in which embedding and head are gathered holds
+    most, twice their bytes; with more tokens a backward does.
+    """
+    arguments = dict(world = 2, device_memory = 80 * GIB)
+    few = planner.plan_offload(LLAMA_8B, batch_tokens = 512, **arguments)
+    assert few.moment == "gather of the tables"
+    assert dict(few.lines)["embedding and head, gathered and flat"] >= 2 * 2 * 128256 * 4096 * 2
+    many = planner.plan_offload(LLAMA_8B, batch_tokens = 65536, **arguments)
+    assert many.moment == "first block's backward" and many.peak > few.peak
 
 
 def test_host_memory_limits_the_offload(planner):
@@ -125,10 +139,31 @@ def test_host_memory_limits_the_offload(planner):
     assert enough.fits and 0 < enough.host_needed <= enough.host_usable
 
 
-def test_shards_that_cannot_be_loaded_do_not_fit(planner):
-    """Offload happens after the wrap, so a rank's shard has to fit its GPU first: no plan promises more."""
-    plan = planner.plan_offload(LLAMA_405B, world = 2, batch_tokens = 1024, device_memory = 78 * GIB)
-    assert not plan.fits and "offloaded only after the wrap" in plan.table()
+def test_shards_larger_than_the_device_fit_with_offload(planner):
+    """Offloaded shards never pass through the device, so a rank's shard may be larger than its GPU."""
+    arguments = dict(world = 2, batch_tokens = 1024, device_memory = 78 * GIB)
+    plan = planner.plan_offload(LLAMA_405B, **arguments)
+    never = planner.plan_offload(LLAMA_405B, override = "never", **arguments)
+    assert never.after_load > 78 * GIB and not never.fits
+    assert plan.fits and plan.after_load < 78 * GIB and plan.needed <= plan.usable
+    assert plan.host_needed + 2 * plan.after_load == pytest.approx(2 * never.after_load)
+
+
+def test_blocks_on_the_host_stay_there(planner):
+    """What was loaded into host memory counts as offloaded, and further blocks are spread over the
+    rest.
+    """
+    arguments = dict(world = 2, batch_tokens = 1024, device_memory = 78 * GIB)
+    assert planner.plan_offload(LLAMA_8B, on_host = (5, 9), **arguments).blocks == (5, 9)
+    plan = planner.plan_offload(LLAMA_405B, on_host = (3, 125), **arguments)
+    assert plan.fits and {3, 125} < set(plan.blocks)
+    assert len(plan.blocks) == len(planner.plan_offload(LLAMA_405B, **arguments).blocks)
+    # What is there already is not asked for twice.
+    held = plan.host_needed
+    free = int(held / planner.HOST_SHARE) - 2 * GIB
+    assert not planner.plan_offload(LLAMA_405B, host_memory = free, **arguments).fits
+    there = planner.plan_offload(LLAMA_405B, host_memory = free, on_host = (3, 125), **arguments)
+    assert there.fits and there.blocks == plan.blocks
 
 
 @pytest.mark.parametrize("count, total", [(0, 5), (1, 5), (2, 6), (3, 7), (5, 5)])
@@ -235,6 +270,30 @@ def test_offloaded_blocks_train_alike(checkpoints):  # noqa: F811
         assert all_flags == [({True}, {False})] * 2
 
 
+def test_usable_memory_is_free_and_under_the_fraction(planner, monkeypatch):
+    """Free memory plus what torch holds, under the memory fraction, less a reserve; before a load
+    also less what is allocated for something else.
+    """
+    import torch
+    from unsloth.models.fsdp2_usable_memory import usable_device_memory
+
+    seen = {"free": 40 * GIB, "reserved": 10 * GIB, "allocated": 4 * GIB, "fraction": 1.0}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (seen["free"], 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: seen["reserved"])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: seen["allocated"])
+    monkeypatch.setattr(
+        torch.cuda, "get_per_process_memory_fraction", lambda _: seen["fraction"], raising = False
+    )
+    assert usable_device_memory() == 50 * GIB
+    assert usable_device_memory(reserve = GIB) == 49 * GIB
+    assert usable_device_memory(fresh = True) == 46 * GIB
+    seen["fraction"] = 0.25
+    assert usable_device_memory() == 20 * GIB
+    assert usable_device_memory(fresh = True) == 16 * GIB
+
+
 def _smallest_host(_):
     """usable_host_memory over two ranks of which one sees half a GiB."""
     import os
@@ -257,3 +316,32 @@ def test_ranks_agree_on_the_smallest_memory():
     for _, (alone, smallest, unknown) in run_ranks(_smallest_host, 2, None):
         assert alone is None or alone > 0
         assert smallest == GIB // 2 and unknown is None
+
+
+def _hosted_at_load(folder):
+    """Of every 4-bit layer after a load under blocks:1: (block, on the host?, elements, shares?)."""
+    import os
+    import re
+
+    os.environ["UNSLOTH_PATCHES_OFFLOAD"] = "blocks:1"
+    from unsloth.models.fsdp2_sharded_params import shard_of
+
+    found = []
+    for name, module in _load(folder)[0].named_modules():
+        shard = shard_of(module)
+        if shard is not None:
+            block = int(re.search(r"layers\.(\d+)\.", name)[1])
+            scales = shard.state.absmax.data_ptr() == shard.absmax.data_ptr()
+            found.append((block, shard.on_host, module.weight.numel(), scales))
+    return found
+
+
+def test_offloaded_blocks_are_loaded_into_host_memory(checkpoints):  # noqa: F811
+    """The shards of a block that will be offloaded go to the host as they are read: no layer keeps
+    bytes or scales of them on the device.
+    """
+    for _, found in run_ranks(_hosted_at_load, 2, checkpoints("bf16")):
+        assert len(found) == 14
+        for block, on_host, numel, scales in found:
+            assert on_host == (block == 1) and scales
+            assert (numel == 0) == on_host

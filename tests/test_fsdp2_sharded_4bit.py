@@ -316,6 +316,86 @@ def test_losses_equal_one_device(checkpoints, kind, checkpointing):
     assert [[a[0], b[0]] for a, b in zip(*ranks)] == single
 
 
+def _float16_model(folder, world):
+    """A float16 4-bit model with LoRA, sharded with world > 1. By transformers' loader, since
+    Unsloth's CPU backend turns float16 into bfloat16.
+    """
+    import contextlib
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from unsloth.models.fsdp2_native import FSDP2Config, shard_model
+    from unsloth.models.fsdp2_sharded_4bit import sharded_4bit_loading
+    from unsloth.models.fsdp2_sharded_params import shard_of
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit = True,
+        bnb_4bit_quant_type = "nf4",
+        bnb_4bit_use_double_quant = True,
+        bnb_4bit_compute_dtype = torch.float16,
+    )
+    with sharded_4bit_loading() if world > 1 else contextlib.nullcontext():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            quantization_config = quantization,
+            dtype = torch.float16,
+            device_map = {"": "cpu"},
+        )
+    torch.manual_seed(1)
+    lora = LoraConfig(r = 8, lora_alpha = 8, target_modules = ["q_proj", "up_proj", "down_proj"])
+    model = get_peft_model(model, lora)
+    if world > 1:
+        assert_sharded(model)
+        states = [shard_of(m).state for m in model.modules() if shard_of(m) is not None]
+        assert {state.dtype for state in states} == {torch.float16}
+        model = shard_model(model, FSDP2Config(param_dtype = torch.float16))
+    return model
+
+
+def _float16_steps(folder, world):
+    """Losses and step outcomes of float16 training with a loss scaler whose first scale overflows."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    model = _float16_model(folder, world)
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr = 2e-3, foreach = False)
+    scaler_class = ShardedGradScaler if world > 1 else torch.amp.GradScaler
+    # A rank's loss is not divided by the ranks: its gradients overflow that much earlier.
+    scaler = scaler_class(device = "cpu", init_scale = 2.0**30 / world, growth_interval = 1000)
+    ids = torch.randint(4, VOCAB, (2, 24), generator = torch.Generator().manual_seed(3))
+    rows = [dist.get_rank()] if world > 1 else [0, 1]
+    history = []
+    for _ in range(24):
+        total = 0.0
+        for row in rows:
+            loss = model(input_ids = ids[[row]], labels = ids[[row]]).loss
+            scaler.scale(loss / len(rows)).backward()
+            total += loss.item() / len(rows)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        history.append((total, scaler.get_scale()))
+    return history
+
+
+def test_float16_trains_as_on_one_device(checkpoints):
+    """Without bfloat16 (T4) the weights are gathered and computed in float16; with a loss scaler the
+    ranks skip the same steps and end at the loss of one device.
+    """
+    ((_, single),) = run_ranks(_float16_steps, 1, checkpoints("fp16"), 1)
+    a, b = [result for _, result in run_ranks(_float16_steps, 2, checkpoints("fp16"), 2)]
+    assert [scale for _, scale in a] == [scale for _, scale in b]
+    assert a[0][1] < 2.0**29 and a[-1][1] == a[-2][1], "the first steps overflow, the last do not"
+    losses = [(x + y) / 2 for (x, _), (y, _) in zip(a, b)]
+    assert losses[-1] < single[0][0] - 0.02
+    assert losses[0] == pytest.approx(single[0][0], rel = 1e-3)
+    assert losses[-1] == pytest.approx(single[-1][0], abs = 0.05)
+
+
 def _train(folder, output, steps, resume, accumulate):
     """SFTTrainer on this rank; the adapter's tensors at the end on rank 0, and the log."""
     import torch
@@ -403,24 +483,30 @@ def _gathered_for_save(folder):
         name: p.quant_state for name, p in model.named_parameters() if hasattr(p, "quant_state")
     }
     restored = before.keys() == after.keys() and all(before[n] is after[n] for n in before)
+    full, expected = native_full_state_dict(model), whole.state_dict()
+    if full or os.environ["RANK"] == "0":
+        problems += sorted(set(full) ^ set(expected))
+        for name in set(full) & set(expected):
+            if not torch.equal(full[name].view(-1), expected[name].view(-1)):
+                problems.append(f"{name} in the full state dict")
     try:
-        native_full_state_dict(model)
+        native_full_state_dict(model, cpu_offload = False)
         refused = ""
-    except RuntimeError as error:
+    except ValueError as error:
         refused = str(error)
     return problems, restored, len(before), refused
 
 
 def test_save_sees_whole_weights(checkpoints):
     """Inside the saves' gather rank 0 has the weights and QuantStates of a whole load; afterwards
-    every rank has its shard back. A full state dict, which has no place for the scales, is refused.
+    every rank has its shard back. The full state dict has the keys and bytes of a whole load's.
     """
     for _, (problems, restored, count, refused) in run_ranks(
         _gathered_for_save, 2, checkpoints("bf16")
     ):
         assert problems == []
         assert restored and count == 14
-        assert "scales" in refused
+        assert "cpu_offload" in refused
 
 
 def _forward_too_early(folder):
@@ -597,17 +683,83 @@ def test_cpu_offload_policy(checkpoints):
     assert all(same for _, same in run_ranks(_offloaded, 2, checkpoints("packed")))
 
 
-def test_whole_load_stays_available(checkpoints, monkeypatch):
-    """Without UNSLOTH_FSDP2_SHARDED_LOAD=1, or with UNSLOTH_FSDP2_LAYOUT=fit, upstream's whole load stays."""
-    from unsloth.models.fsdp2_sharded_4bit import sharded_load_wanted
+def test_variables_decide_the_load(checkpoints, monkeypatch):
+    """UNSLOTH_FSDP2_SHARDED_LOAD decides, auto without it; whoever asks for replicated weights gets
+    them; without native FSDP2 nothing is sharded; another value is an error that names it.
+    """
+    from unsloth.models.fsdp2_load_choice import sharded_load_mode
 
     monkeypatch.setenv("UNSLOTH_FSDP2", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("UNSLOTH_FSDP2_SHARDED_LOAD", raising = False)
-    assert not sharded_load_wanted()
-    monkeypatch.setenv("UNSLOTH_FSDP2_SHARDED_LOAD", "1")
-    assert sharded_load_wanted()
-    for name, value in [("SHARDED_LOAD", "0"), ("LAYOUT", "fit"), ("REPLICATE_FROZEN", "1")]:
+    assert sharded_load_mode() == "auto"
+    for value, mode in [("1", "1"), ("0", "0"), ("off", "0"), ("auto", "auto")]:
+        monkeypatch.setenv("UNSLOTH_FSDP2_SHARDED_LOAD", value)
+        assert sharded_load_mode() == mode
+    for name, value in [("LAYOUT", "fit"), ("REPLICATE_FROZEN", "1"), ("SHARD_FROZEN", "0")]:
         with monkeypatch.context() as patch:
             patch.setenv(f"UNSLOTH_FSDP2_{name}", value)
-            assert not sharded_load_wanted()
+            assert sharded_load_mode() == "0"
+    monkeypatch.setenv("UNSLOTH_FSDP2_SHARDED_LOAD", "maybe")
+    with pytest.raises(ValueError, match = "'maybe'"):
+        sharded_load_mode()
+    monkeypatch.setenv("UNSLOTH_FSDP2", "0")
+    assert sharded_load_mode() == "0"
+
+
+def _auto_load(folder, usable, group, options):
+    """Whether an undecided load was sharded, and what it printed. usable: bytes of each rank."""
+    import contextlib
+    import io
+
+    import torch.distributed as dist
+    from unsloth.models import fsdp2_load_choice as choice
+    from unsloth.models.fsdp2_sharded_params import shard_of
+
+    del os.environ["UNSLOTH_FSDP2_SHARDED_LOAD"]
+    choice._usable = lambda: usable[int(os.environ["RANK"])]
+    if group:
+        dist.init_process_group("gloo")
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        models = [_load(folder, **options)[0] for _ in range(2)]
+    lines = [line for line in said.getvalue().splitlines() if "4-bit load under FSDP2" in line]
+    sharded = [any(shard_of(m) is not None for m in model.modules()) for model in models]
+    return sharded, lines, dist.is_initialized()
+
+
+@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize("usable, sharded", [((2**40, 2**40), False), ((2**40, 2**20), True)])
+def test_auto_shards_where_the_whole_model_does_not_fit(checkpoints, usable, sharded, group):
+    """Without the variable every rank decides alike from the smallest memory, says so once a load,
+    and makes no process group where the model stays whole.
+    """
+    found = run_ranks(_auto_load, 2, checkpoints("packed"), usable, group, {})
+    for rank, (_, (loads, lines, initialized)) in enumerate(found):
+        assert loads == [sharded, sharded]
+        assert initialized == (group or sharded)
+        assert len(lines) == (2 if rank == 0 else 0)
+    line = found[0][1][1][0]
+    assert "GiB are usable on rank" in line and "planned to need" in line
+    assert ("sharded over 2 ranks" in line) == sharded
+    assert "rank 1 (" in line if sharded else "rank 0 (" in line
+
+
+def _auto_unknown(folder):
+    """An undecided load of a config that cannot be counted on rank 1."""
+    from unsloth.models import fsdp2_load_choice as choice
+
+    if os.environ["RANK"] == "1":
+
+        def fail(given):
+            raise ValueError("a mixture of experts is not counted here")
+
+        choice._shape = fail
+    return _auto_load(folder, (2**20, 2**20), False, {})
+
+
+def test_auto_leaves_what_it_cannot_count(checkpoints):
+    """A model whose size is not known on some rank is loaded as without the patch, with the reason."""
+    found = run_ranks(_auto_unknown, 2, checkpoints("packed"))
+    assert all(loads == [False, False] for _, (loads, *_) in found)
+    assert "rank 1: ValueError: a mixture of experts" in found[0][1][1][0]

@@ -134,9 +134,9 @@ def demo(
 
 @app.command()
 def plan(
-    model: Path = typer.Option(..., help = "config.json, or a folder that holds one."),
-    gpus: int = typer.Option(..., help = "Ranks that share the frozen weights."),
-    memory: float = typer.Option(..., help = "Memory of one GPU, GiB."),
+    model: Optional[Path] = typer.Option(None, help = "config.json, or a folder that holds one."),
+    gpus: Optional[int] = typer.Option(None, help = "Ranks that share the frozen weights."),
+    memory: float = typer.Option(79.0, help = "Memory of one GPU, GiB; 79 is an 80 GB card."),
     tokens: int = typer.Option(4096, help = "Tokens of one micro-batch on one GPU."),
     rank: int = typer.Option(16, help = "LoRA rank, on all seven linears of a block."),
     checkpointing: str = typer.Option("unsloth", help = "unsloth, on or off."),
@@ -146,6 +146,7 @@ def plan(
     gpus_per_host: int = typer.Option(8, help = "Ranks of one host."),
     offload: str = typer.Option("auto", help = "auto, never, blocks:K or all."),
     sweep: bool = typer.Option(False, help = "One line for each power of two up to --gpus."),
+    table: bool = typer.Option(False, help = "Markdown: Llama 70B and 405B on 2 to 64 GPUs."),
 ) -> None:
     """Would QLoRA on this model train on these GPUs under FSDP2, and with what offload? No GPU needed."""
     from .plan import plan as compute
@@ -162,6 +163,7 @@ def plan(
             gpus_per_host = gpus_per_host,
             offload = offload,
             sweep = sweep,
+            table = table,
         )
     )
 
@@ -173,14 +175,18 @@ def bench(
         None, help = "Folder for JSON and plots. Default: bench_results in this folder."
     ),
     quick: bool = typer.Option(False, help = "Fewer shapes and repeats: does it run here?"),
+    model: Optional[str] = typer.Option(None, help = "Of `train`: one of its models, not all."),
 ) -> None:
     """Measure stock Unsloth, peers and the patches side by side on this machine."""
     import importlib
 
-    from .bench import BENCHMARKS as known
+    from .bench import BENCHMARKS
 
-    if name != "all" and name not in known:
-        console.print(f"[red]no benchmark {name!r}[/]; there are: {', '.join(known)}, all")
+    if name != "all" and name not in BENCHMARKS:
+        console.print(f"[red]no benchmark {name!r}[/]; there are: {', '.join(BENCHMARKS)}, all")
+        raise typer.Exit(2)
+    if model is not None and name != "train":
+        console.print(f"[red]bench {name} has no --model[/]; `bench train` has")
         raise typer.Exit(2)
     out = out or Path("bench_results")
     try:
@@ -190,8 +196,10 @@ def bench(
             f"[red]cannot write to {out}[/]: {error.strerror}; name another folder with --out"
         )
         raise typer.Exit(2)
-    codes = []
-    for each in known if name == "all" else [name]:
-        module = importlib.import_module(f"{__package__}.bench.{each.replace('-', '_')}")
-        codes.append(module.run(out, quick = quick))
-    raise typer.Exit(max(codes))
+    if name == "all":
+        from .bench.every import run_all
+
+        raise typer.Exit(run_all(out, quick))
+    module = importlib.import_module(f"{__package__}.bench.{BENCHMARKS[name].module}")
+    chosen = {} if model is None else {"model": model}
+    raise typer.Exit(module.run(out, quick = quick, **chosen))

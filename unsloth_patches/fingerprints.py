@@ -12,8 +12,10 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import importlib.util
 import inspect
-from typing import Any, Iterator, Set
+from pathlib import Path
+from typing import Any, Callable, Iterator, Optional, Set, Tuple
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # Fields that say nothing of what the code does, or that only some Python versions have.
@@ -64,17 +66,42 @@ def _definitions(tree: ast.AST, name: str) -> Iterator[ast.AST]:
                 yield from _definitions(handler, name)
 
 
-def fingerprint_source(source: str, name: str) -> Set[str]:
-    """Fingerprints of every definition of ``name`` (``f`` or ``Class.method``) in a module's text.
-
-    An empty set: the text defines no such name. Raises SyntaxError for text that does not parse.
-    """
-    return {fingerprint_node(node) for node in _definitions(ast.parse(source), name)}
-
-
 def fingerprint_file(path: str, name: str) -> Set[str]:
-    """``fingerprint_source`` of a file, parsed once however many names are asked for."""
+    """Fingerprints of every definition of ``name`` (``f`` or ``Class.method``) in a file, parsed once.
+
+    An empty set: it defines no such name. Raises SyntaxError for a file that does not parse.
+    """
     return {fingerprint_node(node) for node in _definitions(_parsed(path), name)}
+
+
+def fingerprint_module(
+    module: str,
+    name: str,
+    find_file: Callable[[str], Optional[Path]],
+    hops: int = 5,
+) -> Set[str]:
+    """``fingerprint_file`` for a dotted module; a name that it only imports is sought where it comes from.
+
+    find_file: file of a dotted module, or None. hops: how many imports are followed.
+    """
+    path = find_file(module)
+    if path is None or hops < 0:
+        return set()
+    found = fingerprint_file(str(path), name)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for origin, there in () if found else _imports_of(str(path), name):
+        origin = importlib.util.resolve_name(origin, package)
+        found = found or fingerprint_module(origin, there, find_file, hops - 1)
+    return found
+
+
+def _imports_of(path: str, name: str) -> Iterator[Tuple[str, str]]:
+    """(module, name there) of each ``from … import`` that may give the file its ``name``."""
+    for node in ast.walk(_parsed(path)):
+        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+            if alias.name == "*" or (alias.asname or alias.name) == name:
+                there = name if alias.name == "*" else alias.name
+                yield "." * node.level + (node.module or ""), there
 
 
 @functools.lru_cache(maxsize = 16)

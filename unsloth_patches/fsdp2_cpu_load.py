@@ -16,12 +16,12 @@ from typing import Any, Callable
 def replace_cpu_from_pretrained(stock: Callable) -> Any:
     """`FastLanguageModel.from_pretrained` of the CPU backend: 4-bit loads are sharded as on a GPU.
 
-    Without UNSLOTH_FSDP2 and UNSLOTH_FSDP2_SHARDED_LOAD in the environment it is the stock function.
+    Without UNSLOTH_FSDP2 in the environment it is the stock function.
     """
 
     @functools.wraps(stock)
     def from_pretrained(*args, **kwargs):
-        if not (os.environ.get("UNSLOTH_FSDP2") and os.environ.get("UNSLOTH_FSDP2_SHARDED_LOAD")):
+        if os.environ.get("UNSLOTH_FSDP2", "").strip().lower() in ("", "0", "false", "no", "off"):
             return stock(*args, **kwargs)
         from .models.fsdp2_sharded_4bit import replace_sharded_load_env
 

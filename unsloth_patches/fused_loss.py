@@ -2,10 +2,11 @@
 # Copyright 2026 the unsloth_patches authors
 """Unsloth's causal language model losses on ``kernels.linear_loss``.
 
-Replaced are the fused loss that FastLanguageModel's forwards call on a GPU, its counterpart on the
-CPU backend, and the loss of dense logits. The forwards are wrapped so that what they drop reaches
-the loss: ``label_smoothing``, ``ignore_index``, ``class_weight`` and ``z_loss`` as model arguments
-or set once with `set_loss_options`, a bias of the head, and labels that are shifted already.
+Replaced are the fused loss that FastLanguageModel's forwards call on a GPU and the loss of dense
+logits; ``fused_loss_cpu`` does the same on the CPU backend. The forwards are wrapped so that what
+they drop reaches the loss: ``label_smoothing``, ``ignore_index``, ``class_weight`` and ``z_loss``
+as model arguments or set once with `set_loss_options`, a bias of the head, and labels that are
+shifted already.
 
 What we do not serve goes to the stock function; `calls` counts both.
 """
@@ -15,6 +16,7 @@ from typing import Any, Dict, Optional
 import functools
 import inspect
 import os
+import warnings
 
 import torch
 
@@ -25,7 +27,6 @@ from .loss_options import (
     calls,
     count_call,
     set_loss_options,
-    smooth_in_the_loss,
     smoothing_compute_loss,
     taking_options,
 )
@@ -59,11 +60,14 @@ _FUSED_KEYWORDS = frozenset(
         "label_smoothing",
     )
 )
+# Whether this module is a part of Unsloth itself, rather than put in by import hooks.
+_IN_UNSLOTH = __name__.partition(".")[0] == "unsloth"
 # Settings of the stock loss's own chunking: who sets one gets the stock loss.
 _STOCK_SETTINGS = ("UNSLOTH_CE_LOSS_TARGET_GB", "UNSLOTH_CE_LOSS_N_CHUNKS")
 
 
-def _require_parameters(function, expected) -> None:
+def require_parameters(function, expected) -> None:
+    """Raises NotImplementedError where an upstream function has other parameters than we know."""
     found = tuple(inspect.signature(function).parameters)
     if found != tuple(expected):
         raise NotImplementedError(
@@ -71,9 +75,42 @@ def _require_parameters(function, expected) -> None:
         )
 
 
+def of_zoo(replace_stock):
+    """For replacements of functions of unsloth_zoo, whose release is chosen apart from Unsloth's.
+
+    Import hooks skip the whole patch where one raises NotImplementedError. As a line of Unsloth's own
+    source it must not break ``import unsloth``: there the stock function stays, with a warning, and
+    loss options that it would drop in silence are refused.
+    """
+
+    @functools.wraps(replace_stock)
+    def guarded(stock):
+        try:
+            return replace_stock(stock)
+        except NotImplementedError as error:
+            if not _IN_UNSLOTH:
+                raise
+            reason = f"this unsloth_zoo is not known: {error}"
+            warnings.warn(f"Unsloth: its own loss stays in place of the fused one; {reason}.")
+            return _stock_alone(stock, reason)
+
+    return guarded
+
+
+def _stock_alone(stock, reason: str):
+    @functools.wraps(stock)
+    def stock_function(*args, **kwargs):
+        count_call(f"stock: {reason}")
+        refuse_unhonoured(active_options(), reason)
+        return stock(*args, **kwargs)
+
+    return stock_function
+
+
+@of_zoo
 def replace_unsloth_fused_ce_loss(stock):
     """The fused loss of ``models/llama.py`` and ``models/mistral.py``; stock serves what we do not."""
-    _require_parameters(stock, _FUSED_PARAMETERS)
+    require_parameters(stock, _FUSED_PARAMETERS)
 
     @functools.wraps(stock)
     def unsloth_fused_ce_loss(
@@ -95,7 +132,7 @@ def replace_unsloth_fused_ce_loss(stock):
         reason = _unserved(hidden_states, lm_head_weight, mask, target_gb, overwrite, kwargs)
         if reason:
             count_call(f"stock: {reason}")
-            _refuse_unhonoured(options, reason)
+            refuse_unhonoured(options, reason)
             for name in ("label_smoothing", "ignore_index"):
                 if getattr(options, name) != getattr(PLAIN, name):
                     kwargs[name] = getattr(options, name)
@@ -118,7 +155,7 @@ def replace_unsloth_fused_ce_loss(stock):
         count_call("fused")
         if options.shifted_labels is not None:
             labels, shift_labels = options.shifted_labels, False
-        return _linear_cross_entropy(
+        return head_loss(
             hidden_states,
             lm_head_weight,
             labels,
@@ -159,7 +196,7 @@ def _unserved(hidden, weight, mask, target_gb, overwrite, keywords) -> str:
     return ""
 
 
-def _refuse_unhonoured(options: LossOptions, reason: str) -> None:
+def refuse_unhonoured(options: LossOptions, reason: str) -> None:
     """The stock loss would drop these in silence."""
     for name in ("class_weight", "z_loss", "shifted_labels"):
         value = getattr(options, name)
@@ -170,7 +207,7 @@ def _refuse_unhonoured(options: LossOptions, reason: str) -> None:
             )
 
 
-def _linear_cross_entropy(
+def head_loss(
     hidden,
     weight,
     labels,
@@ -179,6 +216,10 @@ def _linear_cross_entropy(
     shift: bool,
     keywords: Dict[str, Any],
 ) -> torch.Tensor:
+    """Loss of a head's weight and its inputs, with the options and the stock loss's keywords.
+
+    hidden: [..., width]; labels: integers of hidden's leading shape; see `linear_cross_entropy`.
+    """
     from .kernels.linear_cross_entropy import linear_cross_entropy
 
     device = weight.device
@@ -229,7 +270,7 @@ def _head_grad_dtype(weight) -> Optional[torch.dtype]:
 
 def replace_CausalLM_fast_forward(stock):
     """The factory of Llama's, Qwen's, Gemma's … forward: what it makes takes loss options."""
-    _require_parameters(stock, ("fast_forward_inference",))
+    require_parameters(stock, ("fast_forward_inference",))
 
     @functools.wraps(stock)
     def CausalLM_fast_forward(fast_forward_inference):
@@ -261,7 +302,7 @@ def replace_fast_cross_entropy_loss(stock):
 
     Without any of them, given here or to the model, the stock kernel runs.
     """
-    _require_parameters(stock, _DENSE_PARAMETERS)
+    require_parameters(stock, _DENSE_PARAMETERS)
 
     @functools.wraps(stock)
     def fast_cross_entropy_loss(
@@ -317,80 +358,7 @@ def dense_loss(logits, labels, softcap, scale, n_items, options: LossOptions) ->
     return dense_cross_entropy(logits, labels, spec, n_items)
 
 
-# ------------------------------------------------------------------------------- CPU backend
-
-_CPU_PARAMETERS = (
-    "hidden",
-    "weight",
-    "labels",
-    "num_items_in_batch",
-    "ignore_index",
-    "shift_labels",
-    "chunk_rows",
-)
-
-
-def replace_chunked_linear_cross_entropy(stock):
-    """The CPU backend's loss."""
-    _require_parameters(stock, _CPU_PARAMETERS)
-
-    @functools.wraps(stock)
-    def chunked_linear_cross_entropy(
-        hidden,
-        weight,
-        labels,
-        num_items_in_batch = None,
-        ignore_index = -100,
-        shift_labels = None,
-        chunk_rows = None,
-    ):
-        options = active_options()
-        try:
-            from .kernels import linear_cross_entropy  # noqa: F401  (needs Triton's package)
-        except ImportError as error:
-            count_call(f"stock: {error}")
-            _refuse_unhonoured(options, str(error))
-            return stock(
-                hidden, weight, labels, num_items_in_batch, ignore_index, shift_labels, chunk_rows
-            )
-        count_call("cpu")
-        if chunk_rows is not None:
-            options = replace(options, chunk_rows = chunk_rows)
-        shifted = shift_labels is not None
-        keywords = {"ignore_index": ignore_index}
-        target = shift_labels if shifted else labels
-        return _linear_cross_entropy(
-            hidden, weight, target, options, num_items_in_batch, not shifted, keywords
-        )
-
-    chunked_linear_cross_entropy._takes_loss_options = True
-    return chunked_linear_cross_entropy
-
-
-def replace_patch_chunked_causal_lm_loss(stock):
-    """The CPU backend's per-model hook: the forward that it installs takes loss options."""
-    _require_parameters(stock, ("model",))
-
-    @functools.wraps(stock)
-    def patch_chunked_causal_lm_loss(model):
-        installed = stock(model)
-        forward = vars(model).get("forward")
-        if installed and forward is not None and not getattr(forward, "_takes_loss_options", False):
-            plain = forward.__func__
-            taking = taking_options(plain, shifts_itself = True, computes_loss = _in_cpu_step)
-            model.forward = type(forward)(taking, model)
-            model._takes_loss_options = True
-            smooth_in_the_loss()
-        return installed
-
-    return patch_chunked_causal_lm_loss
-
-
-def _in_cpu_step(model: Any) -> bool:
-    """The CPU backend computes its loss in chunks within SFTTrainer's own training step alone."""
-    return torch.is_grad_enabled() and bool(
-        vars(model).get("_unsloth_cpu_chunked_ce_active", False)
-    )
+# ------------------------------------------------------------------------------- Trainer
 
 
 def replace_unsloth_pre_compute_loss(stock):

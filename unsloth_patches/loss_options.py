@@ -192,16 +192,35 @@ def _with_dense_loss(forward, model, args, kwargs, options: LossOptions):
 # --- the Trainer's label_smoothing_factor ---------------------------------------------------------
 
 
+# Our Trainer.compute_loss and the one that it wraps, while it is in place.
+_trainer_wrap = None
+
+
 def smooth_in_the_loss() -> None:
     """transformers' Trainer hands ``label_smoothing_factor`` to models that take loss options.
 
     The CPU backend calls ``Trainer.compute_loss`` as it is. On a GPU Unsloth has its own in its place,
     and that one is wrapped instead.
     """
+    global _trainer_wrap
     from transformers import Trainer
 
-    if not getattr(Trainer.compute_loss, "_takes_loss_options", False):
-        Trainer.compute_loss = smoothing_compute_loss(Trainer.compute_loss)
+    stock = Trainer.compute_loss
+    if not getattr(stock, "_takes_loss_options", False):
+        _trainer_wrap = (smoothing_compute_loss(stock), stock)
+        Trainer.compute_loss = _trainer_wrap[0]
+
+
+def leave_the_trainer() -> None:
+    """Takes `smooth_in_the_loss` back; does nothing where another wrap lies over ours by now."""
+    global _trainer_wrap
+    if _trainer_wrap is None:
+        return
+    from transformers import Trainer
+
+    if Trainer.compute_loss is _trainer_wrap[0]:
+        Trainer.compute_loss = _trainer_wrap[1]
+    _trainer_wrap = None
 
 
 def smoothing_compute_loss(compute_loss):

@@ -17,6 +17,7 @@ import gc
 import importlib
 import importlib.machinery
 import os
+import re
 import sys
 import threading
 import types
@@ -24,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
-from .fingerprints import fingerprint_file, fingerprint_live
+from .fingerprints import fingerprint_live, fingerprint_module
 from .registry import PATCHES, Patch, Target
 
 PENDING, APPLIED, SKIPPED, FAILED, UPSTREAMED = (
@@ -145,8 +146,7 @@ def _is_upstreamed(patch: Patch) -> bool:
 
 def upstream_fingerprints(target: Target) -> Set[str]:
     """Fingerprints of a target's definitions in the installed Unsloth, read without importing it."""
-    path = _source_file(target.module)
-    return fingerprint_file(str(path), target.name) if path else set()
+    return fingerprint_module(target.module, target.name, _source_file)
 
 
 def _misfit(target: Target) -> str:
@@ -163,12 +163,24 @@ def _misfit(target: Target) -> str:
     return ""
 
 
+@functools.lru_cache(maxsize = None)
+def _release() -> str:
+    """This Unsloth's version, read from its source; empty where it does not say."""
+    source = _source_file("unsloth._version")
+    text = source.read_text(encoding = "utf-8") if source else ""
+    found = re.search(r'^__version__ = "([0-9.]+)"', text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _numbers(version: str) -> List[int]:
+    return [int(part) for part in version.split(".") if part]
+
+
 def _patch_misfit(patch: Patch) -> str:
     """Why a patch cannot go in whole, judged by the sources alone; empty where it can."""
-    reason = next(filter(None, map(_misfit, patch.targets)), "")
-    return (
-        f"made for Unsloth {patch.since} and newer: {reason}" if reason and patch.since else reason
-    )
+    if patch.since and _release() and _numbers(_release()) < _numbers(patch.since):
+        return f"made for Unsloth {patch.since} and newer; this is {_release()}"
+    return next(filter(None, map(_misfit, patch.targets)), "")
 
 
 def _preflight(record: _Record) -> None:
@@ -310,6 +322,8 @@ def _restore(record: _Record) -> None:
     for done in reversed(record.replaced):
         setattr(done.owner, done.leaf, done.stock)
         _swap({id(done.new): (done.new, done.stock)})
+        # What a replacement has changed elsewhere since then, it knows itself how to take back.
+        getattr(done.new, "_undo_replacement", lambda: None)()
     record.replaced = []
 
 

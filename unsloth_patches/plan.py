@@ -7,9 +7,9 @@ Computed from a config and the stated memory; no GPU, no weights and no Unsloth 
 
 The command's options, in this order:
 
-    --model PATH          config.json or a folder that holds one (required)
-    --gpus N              ranks that share the frozen weights (required)
-    --memory GIB          memory of one GPU in GiB (required)
+    --model PATH          config.json or a folder that holds one (required without --table)
+    --gpus N              ranks that share the frozen weights (required without --table)
+    --memory GIB          memory of one GPU in GiB, as it reports it; default 79, an 80 GB card
     --tokens N            tokens of one micro-batch on one GPU, default 4096
     --rank N              LoRA rank, default 16, on all seven linears of a block
     --checkpointing KIND  unsloth | on | off, default unsloth
@@ -17,28 +17,49 @@ The command's options, in this order:
     --gpus-per-host N     ranks of one host, default 8
     --offload MODE        auto | never | blocks:K | all, default auto
     --sweep               one line for each power of two up to N GPUs instead of one full table
+    --table               Markdown for Llama-3.1 70B and 405B (or --model) on 2 to 64 (--gpus) GPUs
 
-The exit code is 0 where it fits (with --sweep: on N GPUs), else 1; 2 for a value that cannot be
-counted.
+The exit code is 0 where it fits (with --sweep: on N GPUs; with --table always), else 1; 2 for a
+value that cannot be counted.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import List, Optional
+from typing import Any, List, Optional
 
 GIB = 2**30
 # CUDA's context, cuBLAS and NCCL: what a card of N GiB does not give to tensors. Stated, not
 # measured.
 RESERVED_GIB = 2.0
+CARD_GIB = 79.0
+LARGEST = 64
+_LLAMA = {"num_key_value_heads": 8, "vocab_size": 128256}
+# Of the published configs.
+LLAMAS = {
+    "Llama-3.1-70B": {
+        **_LLAMA,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
+    "Llama-3.1-405B": {
+        **_LLAMA,
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 126,
+        "num_attention_heads": 128,
+    },
+}
 CHECKPOINTING = {"unsloth": "unsloth", "on": True, "off": False}
 
 
 def plan(
-    model: Path,
-    gpus: int,
-    memory: float,
+    model: Optional[Path] = None,
+    gpus: Optional[int] = None,
+    memory: float = CARD_GIB,
     tokens: int = 4096,
     rank: int = 16,
     checkpointing: str = "unsloth",
@@ -46,32 +67,36 @@ def plan(
     gpus_per_host: int = 8,
     offload: str = "auto",
     sweep: bool = False,
+    table: bool = False,
 ) -> int:
     """Prints the plan; see the module's docstring for arguments and the returned exit code."""
     from .models.fsdp2_offload_plan import plan_offload
 
+    def plan_on(source: Any, count: int) -> Any:
+        return plan_offload(
+            source,
+            batch_tokens = tokens,
+            world = count,
+            local_world = min(count, gpus_per_host),
+            device_memory = int((memory - RESERVED_GIB) * GIB),
+            host_memory = None if host is None else int(host * GIB),
+            lora_rank = rank,
+            gradient_checkpointing = CHECKPOINTING[checkpointing],
+            override = offload,
+        )
+
     try:
-        if checkpointing not in CHECKPOINTING:
-            raise ValueError(f"--checkpointing {checkpointing}: choose {', '.join(CHECKPOINTING)}.")
-        if memory <= RESERVED_GIB:
-            raise ValueError(
-                f"--memory {memory}: a GPU needs more than the {RESERVED_GIB} GiB kept for CUDA."
-            )
-        counts = _powers_of_two(gpus) if sweep else [gpus]
-        plans = [
-            plan_offload(
-                model,
-                batch_tokens = tokens,
-                world = count,
-                local_world = min(count, gpus_per_host),
-                device_memory = int((memory - RESERVED_GIB) * GIB),
-                host_memory = None if host is None else int(host * GIB),
-                lora_rank = rank,
-                gradient_checkpointing = CHECKPOINTING[checkpointing],
-                override = offload,
-            )
-            for count in counts
-        ]
+        _check(model, gpus, memory, checkpointing, table)
+        if table:
+            sources = LLAMAS if model is None else {str(model): model}
+            counts = _powers_of_two(LARGEST if gpus is None else gpus)
+            found = [(name, plan_on(sources[name], n)) for name in sources for n in counts]
+            wholes = [
+                _whole_gib(sources[name], p, tokens, rank, checkpointing) for name, p in found
+            ]
+            print_table(found, wholes, memory, tokens)
+            return 0
+        plans = [plan_on(model, count) for count in (_powers_of_two(gpus) if sweep else [gpus])]
     except ValueError as error:
         print(error, file = sys.stderr)
         return 2
@@ -79,8 +104,35 @@ def plan(
         print_sweep(plans, memory, tokens)
     else:
         print(plans[0].table())
-    print(f"Computed, not measured; {RESERVED_GIB} GiB of each GPU are kept for CUDA and NCCL.")
+    print(_label())
     return 0 if plans[-1].fits else 1
+
+
+def _check(model: Any, gpus: Any, memory: float, checkpointing: str, table: bool) -> None:
+    if not table and (model is None or gpus is None):
+        raise ValueError("plan: state --model and --gpus, or ask for --table.")
+    if checkpointing not in CHECKPOINTING:
+        raise ValueError(f"--checkpointing {checkpointing}: choose {', '.join(CHECKPOINTING)}.")
+    if memory <= RESERVED_GIB:
+        raise ValueError(
+            f"--memory {memory}: a GPU needs more than the {RESERVED_GIB} GiB kept for CUDA."
+        )
+
+
+def _label() -> str:
+    return f"Computed, not measured; {RESERVED_GIB} GiB of each GPU are kept for CUDA and NCCL."
+
+
+def _whole_gib(source: Any, plan: Any, tokens: int, rank: int, checkpointing: str) -> float:
+    """GiB that a GPU needs with the whole 4-bit model on every one."""
+    from .models import fsdp2_memory_count as count
+    from .models.fsdp2_model_shape import read_shape
+
+    job = count.Training(
+        plan.world, tokens, rank, count.LORA_TARGETS, checkpointing = CHECKPOINTING[checkpointing]
+    )
+    moments = count.whole_model_moments(read_shape(source), job)
+    return count.largest(moments)[2] * (1 + count.FRAGMENTATION) / GIB
 
 
 def _powers_of_two(largest: int) -> List[int]:
@@ -102,3 +154,19 @@ def print_sweep(plans: list, memory: float, tokens: int) -> None:
             continue
         sizes = " | ".join(f"{size / GIB:.1f}" for size in (p.after_load, p.peak, p.host_needed))
         print(f"| {p.world} | {sizes} | {p.decision().partition(': ')[2]} |")
+
+
+def print_table(found: list, wholes: list, memory: float, tokens: int) -> None:
+    """A Markdown table over models and numbers of GPUs, its label below."""
+    print(
+        f"| model | GPUs of {memory:g} GiB | whole model on each, GiB | sharded, GiB | of it weights "
+        "| host GiB of one host | decision |"
+    )
+    print("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
+    for (name, p), whole in zip(found, wholes):
+        fits = "" if whole * GIB <= p.usable else " (too much)"
+        sizes = " | ".join(f"{size / GIB:.1f}" for size in (p.needed, p.after_load, p.host_needed))
+        decision = p.decision().partition(": ")[2].removesuffix(f" ({p.mode})")
+        decision = decision if p.fits else f"does not fit: {'; '.join(p.notes)}"
+        print(f"| {name} | {p.world} | {whole:.1f}{fits} | {sizes} | {decision} |")
+    print(f"\nTokens of a micro-batch: {tokens}. {_label()}")

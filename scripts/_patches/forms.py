@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Run the patches' tests in one of three forms, one pytest process per world.
+"""Run the patches' tests in one of three forms, one pytest process per world, or per file in parallel.
 
 import: stock Unsloth with ``import unsloth_patches`` first (tests/conftest.py does that).
 fork:   the patched Unsloth, without unsloth_patches.
@@ -17,9 +17,10 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Dict, List, Sequence, Tuple
 from xml.etree import ElementTree
 
 from . import PatchesError
@@ -61,17 +62,51 @@ class FormResult:
         return all(not result.verdict for result in self.files)
 
 
-def run_form(project: Project, form: str, wanted: Sequence[str], scratch: Path) -> FormResult:
-    """Run the tests of all patches, or those ``wanted``. Raises PatchesError for an unknown file."""
+def run_form(
+    project: Project,
+    form: str,
+    wanted: Sequence[str],
+    scratch: Path,
+    jobs: int = 1,
+) -> FormResult:
+    """Run the tests of all patches, or those ``wanted``. Raises PatchesError for an unknown file.
+
+    jobs: with more than one, every file gets a process of its own, so many at a time.
+    """
     if form not in FORMS:
         raise PatchesError(f"unknown form {form!r}", f"choose one of {', '.join(FORMS)}")
+    if jobs < 1:
+        raise PatchesError(f"{jobs} processes cannot run anything", "--jobs takes 1 or more")
     chosen = _choose(project, wanted)
     home = project.root if form == "import" else _make_home(project, form, scratch)
     result = FormResult(form, [], [])
-    for world in sorted(set(chosen.values())):
-        files = [file for file in chosen if chosen[file] == world]
-        result.files += _run_world(form, world, files, home, scratch, result.summaries)
+
+    def run(part: Tuple[str, List[str]]) -> List[FileResult]:
+        name, files = part
+        folder = scratch / name
+        folder.mkdir()
+        world = chosen[files[0]]
+        quiet = form == "stock" or jobs > 1
+        return _run_process(form, world, files, home, folder, result.summaries, quiet)
+
+    parts = _processes(chosen, jobs).items()
+    if jobs == 1:
+        found = [run(part) for part in parts]
+    else:
+        with ThreadPoolExecutor(jobs) as pool:
+            found = list(pool.map(run, parts))
+    result.files += [each for files in found for each in files]
     return result
+
+
+def _processes(chosen: Dict[str, str], jobs: int) -> Dict[str, List[str]]:
+    """name -> the test files of one process: those of a world, or one file where jobs are many."""
+    if jobs > 1:
+        return {f"process-{Path(file).stem}": [file] for file in chosen}
+    worlds = sorted(set(chosen.values()))
+    return {
+        f"process-{world}": [file for file in chosen if chosen[file] == world] for world in worlds
+    }
 
 
 def _choose(project: Project, wanted: Sequence[str]) -> Dict[str, str]:
@@ -107,22 +142,23 @@ def _make_home(project: Project, form: str, scratch: Path) -> Path:
     return home
 
 
-def _run_world(
+def _run_process(
     form: str,
     world: str,
     files: List[str],
     home: Path,
     scratch: Path,
     summaries: List[str],
+    quiet: bool,
 ) -> List[FileResult]:
-    report = scratch / f"{form}-{world}.xml"
+    report = scratch / "report.xml"
     command = [sys.executable, "-m", "pytest", *files, "-q", "-rs", "--color=no"]
     command += ["-p", "no:cacheprovider", f"--rootdir={home}", f"--junitxml={report}"]
     command += ["-o", "junit_family=xunit1", "-o", f"timeout={TEST_TIMEOUT_S}"]
     expect_failures = form == "stock"
     if expect_failures:
         command += ["--tb=line"]
-    code, output = _stream(command, home, _environment(form, home, scratch), quiet = expect_failures)
+    code, output = _stream(command, home, _environment(form, world, home, scratch), quiet)
     summaries += [f"{form} / {world}: {line}" for line in _last_summary(output)]
     results = _read_report(report, files, world)
     for result in results:
@@ -133,19 +169,24 @@ def _run_world(
     for result in results:
         if not told.get(code, False):
             result.verdict = result.verdict or f"pytest ended with code {code}, see its output"
-    if expect_failures and any(result.verdict for result in results):
-        print(output)
+    if quiet and any(result.verdict for result in results):
+        print(output, flush = True)
     return results
 
 
-def _environment(form: str, home: Path, scratch: Path) -> Dict[str, str]:
+def _environment(form: str, world: str, home: Path, scratch: Path) -> Dict[str, str]:
     environment = dict(os.environ)
     environment["UNSLOTH_PATCHES_FORM"] = form
     # Unsloth writes generated code there; one form must never read what another one wrote.
-    environment["UNSLOTH_COMPILE_LOCATION"] = str(scratch / f"compiled-{form}")
+    environment["UNSLOTH_COMPILE_LOCATION"] = str(scratch / "compiled")
     environment.pop("UNSLOTH_PATCHES_DISABLE", None)
+    if world == "gloo":  # ranks are forked, and a forked process cannot use a GPU
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     if form != "import":
-        environment["PYTHONPATH"] = str(home)
+        # What else is on the path stays: pytest may be installed there.
+        others = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        others = [each for each in others if not (Path(each) / "unsloth_patches").is_dir()]
+        environment["PYTHONPATH"] = os.pathsep.join([str(home), *others])
         environment["UNSLOTH_PATCHES_HOME"] = str(home)
     return environment
 

@@ -31,7 +31,7 @@ class Project:
         self.patches: Tuple[Any, ...] = registry.PATCHES
         self.supported: Tuple[str, ...] = registry.SUPPORTED_UPSTREAM
         fingerprints = _load(self.package / "fingerprints.py")
-        self.fingerprint_source: Callable[[str, str], Set[str]] = fingerprints.fingerprint_source
+        self.fingerprint_module: Callable[..., Set[str]] = fingerprints.fingerprint_module
 
     @property
     def pin_file(self) -> Path:
@@ -90,9 +90,13 @@ class Project:
 
     def fingerprints(self, target: Any, unsloth: Release, zoo: Optional[Release]) -> Set[str]:
         """Fingerprints of a target's definitions in a release; empty where it defines none."""
-        release = zoo if target.module.split(".")[0] == "unsloth_zoo" else unsloth
-        path = release.module_path(target.module) if release else None
-        return self.fingerprint_source(release.text(path), target.name) if path else set()
+
+        def find_file(module: str) -> Optional[Path]:
+            release = {"unsloth": unsloth, "unsloth_zoo": zoo}.get(module.split(".")[0])
+            path = release.module_path(module) if release else None
+            return release.root / path if path else None
+
+        return self.fingerprint_module(target.module, target.name, find_file)
 
     def needs_zoo(self) -> bool:
         targets = (target for patch in self.patches for target in patch.targets)

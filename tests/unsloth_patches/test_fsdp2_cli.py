@@ -72,9 +72,13 @@ def _toy(folder):
 
 @pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason = "needs Unsloth")
 def test_train_script_runs_on_two_ranks(tmp_path):
-    """scripts/train_fsdp2.py as it stands under torchrun on two CPU ranks: it trains, saves, and
-    resumes.
+    """scripts/train_fsdp2.py as it stands under torchrun on two CPU ranks, each with its shard only:
+    it trains, saves the adapter and (with two GPUs: Unsloth merges no 4-bit model on the CPU) the
+    merged model, and resumes; undecided, the toy stays whole.
     """
+    import torch
+
+    gpus = torch.cuda.device_count() >= 2
     toy = _toy(tmp_path / "toy")
     data = tmp_path / "data.jsonl"
     rows = [
@@ -107,10 +111,14 @@ def test_train_script_runs_on_two_ranks(tmp_path):
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
-    for extra in (["--steps", "2"], ["--steps", "4", "--resume"]):
+    merged = ["--merged", str(tmp_path / "merged")] if gpus else []
+    for load, extra in (
+        ("1", ["--steps", "2", *merged]),
+        ("auto", ["--steps", "4", "--resume"]),
+    ):
         done = subprocess.run(
             [*command, *extra],
-            env = environment,
+            env = {**environment, "UNSLOTH_FSDP2_SHARDED_LOAD": load},
             cwd = ROOT,
             timeout = 240,
             capture_output = True,
@@ -119,5 +127,84 @@ def test_train_script_runs_on_two_ranks(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert "'fsdp2-sharded-4bit': 'applied'" in done.stdout, done.stdout[-2000:]
+        assert ("Loading this rank's 4-bit shards" in done.stderr) == (load == "1")
+        assert ("whole on each of 2 ranks" in done.stdout) == (load == "auto")
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "out" / "checkpoint-4").is_dir()
+    if gpus:
+        _check_merged(toy, tmp_path / "out" / "checkpoint-2", tmp_path / "merged")
+
+
+def _check_merged(toy, adapter, merged):
+    """Merged weights are the checkpoint's 16-bit ones plus the adapter, rounded once."""
+    from safetensors.torch import load_file
+
+    def read(folder):
+        files = [load_file(path) for path in Path(folder).glob("*.safetensors")]
+        return {key: value.float() for file in files for key, value in file.items()}
+
+    base, lora, new = read(toy), read(adapter), read(merged)
+    assert base.keys() == new.keys()
+    for name in (name for name in base if "_proj" in name):
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        change = lora[f"{key}.lora_B.weight"] @ lora[f"{key}.lora_A.weight"]  # alpha is the rank
+        assert change.abs().max() > 0
+        error = (new[name] - base[name] - change).abs()
+        assert (error <= 2**-8 * (base[name].abs() + change.abs()) + 1e-6).all(), name
+
+
+def test_train_script_takes_float16_on_a_t4(monkeypatch):
+    """On a GPU without bfloat16 the script's dtype and training settings are float16's."""
+    import types
+
+    import torch
+
+    spec = importlib.util.spec_from_file_location("train_fsdp2", ROOT / "scripts/train_fsdp2.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, dtype in [((7, 5), torch.float16), ((8, 0), torch.bfloat16)]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        assert script.compute_dtype() == dtype
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(script, "SFTConfig", lambda **settings: types.SimpleNamespace(**settings))
+    options = types.SimpleNamespace(
+        output = "x", length = 8, batch = 1, accumulate = 1, steps = 5, save_steps = 5, learning_rate = 1e-4
+    )
+    settings = script.training_settings(options, torch.float16)
+    assert settings.fp16 and not settings.bf16
+    assert not script.training_settings(options, torch.bfloat16).fp16
+
+
+def test_plan_table_is_computed_markdown(config, capsys):
+    """--table prints the same figures as the plan, for both Llamas on 2 to 64 GPUs, and says that
+    they are computed.
+    """
+    from unsloth_patches.models.fsdp2_offload_plan import plan_offload
+    from unsloth_patches.plan import LLAMAS, RESERVED_GIB, plan
+
+    assert plan(table = True, memory = 79) == 0
+    text = capsys.readouterr().out
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| Llama")]
+    counts = [2, 4, 8, 16, 32, 64]
+    assert [(row[0], int(row[1])) for row in rows] == [
+        (f"| {name}", count) for name in LLAMAS for count in counts
+    ]
+    for row in rows:
+        found = plan_offload(
+            LLAMAS[row[0][2:]],
+            world = int(row[1]),
+            batch_tokens = 4096,
+            device_memory = int((79 - RESERVED_GIB) * 2**30),
+            gradient_checkpointing = "unsloth",
+        )
+        assert (
+            row[3] == f"{found.needed / 2**30:.1f}" and row[4] == f"{found.after_load / 2**30:.1f}"
+        )
+        assert ("does not fit" in row[6]) == (not found.fits)
+    assert "Computed, not measured" in text
+    # What is published is what the command prints now.
+    published = ROOT / "unsloth_patches/bench/results/fsdp2_plan_table.md"
+    assert published.read_text(encoding = "utf-8") == text
+    assert plan(model = config, gpus = 4, memory = 79, table = True) == 0
+    assert plan(gpus = 4) == 2 and "--table" in capsys.readouterr().err

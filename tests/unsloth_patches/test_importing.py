@@ -43,6 +43,15 @@ REPLACEMENTS = """
     def replace_slow(stock):
         return lambda x: ("patched", stock(x))
 
+    def replace_reaching(stock):
+        # Changes another library, but only once it is called.
+        import decimal
+        def fast(x):
+            decimal.touched = True
+            return ("patched", stock(x))
+        fast._undo_replacement = lambda: delattr(decimal, "touched")
+        return fast
+
     def replace_scale(stock):
         return staticmethod(lambda x: ("patched", stock.__func__(x)))
 
@@ -281,6 +290,28 @@ def test_comments_and_docstrings_do_not_change_a_fingerprint_but_code_does(fake)
     )
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["from .kernels.utils import fast", "from .kernels.utils import *", "from . import fast"],
+)
+def test_a_fingerprint_is_found_where_the_name_was_imported_from(fake, line):
+    """A target on a module that only hands the name on: known code applies, other code does not."""
+    (fake / "unsloth/user.py").write_text(line + "\n", encoding = "utf-8")
+    body = """
+        from unsloth_patches import fingerprints
+        known = fingerprints.fingerprint_file("unsloth/kernels/utils.py", "fast")
+        def handed_on(*accepted):
+            return Patch("fast", "t", (
+                T("unsloth.user:fast", "replace_fast", fingerprints = frozenset(accepted)),
+            ))
+        catalogue(handed_on(WANTED))
+        import unsloth
+        assert states() == {"fast": STATE}, reasons()
+        """
+    for wanted, state in (("*known", '"applied"'), ('"0" * 16', '"skipped"')):
+        run(body.replace("WANTED", wanted).replace("STATE", state), fake)
+
+
 def test_a_function_that_another_library_replaced_is_left_alone(fake):
     run(
         """
@@ -377,6 +408,20 @@ def test_stock_undo_and_redo_reach_aliases(fake):
         assert unsloth.fast(1) == unsloth.user.use(1) == ("stock", 1)
         unsloth_patches.install()
         assert unsloth.fast(1) == unsloth.user.use(1) == patched
+        """,
+        fake,
+    )
+
+
+def test_undo_takes_back_what_a_replacement_changed_elsewhere(fake):
+    run(
+        """
+        import decimal
+        catalogue(Patch("fast", "t", (T("unsloth.kernels.utils:fast", "replace_reaching"),)))
+        import unsloth
+        assert unsloth.fast(1) == ("patched", ("stock", 1)) and decimal.touched
+        unsloth_patches.undo()
+        assert unsloth.fast(1) == ("stock", 1) and not hasattr(decimal, "touched")
         """,
         fake,
     )
@@ -559,3 +604,27 @@ def test_chat_templates_captured_before_and_after():
         """
     )
     python(code, ROOT)
+
+
+@needs_unsloth
+def test_undo_gives_the_trainer_its_own_loss_back():
+    """The CPU backend's loss wraps transformers' Trainer when a model is loaded, not at import."""
+    code = textwrap.dedent(
+        """
+        import unsloth_patches, unsloth
+        import unsloth_zoo.cpu.loader as loader
+        from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+        stock = Trainer.compute_loss
+        for _ in range(2):
+            model = LlamaForCausalLM(LlamaConfig(
+                hidden_size = 8, intermediate_size = 8, num_hidden_layers = 1, vocab_size = 16,
+                num_attention_heads = 1, num_key_value_heads = 1,
+            ))
+            assert loader.patch_chunked_causal_lm_loss(model)
+            assert Trainer.compute_loss is not stock
+            unsloth_patches.undo()
+            assert Trainer.compute_loss is stock
+            unsloth_patches.install()
+        """
+    )
+    python(code, ROOT, {"CUDA_VISIBLE_DEVICES": ""})

@@ -106,6 +106,27 @@ def test_forms(root, tmp_path, monkeypatch, cache, form):
     )
 
 
+def test_parallel_processes(root, tmp_path, monkeypatch, cache):
+    """--jobs: a process a file, of different worlds too, with the results of one process a world."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(cache / "unsloth-1.0"), str(ROOT)]))
+    text = (
+        TEST
+        + "\n\ndef test_process():\n    import sys\n\n    assert 'test_area' not in sys.modules\n"
+    )
+    write(root, {"tests/test_other.py": text.replace("test_area", "test_other", 1)})
+    write(root, {"tests/test_broken.py": "def test_broken():\n    assert False\n"})
+    others = '"tests/test_other.py": "interpreter", "tests/test_broken.py": "cpu"'
+    write_registry(root, entry = ENTRY.replace('"cpu"', f'"cpu", {others}'))
+    result = forms.run_form(Project(root), "fork", [], tmp_path, jobs = 3)
+    counts = {each.file: (each.passed, each.failed) for each in result.files}
+    assert counts["tests/test_area.py"] == (2, 0)
+    assert counts["tests/test_other.py"] == (3, 0)
+    assert counts["tests/test_broken.py"] == (0, 1)
+    assert len(result.summaries) == 3 and not result.ok
+    with pytest.raises(PatchesError, match = "0 processes"):
+        forms.run_form(Project(root), "fork", [], tmp_path, jobs = 0)
+
+
 def test_stock_form_refuses_a_test_that_proves_nothing(root, tmp_path):
     write(root, {"tests/test_area.py": HEADER + "def test_nothing():\n    pass\n"})
     result = forms.run_form(Project(root), "stock", ["tests/test_area.py"], tmp_path)

@@ -6,4 +6,23 @@ Each module has ``run(out: Path, quick: bool = False) -> int``; the figures that
 anywhere stand under ``results/`` with the GPU, the versions and the command that made them.
 """
 
-BENCHMARKS = ("dequant", "loss", "chunk-size", "loss-training", "fsdp2")
+from typing import NamedTuple
+
+
+class Benchmark(NamedTuple):
+    """module: below this package. without_gpu: what it does on a machine without a CUDA GPU."""
+
+    module: str
+    without_gpu: str = ""
+
+
+BENCHMARKS = {
+    "chunk-size": Benchmark("chunk_size", "the computed choices for five GPUs"),
+    "dequant": Benchmark("dequant"),
+    "fsdp2": Benchmark("fsdp2", "a toy on CPU ranks"),
+    "fsdp2-plan": Benchmark("fsdp2_plan", "a toy on CPU ranks, nothing measured"),
+    "loss": Benchmark("loss"),
+    "train": Benchmark("train", "the losses of a toy"),
+}
+# What run() returns: done (without a GPU: what without_gpu says), failed, and cannot run here.
+DONE, FAILED, NOT_HERE = 0, 1, 2

@@ -20,7 +20,7 @@ import sys
 import time
 
 STEPS = 4
-WARMUP = 1
+WARMUP = 1  # steps of a case that its time leaves out
 
 
 def _gib(count: float) -> float:
@@ -51,9 +51,8 @@ class Memory:
 def _environment(case: dict, mode: str) -> None:
     layout = case.get("layout", "auto")
     os.environ["UNSLOTH_FSDP2_LAYOUT"] = layout
-    os.environ["UNSLOTH_FSDP2_SHARDED_LOAD"] = (
-        "0" if case.get("whole") or mode == "upstream" else ""
-    )
+    whole = case.get("whole") or mode == "upstream" or os.environ["WORLD_SIZE"] == "1"
+    os.environ["UNSLOTH_FSDP2_SHARDED_LOAD"] = case.get("load", "0" if whole else "1")
     os.environ["UNSLOTH_PATCHES_OFFLOAD"] = case.get("offload", "never")
 
 
@@ -100,10 +99,24 @@ def _load(case: dict, found: dict, memory: Memory):
         case["checkpoint"], max_seq_length = case["length"], load_in_4bit = True, dtype = torch.bfloat16
     )
     found.update(load_s = round(time.perf_counter() - begin, 2), load_peak = _gib(memory.peak()))
-    found.update(after_load = _gib(memory.now()), stage = "wrap")
+    found.update(after_load = _gib(memory.now()), stage = "wrap", shards = _shards(model))
+    if os.environ["UNSLOTH_FSDP2_SHARDED_LOAD"] == "1" and not found["shards"]:
+        raise RuntimeError("a sharded load was asked for, and this is a whole one")
     return FastLanguageModel.get_peft_model(
-        model, r = 16, lora_alpha = 16, random_state = 1, use_gradient_checkpointing = case["checkpointing"]
+        model,
+        r = case.get("rank", 16),
+        lora_alpha = 16,
+        random_state = 1,
+        use_gradient_checkpointing = case.get("checkpointing", True),
     )
+
+
+def _shards(model) -> int:
+    """4-bit weights of which this rank holds a shard only; 0 in a stock process."""
+    sharding = sys.modules.get("unsloth_patches.models.fsdp2_sharded_params")
+    if sharding is None:
+        return 0
+    return sum(sharding.shard_of(module) is not None for module in model.modules())
 
 
 def _wrap(model, found: dict, memory: Memory):
@@ -119,7 +132,7 @@ def _wrap(model, found: dict, memory: Memory):
     found.update(wrap_peak = _gib(memory.peak()), after_wrap = _gib(memory.now()), stage = "train")
     plan = model.__dict__.get("_fsdp2_offload_plan")
     if plan is not None:
-        found["offloaded_blocks"] = len(plan.blocks)
+        found.update(offloaded_blocks = len(plan.blocks), planned_peak = _gib(plan.peak))
     return model
 
 
@@ -139,34 +152,44 @@ def _measure(case: dict, found: dict) -> None:
     FastLanguageModel.for_training(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, case["vocab"], (max(world, 2), case["length"]), generator = generator).to(
-        device
-    )
-    rows = [int(os.environ["RANK"])] if world > 1 else range(case.get("micro_batches", 1))
+    batch, micro_batches = case.get("batch", 1), case.get("micro_batches", 1)
+    size = (micro_batches * world, batch, case["length"])
+    ids = torch.randint(10, case["shape"]["vocab_size"], size, generator = generator).to(device)
+    rank = int(os.environ["RANK"])
+    inputs = [ids[index * world + rank] for index in range(micro_batches)]
     memory.reset()
     losses, seconds = [], []
     for _ in range(case.get("steps", STEPS)):
         begin = time.perf_counter()
         total = 0.0
-        for row in rows:
+        for tokens in inputs:
             with torch.autocast(device, dtype = torch.bfloat16):
-                loss = model(input_ids = ids[[row]], labels = ids[[row]]).loss / len(rows)
+                loss = model(input_ids = tokens, labels = tokens).loss / len(inputs)
             loss.backward()
             total += loss.item()
+            del loss  # as the Trainer does: its graph would hold memory through the next forward
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
-    middle = sorted(seconds[WARMUP:])[len(seconds[WARMUP:]) // 2]
+    timed = sorted(seconds[min(case.get("warmup", WARMUP), len(seconds) - 1) :])
+    middle = timed[len(timed) // 2]
     found.update(
         train_peak = _gib(memory.peak()),
         step_s = round(middle, 4),
-        tokens_per_s = round(case["length"] * (world if world > 1 else len(rows)) / middle, 1),
+        steps_s = [round(value, 4) for value in seconds],
+        tokens_per_s = round(ids.numel() / middle, 1),
         losses = [round(value, 5) for value in losses],
         stage = "done",
     )
+
+
+def _wait_for_turn(index: int) -> None:
+    turn = os.environ.get("BENCH_TURN")
+    while turn and not os.path.exists(f"{turn}-{index}"):
+        time.sleep(0.05)
 
 
 def main() -> None:
@@ -186,7 +209,8 @@ def main() -> None:
         gloo = os.environ.get("REHEARSE_ON_ONE_GPU") or not torch.cuda.is_available()
         dist.init_process_group("gloo" if gloo else "nccl")
     with open(result_file, "w", encoding = "utf-8") as out:
-        for case in cases:
+        for index, case in enumerate(cases):
+            _wait_for_turn(index)
             found = run_case(case, mode)
             out.write(json.dumps({"case": case, **found}) + "\n")
             out.flush()

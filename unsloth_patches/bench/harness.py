@@ -62,6 +62,11 @@ def environment(command: Optional[str] = None) -> dict:
     }
 
 
+def gpu_slug(name: str) -> str:
+    """``h200`` of "NVIDIA H200": how results files are named."""
+    return name.replace("NVIDIA", "").strip().split()[0].lower().replace("-", "_")
+
+
 def gpu_available(what: str) -> bool:
     """True with a CUDA GPU; otherwise says on stderr that ``what`` cannot run here."""
     import torch

@@ -7,7 +7,7 @@ number comes, in this order, from the caller, from ``UNSLOTH_LOSS_CHUNK_ROWS``, 
 a sweep on this GPU stored, or from a budget by architecture, bounded by the memory that is free.
 """
 
-from typing import Optional
+from typing import Dict, List, Optional
 import functools
 import json
 import os
@@ -19,24 +19,24 @@ __all__ = ["choose_chunk_rows", "store_budget", "stored_budget", "fit_rows", "BU
 
 MIN_ROWS = 16
 MAX_ROWS = 8192
-# The rows of one tile of a matrix product on every current GPU.
-TILE_ROWS = 128
-TILE_COLUMNS = 256
+# Row counts that matrix products take without a cut tile on every current GPU.
+FEW_ROWS, MANY_ROWS = 128, 256
 
-# MiB of logits by compute capability. 9.0 is measured on an H200; 7.5, 8.0 and 8.9 are computed
-# from published figures of T4, A100 and L4 (the benchmark chunk-size repeats both).
-BUDGET_MIB = {(7, 5): 128, (8, 0): 128, (8, 9): 256, (9, 0): 256}
+# MiB of logits by compute capability. 9.0 is measured on an H200, and no more than Unsloth's own loss
+# takes there. 7.5, 8.0 and 8.9 are computed from published figures of T4, A100 and L4: what the model
+# of the benchmark chunk-size chooses, up to the next power of two, 128 at least.
+BUDGET_MIB = {(7, 5): 128, (8, 0): 128, (8, 9): 256, (9, 0): 320}
 DEFAULT_BUDGET_MIB = 256
 CPU_BUDGET_MIB = 64
-# A trained head's chunk may be as large as its gradient, up to this.
-TRAINED_BUDGET_MIB = 512
+# A trained head's chunk may be as large as its gradient, up to this. Unsloth's own loss holds that
+# gradient twice.
+TRAINED_BUDGET_MIB = 1024
 # The logits take at most this part of the memory that is free.
 FREE_SHARE = 0.25
 
 
 def choose_chunk_rows(
     rows: int,
-    hidden_size: int,
     vocab_size: int,
     itemsize: int,
     device: torch.device,
@@ -58,9 +58,8 @@ def choose_chunk_rows(
         )
     if chosen is None:
         budget = _budget_bytes(device, min(head_grad_bytes, TRAINED_BUDGET_MIB << 20))
-        chosen = fit_rows(
-            budget // max(vocab_size * itemsize, 1), hidden_size, _multiprocessors(device)
-        )
+        chosen = min(budget // max(vocab_size * itemsize, 1), MAX_ROWS)
+        chosen = fit_rows(chosen) if device.type == "cuda" else max(chosen, MIN_ROWS)
     return max(1, min(chosen, rows))
 
 
@@ -79,25 +78,22 @@ def _positive(name: str, value) -> Optional[int]:
     return number
 
 
-def fit_rows(most: int, hidden_size: int, multiprocessors: int) -> int:
-    """The row count up to ``most`` whose product with the head fills the GPU best.
+def fit_rows(most: int) -> int:
+    """The largest row count up to ``most`` that matrix products take well; at least MIN_ROWS.
 
-    The [rows, hidden] product works on tiles of 128 x 256; a last wave that leaves multiprocessors
-    idle costs as much as a full one. Rows below half of ``most`` are not worth their smaller chunks.
+    On an H200 multiples of 256 were the best from 512 rows on, multiples of 128 below; a row count
+    between them costs as much time as the next multiple.
     """
-    most = max(MIN_ROWS, min(most, MAX_ROWS))
-    if most < TILE_ROWS or multiprocessors == 0:
-        return most
-    column_tiles = -(-hidden_size // TILE_COLUMNS)
+    for step in (MANY_ROWS, FEW_ROWS):
+        if most >= 2 * step:
+            return most // step * step
+    return FEW_ROWS if most >= FEW_ROWS else max(most, MIN_ROWS)
 
-    def filled(rows: int) -> float:
-        tiles = rows // TILE_ROWS * column_tiles
-        return tiles / (-(-tiles // multiprocessors) * multiprocessors)
 
-    largest = most // TILE_ROWS * TILE_ROWS
-    smallest = max(TILE_ROWS, largest // 2 // TILE_ROWS * TILE_ROWS)
-    candidates = range(smallest, largest + 1, TILE_ROWS)
-    return max(candidates, key = lambda rows: (round(filled(rows), 2), rows))
+# Device index -> [bytes that were free when last asked, losses until it is asked again]. Asking takes
+# the host 0.1 ms; memory that has gone since then shows when the logits' buffer is allocated.
+_room: Dict[int, List[int]] = {}
+_ASK_EVERY = 32
 
 
 def _budget_bytes(device: torch.device, at_least: int) -> int:
@@ -106,10 +102,15 @@ def _budget_bytes(device: torch.device, at_least: int) -> int:
     index = torch.cuda.current_device() if device.index is None else device.index
     budget = max(_architecture_budget(index) << 20, at_least)
     wanted = int(budget / FREE_SHARE)
+    room = _room.get(index)
+    if room is not None and room[1] > 0 and room[0] >= 2 * wanted:
+        room[1] -= 1
+        return budget
     # torch's allocator says for next to nothing what it holds unused; the driver is asked after it.
     free = _held_bytes(index)
-    if free < wanted:
+    if free < 2 * wanted:
         free += torch.cuda.mem_get_info(index)[0]
+    _room[index] = [free, _ASK_EVERY]
     return min(budget, int(FREE_SHARE * free))
 
 
@@ -128,19 +129,6 @@ def _held_bytes(index: int) -> int:
     if not stats:
         return 0
     return stats["reserved_bytes"]["all"]["current"] - stats["allocated_bytes"]["all"]["current"]
-
-
-@functools.lru_cache(maxsize = None)
-def _multiprocessors_of(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    return _multiprocessors_of(
-        torch.cuda.current_device() if device.index is None else device.index
-    )
 
 
 # --------------------------------------------------------------- the choice stored for a GPU

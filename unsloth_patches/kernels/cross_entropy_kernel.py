@@ -122,7 +122,7 @@ def _gradient(
     columns,
     index,
     at_label,
-    lse2,
+    top,
     factor,
     soft_each,
     scale,
@@ -138,9 +138,7 @@ def _gradient(
     LABEL_HIDDEN: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    gradient = tl.exp2(x * LOG2_E - lse2)
-    if HAS_FACTOR:
-        gradient *= factor
+    gradient = tl.exp2(x * LOG2_E - top) * factor
     if not LABEL_HIDDEN:
         gradient = tl.where(columns == index, at_label, gradient)
     if HAS_SMOOTHING:
@@ -239,7 +237,8 @@ def _cross_entropy_kernel(
         HAS_WEIGHT, HAS_SMOOTHING, LABEL_HIDDEN,
     )  # fmt: skip
     row_top = tl.max(top, 0)
-    others = (row_top + tl.log2(tl.sum(total * tl.exp2(top - row_top), 0))) * LN_2
+    row_total = tl.sum(total * tl.exp2(top - row_top), 0)
+    others = (row_top + tl.log2(row_total)) * LN_2
 
     margin = others - target
     nll = _softplus(margin)
@@ -267,9 +266,15 @@ def _cross_entropy_kernel(
             scale = tl.where(keep, scale, 0.0)
         # A label outside the vocabulary makes the whole row NaN.
         known = in_range | (label == ignore_index)
-        lse2 = tl.where(known, lse * LOG2_E, float("nan"))
+        # exp2(x - row_top) times this is the softmax. exp2(x - lse) is it too, but a rounded lse would
+        # be off by the same factor in the whole row.
+        target2 = target * LOG2_E
+        highest = tl.maximum(row_top, target2)
+        below = tl.exp2(row_top - highest)
+        softmax_scale = below / (row_total * below + tl.exp2(target2 - highest))
+        softmax_scale = tl.where(known, softmax_scale, float("nan"))
         at_label = tl.where(known, tl.exp(-nll) * spread - hard * _sigmoid(margin), float("nan"))
-        factor = hard + spread
+        factor = (hard + spread) * softmax_scale
         for start in range(0, full, BLOCK):
             columns = start + tile
             x = _read(
@@ -277,7 +282,7 @@ def _cross_entropy_kernel(
                 HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, False,
             )  # fmt: skip
             gradient = _gradient(
-                x, columns, index, at_label, lse2, factor, soft_each, scale, weight_ptr,
+                x, columns, index, at_label, row_top, factor, soft_each, scale, weight_ptr,
                 logit_scale, softcap, VOCAB,
                 HAS_FACTOR, HAS_WEIGHT, HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, LABEL_HIDDEN, False,
             )  # fmt: skip
@@ -292,7 +297,7 @@ def _cross_entropy_kernel(
             HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, True,
         )  # fmt: skip
         gradient = _gradient(
-            x, columns, index, at_label, lse2, factor, soft_each, scale, weight_ptr,
+            x, columns, index, at_label, row_top, factor, soft_each, scale, weight_ptr,
             logit_scale, softcap, VOCAB,
             HAS_FACTOR, HAS_WEIGHT, HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, LABEL_HIDDEN, True,
         )  # fmt: skip

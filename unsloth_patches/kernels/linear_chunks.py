@@ -241,21 +241,25 @@ class ChunkPlan:
     @staticmethod
     def make(
         head: HeadInputs,
-        index: Optional[torch.Tensor],
-        count: int,
+        keep: Optional[torch.Tensor],
         chunk_rows: Optional[int],
         logits_dtype: Optional[torch.dtype] = None,
         bytes_per_logit: int = 0,
     ) -> "ChunkPlan":
-        """bytes_per_logit: what the loss holds for each logit, where that is more than the logits."""
+        """keep: bool [rows], the rows that take part, or None for all.
+
+        bytes_per_logit: what the loss holds for each logit, where that is more than the logits.
+        """
         dtype = logits_dtype or head.hidden.dtype
-        vocab_size, hidden_size = head.weight.shape
+        vocab_size = head.weight.shape[0]
         size = bytes_per_logit or dtype.itemsize
-        device = head.hidden.device
+        device, rows = head.hidden.device, head.hidden.shape[0]
         trained = head.weight.requires_grad and torch.is_grad_enabled()
         gradient = head.weight.numel() * head.weight.element_size() if trained else 0
-        rows = choose_chunk_rows(count, hidden_size, vocab_size, size, device, chunk_rows, gradient)
-        return ChunkPlan(index, count, rows, dtype)
+        # Before the rows are counted, while the GPU still works on what comes before the loss.
+        at_once = choose_chunk_rows(rows, vocab_size, size, device, chunk_rows, gradient)
+        index, count = (None, rows) if keep is None else active_rows(keep)
+        return ChunkPlan(index, count, max(1, min(at_once, count)), dtype)
 
 
 def _logits_buffer(rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device):

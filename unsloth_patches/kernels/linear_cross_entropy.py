@@ -4,18 +4,17 @@
 
 from dataclasses import dataclass, replace
 from typing import Optional, Union
-import os
 
 import torch
 import torch.nn.functional as F
 
 from .cross_entropy_rows import RowLoss, cross_entropy_rows
 from .cross_entropy_torch import transform_logits
+from .linear_checks import check_dtype, check_range, check_reduction, flat_labels, row_loss_of
 from .linear_chunks import (
     ChunkPlan,
     HeadGradients,
     HeadInputs,
-    active_rows,
     check_device,
     iterate_chunks,
     narrow_logits,
@@ -27,7 +26,6 @@ from .linear_chunks import (
 __all__ = ["linear_cross_entropy"]
 
 _NAME = "linear_cross_entropy"
-_REDUCTIONS = ("none", "mean", "sum")
 
 
 @torch.compiler.disable  # the number of labelled rows decides what is launched
@@ -87,157 +85,33 @@ def linear_cross_entropy(
     (arXiv 2410.10989) and "Cut Your Losses" (arXiv 2411.09009).
     """
     head = prepare_head(_NAME, hidden, weight, bias)
-    spec = _check_spec(
-        head, class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss
+    spec = row_loss_of(
+        _NAME, head, class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss
     )
-    n_items = _check_reduction(reduction, n_items)
-    _check_dtype("logits_dtype", logits_dtype, head.hidden.dtype)
-    _check_dtype("head_grad_dtype", head_grad_dtype, head.weight.dtype)
+    n_items = check_reduction(_NAME, reduction, n_items)
+    check_dtype(_NAME, "logits_dtype", logits_dtype, head.hidden.dtype)
+    check_dtype(_NAME, "head_grad_dtype", head_grad_dtype, head.weight.dtype)
     if not isinstance(labels, torch.Tensor):
         raise TypeError(f"{_NAME}: labels must be a tensor, got {type(labels).__name__}.")
     check_device(_NAME, head.hidden, labels = labels)
     if labels.is_floating_point():
         return _probability_targets(head, labels, spec, reduction, n_items, shift, chunk_rows)
-    flat = _check_labels(labels, head, ignore_index, shift)
-    index, count = active_rows(flat != ignore_index)
-    _check_range(flat, index, count, head.weight.shape[0])
-    plan = ChunkPlan.make(head, index, count, chunk_rows, logits_dtype)
-    denominator = _denominator(reduction, n_items, flat, index, count, spec)
-    if count == 0 and not nan_if_empty:
+    flat = flat_labels(_NAME, labels, head, ignore_index, shift)
+    plan = ChunkPlan.make(head, flat != ignore_index, chunk_rows, logits_dtype)
+    check_range(_NAME, flat, plan.index, plan.count, head.weight.shape[0])
+    denominator = _denominator(reduction, n_items, flat, plan, spec)
+    if plan.count == 0 and not nan_if_empty:
         denominator = 1.0
     job = _Job(spec, plan, reduction, denominator, head_grad_dtype, torch.is_grad_enabled())
     loss = _LinearCrossEntropy.apply(head.hidden, head.weight, head.bias, flat, job)
     return loss.reshape(labels.shape) if reduction == "none" else loss
 
 
-# ------------------------------------------------------------------------------- checks
-
-
-def _check_spec(
-    head: HeadInputs,
-    class_weight,
-    ignore_index,
-    label_smoothing,
-    logit_scale,
-    softcap,
-    z_loss,
-) -> RowLoss:
-    vocab_size = head.weight.shape[0]
-    if class_weight is not None:
-        if not isinstance(class_weight, torch.Tensor) or not class_weight.is_floating_point():
-            raise TypeError(
-                f"{_NAME}: class_weight must be a floating point tensor of [{vocab_size}]."
-            )
-        if class_weight.shape != (vocab_size,):
-            raise ValueError(
-                f"{_NAME}: class_weight must be [{vocab_size}], one weight a class, "
-                f"got shape {tuple(class_weight.shape)}."
-            )
-        if class_weight.requires_grad:
-            raise ValueError(f"{_NAME}: class_weight has no gradient; pass class_weight.detach().")
-        check_device(_NAME, head.hidden, class_weight = class_weight)
-        wide = torch.float64 if head.hidden.dtype == torch.float64 else torch.float32
-        class_weight = class_weight.to(wide).contiguous()
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{_NAME}: ignore_index must be an integer, got {ignore_index!r}.")
-    label_smoothing = _number("label_smoothing", label_smoothing)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(
-            f"{_NAME}: label_smoothing must be between 0 and 1, got {label_smoothing}."
-        )
-    softcap = _number("softcap", softcap)
-    if softcap < 0.0:
-        raise ValueError(f"{_NAME}: softcap must be positive, or 0 for none; got {softcap}.")
-    scale, z = _number("logit_scale", logit_scale), _number("z_loss", z_loss)
-    return RowLoss(class_weight, ignore_index, label_smoothing, scale, softcap, z)
-
-
-def _number(label: str, value) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if number != number or number in (float("inf"), float("-inf")):
-        raise ValueError(f"{_NAME}: {label} must be a finite number, got {value!r}.")
-    return number
-
-
-def _check_reduction(reduction, n_items) -> Optional[float]:
-    if reduction not in _REDUCTIONS:
-        raise ValueError(
-            f"{_NAME}: reduction must be one of {', '.join(_REDUCTIONS)}; got {reduction!r}."
-        )
-    if n_items is None:
-        return None
-    if reduction != "mean":
-        raise ValueError(
-            f"{_NAME}: n_items replaces the mean's denominator, so reduction {reduction!r} "
-            'cannot take it; leave n_items out or use reduction = "mean".'
-        )
-    if isinstance(n_items, torch.Tensor):
-        if n_items.numel() == 0:
-            raise ValueError(f"{_NAME}: n_items must hold one number, got an empty tensor.")
-        # A DataParallel replica gets a slice of the repeated count.
-        n_items = n_items.reshape(-1)[0].item()
-    number = _number("n_items", n_items)
-    if number < 0:
-        raise ValueError(f"{_NAME}: n_items must not be negative, got {number}.")
-    return number or 1.0
-
-
-def _check_dtype(label: str, dtype: Optional[torch.dtype], default: torch.dtype) -> None:
-    if dtype not in (None, torch.float32, default):
-        raise TypeError(f"{_NAME}: {label} must be torch.float32 or {default}, got {dtype}.")
-    if dtype == torch.float32 and default == torch.float64:
-        raise TypeError(
-            f"{_NAME}: {label} torch.float32 is narrower than the inputs' torch.float64."
-        )
-
-
-def _check_labels(labels, head: HeadInputs, ignore_index: int, shift: bool) -> torch.Tensor:
-    """int64 [rows], shifted."""
-    if labels.dtype == torch.bool or labels.is_complex():
-        raise TypeError(
-            f"{_NAME}: labels must be integers or class probabilities, got {labels.dtype}."
-        )
-    if labels.shape != head.shape:
-        raise ValueError(
-            f"{_NAME}: labels have shape {tuple(labels.shape)} and hidden {tuple(head.shape)} rows; "
-            "one label a row, or class probabilities in floating point."
-        )
-    if shift:
-        labels = F.pad(_shiftable(labels)[..., 1:], (0, 1), value = ignore_index)
-    return labels.reshape(-1).long()
-
-
-def _shiftable(labels: torch.Tensor) -> torch.Tensor:
-    if labels.dim() == 0 or labels.shape[-1] == 0:
-        raise ValueError(
-            f"{_NAME}: shift needs a position dimension, got labels of {tuple(labels.shape)}."
-        )
-    return labels
-
-
-def _check_range(labels, index, count: int, vocab_size: int) -> None:
-    on_request = os.environ.get("UNSLOTH_LOSS_CHECK_LABELS", "0") == "1"
-    if count == 0 or (labels.is_cuda and not on_request):
-        return
-    active = labels if index is None else labels[index]
-    low, high = active.aminmax()
-    if low < 0 or high >= vocab_size:
-        bad = low.item() if low < 0 else high.item()
-        raise IndexError(
-            f"{_NAME}: label {bad} is outside the vocabulary of {vocab_size}; "
-            "set it to ignore_index where the row should not count."
-        )
-
-
 def _denominator(
     reduction: str,
     n_items: Optional[float],
     labels,
-    index,
-    count: int,
+    plan: ChunkPlan,
     spec: RowLoss,
 ) -> float:
     if reduction != "mean":
@@ -245,8 +119,8 @@ def _denominator(
     if n_items is not None:
         return n_items
     if spec.class_weight is None:
-        return float(count)
-    active = labels if index is None else labels[index]
+        return float(plan.count)
+    active = labels if plan.index is None else labels[plan.index]
     # A label outside the vocabulary makes its row NaN, whatever its weight.
     active = active.clamp(0, spec.class_weight.shape[0] - 1)
     return spec.class_weight[active].sum(dtype = torch.float64).item()

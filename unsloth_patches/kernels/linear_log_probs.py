@@ -13,10 +13,10 @@ from typing import NamedTuple, Optional
 import torch
 
 from .cross_entropy_rows import RowLoss
+from .linear_checks import check_dtype, check_range, flat_labels, row_loss_of
 from .linear_chunks import (
     ChunkPlan,
     HeadGradients,
-    active_rows,
     check_device,
     iterate_chunks,
     narrow_logits,
@@ -71,21 +71,18 @@ def linear_log_probs(
     `linear_cross_entropy`, errors included: IndexError for a target outside the vocabulary on
     the CPU, NaN on a GPU. Returns `LogProbs` in float32 (float64 for float64 inputs).
     """
-    from .linear_cross_entropy import _check_dtype, _check_labels, _check_range, _check_spec
-
     head = prepare_head(_NAME, hidden, weight, bias)
-    spec = _check_spec(head, None, ignore_index, 0.0, logit_scale, softcap, 0.0)
+    spec = row_loss_of(_NAME, head, None, ignore_index, 0.0, logit_scale, softcap, 0.0)
     if not isinstance(temperature, (int, float)) or not 0.0 < temperature < float("inf"):
         raise ValueError(f"{_NAME}: temperature must be a positive number, got {temperature!r}.")
     if not isinstance(targets, torch.Tensor) or targets.is_floating_point():
         raise TypeError(f"{_NAME}: targets must be a tensor of integers.")
-    _check_dtype("logits_dtype", logits_dtype, head.hidden.dtype)
-    _check_dtype("head_grad_dtype", head_grad_dtype, head.weight.dtype)
+    check_dtype(_NAME, "logits_dtype", logits_dtype, head.hidden.dtype)
+    check_dtype(_NAME, "head_grad_dtype", head_grad_dtype, head.weight.dtype)
     check_device(_NAME, head.hidden, targets = targets)
-    flat = _check_labels(targets, head, ignore_index, shift)
-    index, count = active_rows(flat != ignore_index)
-    _check_range(flat, index, count, head.weight.shape[0])
-    plan = ChunkPlan.make(head, index, count, chunk_rows, logits_dtype)
+    flat = flat_labels(_NAME, targets, head, ignore_index, shift)
+    plan = ChunkPlan.make(head, flat != ignore_index, chunk_rows, logits_dtype)
+    check_range(_NAME, flat, plan.index, plan.count, head.weight.shape[0])
     job = _Job(spec, plan, 1.0 / float(temperature), head_grad_dtype)
     found = _LinearLogProbs.apply(head.hidden, head.weight, head.bias, flat, job)
     return LogProbs(*(value.reshape(targets.shape) for value in found))

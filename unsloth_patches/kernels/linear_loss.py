@@ -17,7 +17,6 @@ from .linear_chunks import (
     ChunkPlan,
     HeadGradients,
     HeadInputs,
-    active_rows,
     check_device,
     iterate_chunks,
     narrow_logits,
@@ -178,8 +177,7 @@ def chunked_rows_loss(
     per_row: bool,
 ) -> torch.Tensor:
     """`linear_loss` behind its checks: a scalar, or [rows] where ``per_row``."""
-    index, count = (None, head.hidden.shape[0]) if keep is None else active_rows(keep)
-    plan = ChunkPlan.make(head, index, count, chunk_rows, bytes_per_logit = _BYTES_PER_LOGIT)
+    plan = ChunkPlan.make(head, keep, chunk_rows, bytes_per_logit = _BYTES_PER_LOGIT)
     job = _Job(name, loss_fn, plan, per_row, torch.is_grad_enabled())
     return _LinearLoss.apply(job, head.hidden, head.weight, head.bias, *row_args)
 

@@ -18,7 +18,7 @@ from typing import List, Optional, Sequence
 import torch
 
 from .nf4_decode import FP4_CODE, NF4_CODE
-from .nf4_launch import HIP, INTERPRETED, DequantizeUnavailable, is_compiling
+from .nf4_launch import HIP, INTERPRETED, DequantizeUnavailable, is_compiling, raw_stream
 from .nf4_operator import decode_traced
 from .nf4_plan import PLAN, group_for, plan_for
 from .nf4_quant_state import (
@@ -222,12 +222,16 @@ def replace_fast_dequantize(stock):
 
     def scratch(plan):
         """Unsloth's shared buffer, viewed as the plan's weight; the plan keeps the view."""
-        if plan.index is None or not can_use_scratch(plan.device):
+        index = plan.index
+        # Nothing is captured on the default stream, 0: can_use_scratch would say yes.
+        if index is None or raw_stream(index) and not can_use_scratch(plan.device):
             return plan.empty()
-        if plan.scratch is None or buffers.get(("weight", plan.index)) is not plan.scratch[0]:
+        kept = plan.scratch
+        if kept is None or buffers.get(kept[0]) is not kept[1]:
             view = scratch_of("weight", plan.device, plan.numel, plan.dtype).view(plan.shape)
-            plan.scratch = (buffers[("weight", plan.index)], view)
-        return plan.scratch[1]
+            key = ("weight", index)
+            kept = plan.scratch = (key, buffers[key], view)
+        return kept[2]
 
     def to_stock(W, quant_state, out, use_global_buffer, dtype):
         keywords = {} if dtype is None else {"dtype": dtype}  # 2026.10.7 has no dtype

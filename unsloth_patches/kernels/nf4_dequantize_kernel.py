@@ -302,8 +302,10 @@ def dequantize_many_kernel(
     rest of its arguments are those of dequantize_kernel. A slot that is not used repeats another
     weight's, with a first_tile that no program reaches.
     """
+    # From the last tile to the first: 3% faster on an H200 (Q, K and V of Llama-8B, twice each among
+    # six variants in random order; why is not known).
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     # Sums and casts, not the bare arguments: Inductor makes constants of those that are 1.
-    tile = tl.program_id(0)
     if tile >= first_tile_3:
         W, absmax, code2, absmax2, offset = W_3, absmax_3, code2_3, absmax2_3, offset_3
         tile -= first_tile_3

@@ -11,24 +11,29 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from typing import Any, Callable, Iterator, Optional, Tuple, Union
+from typing import Any, Callable, Iterator, List, Optional, Tuple, Union
 
 import torch
 
+from .fsdp2_memory_count import FRAGMENTATION, LORA_TARGETS, Training, count_moments
+from .fsdp2_model_shape import read_shape
 from .fsdp2_offload_plan import (
-    LORA_TARGETS,
+    OFFLOAD_ENV,
     OffloadPlan,
     evenly_spaced,
     offload_override,
     plan_offload,
 )
+from .fsdp2_sharded_4bit import register_host_chooser
 from .fsdp2_sharded_params import fsdp_params, shard_of
+from .fsdp2_usable_memory import usable_device_memory
 
 __all__ = ["offload_blocks", "offload_sharded_model"]
 
 _PLAN = "_fsdp2_offload_plan"
 _batch_tokens: contextvars.ContextVar = contextvars.ContextVar("offload_batch_tokens", default = None)
-# Tokens of a micro-batch of the Trainer that is being built.
+_accumulates: contextvars.ContextVar = contextvars.ContextVar("accumulates", default = False)
+# Tokens of a micro-batch of the Trainer that is being built, and whether it accumulates gradients.
 
 
 def offload_blocks(
@@ -169,11 +174,60 @@ def _plan(model: torch.nn.Module, mesh: Any) -> OffloadPlan:
         lora_targets = targets,
         double_quant = shard is None or shard.nested is not None,
         gradient_checkpointing = _checkpointing(model),
+        accumulates = _accumulates.get(),
+        on_host = _blocks_on_host(model),
     )
+
+
+def _blocks_on_host(model: torch.nn.Module) -> Tuple[int, ...]:
+    units = model._unsloth_fsdp2_units
+    return tuple(
+        index
+        for index, unit in enumerate(units)
+        if any(fsdp_param.offload_to_cpu for fsdp_param in _frozen(unit))
+    )
+
+
+def blocks_to_load_on_host(model: torch.nn.Module, mesh: Any) -> List[torch.nn.Module]:
+    """Blocks of a meta model whose shards are to be read into host memory: what the override says,
+    or the fewest with which the others fit the device until the wrap. Collective over `mesh`.
+    """
+    from unsloth.models.fsdp2_native import find_shard_units
+
+    mode, count = offload_override()
+    if mode == "never" or (mode == "auto" and mesh.device_type == "cpu"):
+        return []
+    units = find_shard_units(model)
+    if mode == "all":
+        count = len(units)
+    elif mode == "auto":
+        count = _fewest_at_load(model, mesh, len(units))
+    if count > len(units):
+        raise ValueError(f"{OFFLOAD_ENV}=blocks:{count}: the model has {len(units)} blocks.")
+    if count:
+        _say(f"{count} of {len(units)} blocks are loaded into host memory")
+    return [units[index] for index in evenly_spaced(count, len(units))]
+
+
+def _fewest_at_load(model: torch.nn.Module, mesh: Any, blocks: int) -> int:
+    """The adapter comes later; rank 16 on every linear is counted."""
+    try:
+        shape = read_shape(model)
+    except ValueError:
+        return 0
+    world = mesh.size(mesh.ndim - 1)
+    usable = usable_device_memory(mesh, fresh = True) / (1 + FRAGMENTATION)
+    job = Training(world, tokens = 1, lora_rank = 16, lora_targets = LORA_TARGETS)
+
+    def at_wrap(count):
+        return sum(size for _, size in count_moments(shape, job, count, False)[0]["wrap"])
+
+    return next((count for count in range(blocks) if at_wrap(count) <= usable), blocks)
 
 
 def replace_shard_model(stock: Callable) -> Callable:
     """`shard_model`, followed by the offload plan unless the caller chose CPU offload."""
+    register_host_chooser(blocks_to_load_on_host)
 
     @functools.wraps(stock)
     def shard_model(model, config = None):
@@ -197,11 +251,14 @@ def replace_native_fsdp2_trainer_setup(stock: Callable) -> Callable:
         *args,
         **kwargs,
     ):
-        token = _batch_tokens.set(_trainer_tokens(kwargs.get("training_args")))
+        arguments = kwargs.get("training_args")
+        token = _batch_tokens.set(_trainer_tokens(arguments))
+        several = _accumulates.set(getattr(arguments, "gradient_accumulation_steps", 1) > 1)
         try:
             model = stock(trainer, *args, **kwargs)
         finally:
             _batch_tokens.reset(token)
+            _accumulates.reset(several)
         plan = getattr(getattr(trainer, "model", None), _PLAN, None)
         if kwargs.get("phase") == "post" and plan is not None:
             trainer.training_step = explaining(trainer.training_step, plan)

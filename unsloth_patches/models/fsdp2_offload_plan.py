@@ -6,12 +6,11 @@ least.
     plan = plan_offload(config, world = 8, batch_tokens = 4096, device_memory = 80 * 2**30)
     print(plan.table())
 
-The count is for QLoRA: a frozen 4-bit base sharded over `world` ranks, trainable LoRA factors with
-Adam. Per rank and in bytes it adds what stays (shards, LoRA, gradients, optimizer), what is
-gathered at one time, the activations and the largest scratch buffer. If that exceeds the usable
-memory, frozen weights move to host memory one decoder block after the other, evenly spaced so that
-the copies of one hide behind the computation of the others. Trainable parameters stay on the
-device: no optimizer step and no collective ever runs on the CPU.
+The count (`fsdp2_memory_count.py`) is for QLoRA: a frozen 4-bit base sharded over `world` ranks,
+trainable LoRA factors with Adam. If its peak exceeds the usable memory, frozen weights move to host
+memory one decoder block after the other, evenly spaced so that the copies of one hide behind the
+computation of the others. Trainable parameters stay on the device: no optimizer step and no
+collective ever runs on the CPU.
 
 `UNSLOTH_PATCHES_OFFLOAD` = auto | never | blocks:K | all overrides the decision, not the count.
 """
@@ -23,40 +22,38 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, List, Optional, Tuple, Union
 
+from .fsdp2_memory_count import (
+    FRAGMENTATION,
+    GIB,
+    LORA_TARGETS,
+    Training,
+    count_moments,
+    largest,
+)
 from .fsdp2_model_shape import LlamaShape, read_shape
 from .fsdp2_usable_memory import usable_device_memory, usable_host_memory
 
 __all__ = ["LlamaShape", "OffloadPlan", "offload_override", "plan_offload", "read_shape"]
 
-GIB = 2**30
 OFFLOAD_ENV = "UNSLOTH_PATCHES_OFFLOAD"
-# FSDP2 holds the block that computes, the one being gathered behind it, and the flat buffer that
-# the collective wrote before its contents were copied out.
-GATHERED_BLOCKS = 3
-# The caching allocator cannot use every byte of what it holds.
-FRAGMENTATION = 1 / 16
 # Share of the host's free memory that offloaded shards may take.
 HOST_SHARE = 0.8
-# Logits of the fused loss are computed in chunks of about this size; a chunk and its gradient live
-# at a time.
-LOGIT_CHUNK_BYTES = 170 * 2**20
-# Block inputs that stay on the device under Unsloth's offloading gradient checkpointing.
-UNSLOTH_KEPT_INPUTS = 8
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen = True)
 class OffloadPlan:
     """What was counted, per rank in bytes, and what was decided.
 
-    lines: (what, bytes) on the device, whose sum is `needed`. blocks: decoder blocks whose frozen
+    moment: of a training step, the one that holds most; lines: (what, bytes) on the device then,
+    whose sum is `peak`. blocks: decoder blocks whose frozen
     weights move to host memory; tables: the embedding and head shards too. `peak` is the predicted
-    torch.cuda.max_memory_allocated() of a training step; `needed` adds the allocator's loss to it.
+    torch.cuda.max_memory_allocated() of training; `needed` adds the allocator's loss to it.
     """
 
     fits: bool
     blocks: Tuple[int, ...]
     tables: bool
+    moment: str
     lines: Tuple[Tuple[str, int], ...]
     peak: int
     needed: int
@@ -66,7 +63,6 @@ class OffloadPlan:
     local_world: int
     world: int
     mode: str
-    saved_per_block: int
     layers: int
     notes: Tuple[str, ...] = field(default = ())
 
@@ -88,7 +84,11 @@ class OffloadPlan:
 
     def table(self) -> str:
         """The count and the decision, one line each, in GiB."""
-        rows = [*self.lines, ("peak", self.peak), ("with allocator loss", self.needed)]
+        rows = [
+            *self.lines,
+            (f"peak, {self.moment}", self.peak),
+            ("with allocator loss", self.needed),
+        ]
         rows += [("usable on the smallest rank", self.usable)]
         if self.host_needed:
             rows.append((f"host memory, {self.local_world} ranks of one host", self.host_needed))
@@ -126,90 +126,6 @@ def offload_override(value: Optional[str] = None) -> Tuple[str, int]:
     raise ValueError(f"{OFFLOAD_ENV}={text!r}: choose auto, never, blocks:K with K > 0, or all.")
 
 
-@dataclass(frozen = True)
-class _Counted:
-    """Bytes per rank that do not depend on the decision, and what one decision saves."""
-
-    block_shard: int
-    table_shard: int
-    at_wrap: int  # all shards are on the device, and the LoRA factors whole, before anything moves
-    fixed: Tuple[Tuple[str, int], ...]
-
-
-def _weight_bytes(parameters: int, double_quant: bool) -> int:
-    """Packed nibbles and scales: one absmax per 64 weights, float32, or a byte with a float32 per
-    256.
-    """
-    absmax = parameters / 64 * (1 + 4 / 256) if double_quant else parameters / 64 * 4
-    return math.ceil(parameters / 2 + absmax)
-
-
-def _activation_bytes(
-    shape: LlamaShape,
-    tokens: int,
-    checkpointing: Union[bool, str],
-    itemsize: int,
-) -> int:
-    """Bytes of activations at the peak of a backward.
-
-    A block saves for its backward, per token: its input, two normed inputs, the residuals between
-    them, queries and the attention's output, keys, values, and the gate and up projections; its
-    backward adds gradients of the hidden and of the intermediate width. With checkpointing one
-    block's worth lives at a time next to every block's input, of which Unsloth's own checkpointing
-    ("unsloth") keeps a few and sends the rest to host memory. How many buffers of each width live
-    at the peak was fitted to measurements on two H200 (`bench fsdp2`), and is within 10% of all of
-    them.
-    """
-    hidden = shape.hidden
-    saved = 5 * hidden + 2 * shape.attention + 2 * shape.key_value + 2 * shape.intermediate
-    backward = hidden + shape.intermediate
-    inputs = min(shape.layers, UNSLOTH_KEPT_INPUTS) if checkpointing == "unsloth" else shape.layers
-    kept = inputs * hidden + saved if checkpointing else shape.layers * saved
-    return tokens * itemsize * (kept + backward)
-
-
-def _count(
-    shape: LlamaShape,
-    world: int,
-    tokens: int,
-    lora_rank: int,
-    lora_targets: Tuple[str, ...],
-    double_quant: bool,
-    checkpointing: Union[bool, str],
-    itemsize: int,
-) -> _Counted:
-    block = _weight_bytes(shape.block_parameters, double_quant)
-    norms = 2 * shape.hidden * itemsize
-    table = shape.vocab * shape.hidden * itemsize * (1 if shape.tied else 2)
-    factors = sum(lora_rank * sum(shape.linears[name]) for name in lora_targets)
-    lora = shape.layers * factors
-    # The flat gather buffer and the gathered parameters of the units that are in flight.
-    gathered_block = block + norms + factors * 4
-    in_flight = min(GATHERED_BLOCKS, shape.layers) * gathered_block if world > 1 else 0
-    scratch = itemsize * max(rows * columns for rows, columns in shape.linears.values())
-    activations = _activation_bytes(shape, tokens, checkpointing, itemsize)
-    logits = min(tokens * shape.vocab * 4, LOGIT_CHUNK_BYTES) * 2
-    logits += tokens * shape.hidden * itemsize * (shape.layers if checkpointing is True else 1)
-    block_shard = -(-(block + norms) // world)
-    table_shard = -(-(table + shape.hidden * itemsize) // world)
-    fixed = [
-        ("LoRA, gradients and Adam, float32", -(-lora * 16 // world)),
-        ("gathered blocks in flight", in_flight),
-        ("gathered embedding and head", table if world > 1 else 0),
-        (
-            "activations" if activations >= logits else "logits of the loss",
-            max(activations, logits),
-        ),
-        ("largest dequantized weight", scratch),
-    ]
-    return _Counted(
-        block_shard = block_shard,
-        table_shard = table_shard,
-        at_wrap = shape.layers * block_shard + table_shard + lora * 4 + scratch,
-        fixed = tuple(fixed),
-    )
-
-
 def evenly_spaced(count: int, total: int) -> Tuple[int, ...]:
     """`count` of `total` indices, as far apart as they can be; the first block is the last to go,
     because nothing computes before it that could hide its copy."""
@@ -220,25 +136,11 @@ def evenly_spaced(count: int, total: int) -> Tuple[int, ...]:
     )
 
 
-def _decide(
-    counted: _Counted,
-    shape: LlamaShape,
-    blocks: int,
-    tables: bool,
-) -> Tuple[List[Tuple[str, int]], int]:
-    """(device lines, host bytes of one rank) with `blocks` blocks and maybe the tables on the host."""
-    on_device = (shape.layers - blocks) * counted.block_shard
-    host = blocks * counted.block_shard + (counted.table_shard if tables else 0)
-    # An offloaded unit's shard is on the device from the copy until its gather is done.
-    staging = min(blocks, 1) * counted.block_shard
-    lines = [
-        ("frozen 4-bit blocks, shard", on_device),
-        ("frozen embedding and head, shard", 0 if tables else counted.table_shard),
-        *counted.fixed,
-    ]
-    if staging:
-        lines.append(("offloaded shards on their way", staging))
-    return lines, host
+def _spread(on_host: Tuple[int, ...], count: int, total: int) -> Tuple[int, ...]:
+    """`count` of `total` blocks, those in host memory among them, the others evenly spaced."""
+    rest = [block for block in range(total) if block not in on_host]
+    more = evenly_spaced(count - len(on_host), len(rest))
+    return tuple(sorted([*on_host, *(rest[index] for index in more)]))
 
 
 def _ladder(mode: str, wanted: int, layers: int) -> List[Tuple[int, bool]]:
@@ -266,6 +168,8 @@ def plan_offload(
     double_quant: bool = True,
     gradient_checkpointing: Union[bool, str] = True,
     itemsize: int = 2,
+    accumulates: bool = False,
+    on_host: Tuple[int, ...] = (),
     override: Optional[str] = None,
 ) -> OffloadPlan:
     """The least offload with which QLoRA under FSDP2 fits, or the count that shows that none does.
@@ -277,7 +181,11 @@ def plan_offload(
     device_memory: bytes that training may use on each GPU.
     host_memory: bytes of one host for all its `local_world` ranks; None: not limited.
     gradient_checkpointing: True, False or "unsloth" (block inputs go to host memory).
-    itemsize: bytes of the compute dtype. override: like UNSLOTH_PATCHES_OFFLOAD, in its place.
+    itemsize: bytes of the compute dtype. accumulates: several micro-batches a step, so gradients of
+        the earlier ones are there in every backward.
+    on_host: blocks that were loaded into host memory; they stay there. host_memory is what is free
+        beside them.
+    override: like UNSLOTH_PATCHES_OFFLOAD, in its place.
 
     Returns an OffloadPlan; `plan.fits` is False where the whole ladder was not enough. Raises
     ValueError for values that cannot be counted.
@@ -309,8 +217,7 @@ def plan_offload(
         )
     if world == 1 and mode in ("all", "blocks"):
         raise ValueError(f"{OFFLOAD_ENV}: FSDP2 offload needs at least 2 ranks, and this is 1.")
-    counted = _count(
-        shape,
+    job = Training(
         world,
         batch_tokens,
         lora_rank,
@@ -318,17 +225,22 @@ def plan_offload(
         double_quant,
         gradient_checkpointing,
         itemsize,
+        accumulates,
     )
-    at_wrap = math.ceil(counted.at_wrap * (1 + FRAGMENTATION))
-    rungs = _ladder(mode if world > 1 else "never", wanted, shape.layers)
-    host_usable = int(HOST_SHARE * host_memory) if host_memory is not None else 0
+    rungs = _ladder(mode if world > 1 else "never", max(wanted, len(on_host)), shape.layers)
+    host_usable = 0
+    if host_memory is not None:
+        there = count_moments(shape, job, len(on_host), False)[1] * local_world
+        host_usable = int(HOST_SHARE * (host_memory + there))
     for blocks, tables in rungs:
-        lines, host = _decide(counted, shape, blocks, tables)
-        peak = sum(size for _, size in lines)
+        if blocks < len(on_host):
+            continue
+        moments, host = count_moments(shape, job, blocks, tables)
+        moment, lines, peak = largest(moments)
         needed = math.ceil(peak * (1 + FRAGMENTATION))
         host_needed = host * local_world
         host_fits = host_memory is None or host_needed <= host_usable
-        fits = max(needed, at_wrap) <= device_memory and host_fits
+        fits = needed <= device_memory and host_fits
         if fits:
             break
     notes = []
@@ -336,15 +248,11 @@ def plan_offload(
         notes.append(f"the host's memory is short by {(host_needed - host_usable) / GIB:.2f} GiB")
     if needed > device_memory:
         notes.append(f"the device is short by {(needed - device_memory) / GIB:.2f} GiB")
-    if at_wrap > device_memory:
-        notes.append(
-            f"loading needs {at_wrap / GIB:.2f} GiB of the device, because shards are offloaded only "
-            f"after the wrap: {(at_wrap - device_memory) / GIB:.2f} GiB more than there is"
-        )
     return OffloadPlan(
         fits = fits,
-        blocks = evenly_spaced(blocks, shape.layers),
+        blocks = _spread(on_host, blocks, shape.layers),
         tables = tables,
+        moment = moment,
         lines = tuple(lines),
         peak = peak,
         needed = needed,
@@ -354,7 +262,6 @@ def plan_offload(
         local_world = local_world,
         world = world,
         mode = mode,
-        saved_per_block = counted.block_shard,
         layers = shape.layers,
         notes = tuple(notes),
     )

@@ -2,19 +2,20 @@
 # Copyright 2026 the unsloth_patches authors
 """QLoRA under native FSDP2 without a whole model on any rank.
 
-Under `UNSLOTH_FSDP2=1 UNSLOTH_FSDP2_SHARDED_LOAD=1 torchrun ...`, a 4-bit `from_pretrained` of
-`FastLanguageModel` reads this rank's slices of the checkpoint only (`fsdp2_sharded_load.py`), and `shard_model`
-installs them as the FSDP2 shards (`fsdp2_sharded_params.py`). Nothing else changes for the caller:
+Under `UNSLOTH_FSDP2=1 torchrun ...`, a 4-bit `from_pretrained` of `FastLanguageModel` whose whole
+model would not fit a GPU reads this rank's slices of the checkpoint only (`fsdp2_sharded_load.py`),
+and `shard_model` installs them as the FSDP2 shards (`fsdp2_sharded_params.py`). Nothing else
+changes for the caller:
 
     model, tokenizer = FastLanguageModel.from_pretrained(name, load_in_4bit = True)
     model = FastLanguageModel.get_peft_model(model, r = 16)
     SFTTrainer(model = model, ...).train()
 
-It has to be asked for, since gathering weights costs time: where the whole 4-bit model fits one GPU,
-upstream's layout "fit" trains faster (0.39 against 0.61 s a step of an 8B shape on 2 x H200).
-`UNSLOTH_FSDP2_LAYOUT=fit` and `UNSLOTH_FSDP2_REPLICATE_FROZEN=1` keep the whole load. Who calls `fully_shard` on a meta model takes `param_init_fn`
-(`fsdp2_param_init.py`). Refused: an initialisation that reads the base weights (DoRA, PiSSA,
-LoftQ), a forward before the wrap, a wrap over other ranks than the load's.
+`UNSLOTH_FSDP2_SHARDED_LOAD=1` or `0` decides without the count of `fsdp2_load_choice.py`;
+`UNSLOTH_FSDP2_LAYOUT=fit` and `UNSLOTH_FSDP2_REPLICATE_FROZEN=1` keep the whole load. Who calls
+`fully_shard` on a meta model takes `param_init_fn` (`fsdp2_param_init.py`). Refused: an
+initialisation that reads the base weights (DoRA, PiSSA, LoftQ), a forward before the wrap, a wrap
+over other ranks than the load's.
 """
 
 from __future__ import annotations
@@ -24,40 +25,31 @@ import contextvars
 import dataclasses
 import functools
 import inspect
-import os
 from typing import Any, Callable, Iterator, List, Optional
 
 import torch
 
+from .fsdp2_load_choice import choose_sharded_load, deciding, loads_4bit, sharded_load_mode
 from .fsdp2_sharded_load import HOST_TABLE, fill_sharded
 from .fsdp2_sharded_params import Linear4bit, Params4bit, WeightShard, fsdp_params, shard_of
 
-__all__ = ["sharded_4bit_loading", "sharded_load_wanted"]
+__all__ = ["register_host_chooser", "sharded_4bit_loading"]
 
 _LOADED_OVER = "_fsdp2_sharded_4bit_ranks"
-_OFF, _ON = ("0", "false", "no", "off"), ("1", "true", "yes", "on")
 _active: contextvars.ContextVar = contextvars.ContextVar("sharded_4bit_mesh", default = None)
 
 
+# Functions of (meta model, mesh) that say which modules' shards go to host memory as they are read.
+_host_choosers: List[Callable] = []
+
+
+def register_host_chooser(choose: Callable) -> None:
+    """choose(model, mesh) -> modules; asked at every sharded load, on all ranks alike."""
+    if choose not in _host_choosers:
+        _host_choosers.append(choose)
+
+
 # --- loading -----------------------------------------------------------------------------------
-
-
-def sharded_load_wanted() -> bool:
-    """Whether a 4-bit load is sharded: native FSDP2 and UNSLOTH_FSDP2_SHARDED_LOAD=1 were asked for,
-    and no variable asks for whole weights.
-    """
-    from unsloth.models.fsdp2_native import native_fsdp2_requested
-
-    def value(name):
-        return os.environ.get(name, "").strip().lower()
-
-    whole = (
-        value("UNSLOTH_FSDP2_SHARDED_LOAD") not in _ON
-        or value("UNSLOTH_FSDP2_LAYOUT") == "fit"
-        or value("UNSLOTH_FSDP2_REPLICATE_FROZEN") in _ON
-        or value("UNSLOTH_FSDP2_SHARD_FROZEN") in _OFF
-    )
-    return not whole and bool(native_fsdp2_requested())
 
 
 @contextlib.contextmanager
@@ -131,7 +123,9 @@ def _sharded_loader(stock: Callable, mesh: Any) -> Callable:
 
         renamings = [r for r in load_config.weight_mapping or () if isinstance(r, WeightRenaming)]
         device = _single_device(load_config.device_map, mesh)
-        fill_sharded(model, checkpoint_files, mesh, device, renamings, load_config.dtype_plan)
+        on_host = [module for choose in _host_choosers for module in choose(model, mesh)]
+        dtypes = load_config.dtype_plan
+        fill_sharded(model, checkpoint_files, mesh, device, renamings, dtypes, on_host = on_host)
         if device.type == "cuda":
             # Embedding and head wait in host memory for the wrap; no loader may take that for an
             # offload.
@@ -302,7 +296,7 @@ def _register_context() -> None:
 
 def replace_sharded_load_env(stock: Callable) -> Callable:
     """The decorator of Unsloth's loaders: 4-bit loads under native FSDP2 run in
-    `sharded_4bit_loading`.
+    `sharded_4bit_loading` where that was asked for, or where whole weights would not fit.
 
     Upstream's own variable UNSLOTH_FSDP2_SHARDED_LOAD=1 keeps its meaning for 16-bit loads.
     """
@@ -312,26 +306,28 @@ def replace_sharded_load_env(stock: Callable) -> Callable:
 
         @functools.wraps(loader)
         def wrapper(*args, **kwargs):
-            if not sharded_load_wanted() or not _loads_4bit(loader, args, kwargs):
-                return whole(*args, **kwargs)
-            if _loading_step() is None:
-                print(f"Unsloth: every rank loads the whole 4-bit model. {_NEEDS_TRANSFORMERS_5}")
-                return whole(*args, **kwargs)
-            with sharded_4bit_loading():
+            if _active.get() is not None:
                 return loader(*args, **kwargs)
+            with deciding() as outermost:
+                if not outermost or not _to_shard(loader, args, kwargs):
+                    return whole(*args, **kwargs)
+                with sharded_4bit_loading():
+                    return loader(*args, **kwargs)
 
         return wrapper
 
     return sharded_load_env
 
 
-def _loads_4bit(loader: Callable, args: tuple, kwargs: dict) -> bool:
-    """Whether this call of a loader asks for 4-bit weights, which is Unsloth's default."""
-    bound = inspect.signature(loader).bind_partial(*args, **kwargs)
-    bound.apply_defaults()
-    given = {"load_in_4bit": True, **bound.arguments, **kwargs}
-    others = ("load_in_8bit", "load_in_16bit", "full_finetuning")
-    return bool(given["load_in_4bit"]) and not any(given.get(name) for name in others)
+def _to_shard(loader: Callable, args: tuple, kwargs: dict) -> bool:
+    mode = sharded_load_mode()
+    if mode == "0" or not loads_4bit(loader, args, kwargs):
+        return False
+    if _loading_step() is None:
+        if mode == "1":
+            print(f"Unsloth: every rank loads the whole 4-bit model. {_NEEDS_TRANSFORMERS_5}")
+        return False
+    return mode == "1" or choose_sharded_load(loader, args, kwargs)
 
 
 def replace_begin_shard(stock: Callable) -> Callable:
@@ -350,7 +346,7 @@ def replace_begin_shard(stock: Callable) -> Callable:
             raise RuntimeError(f"Unsloth: this torch cannot shard 4-bit weights: {reason}")
         _register_context()
         _unguard_forward(model)
-        device = shard_of(modules[0]).packed.device
+        device = modules[0].weight.device
         pending = _take_tables(model, mesh, torch.device("cpu") if config.cpu_offload else device)
         for module in modules:
             pending[(id(module), "weight")] = shard_of(module)

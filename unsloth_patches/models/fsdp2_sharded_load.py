@@ -23,14 +23,13 @@ import torch
 import torch.distributed as dist
 
 from .fsdp2_checkpoint import Checkpoint
+from .fsdp2_quantize_rows import make_state, quantize_rows
 from .fsdp2_sharded_params import (
     NESTED_BLOCKSIZE,
     Linear4bit,
     Params4bit,
     RowLayout,
     WeightShard,
-    make_state,
-    quantize_rows,
     shard_group,
     unpack_tensor_to_dict,
 )
@@ -79,8 +78,12 @@ def fill_sharded(
     renamings: Sequence[Any] = (),
     dtypes: Optional[Dict[str, torch.dtype]] = None,
     progress: bool = True,
+    on_host: Sequence[torch.nn.Module] = (),
 ) -> Dict[str, int]:
     """Fill a meta model, in place. Collective over the shard ranks of `mesh`.
+
+    on_host: modules whose 4-bit shards go to host memory as soon as they are read, where the wrap
+    leaves them.
 
     renamings: transformers' WeightRenaming objects, for checkpoints saved under older names.
     dtypes: a regular expression of names -> dtype that they are kept in. Returns {weights,
@@ -95,11 +98,12 @@ def fill_sharded(
         error = problem
     fail_together(error, group)
     stats = {"weights": 0, "shard_bytes": 0, "read_bytes": 0}
+    hosted = {id(layer) for module in on_host for layer in module.modules()}
     for job in _shown(jobs, progress and dist.get_rank() == 0):
         try:
-            new = _fill(
-                job, checkpoint if error is None else None, mesh, device, dtypes or {}, stats
-            )
+            source = checkpoint if error is None else None
+            host = id(job.places[0][0]) in hosted
+            new = _fill(job, source, mesh, device, dtypes or {}, stats, host)
         except Exception as problem:
             error = error or problem
             continue
@@ -231,6 +235,7 @@ def _fill(
     device: torch.device,
     dtypes: Dict[str, torch.dtype],
     stats: Dict[str, int],
+    host: bool,
 ) -> torch.nn.Parameter:
     """The new parameter. `checkpoint` None: this rank failed before; only take part in collectives."""
     if checkpoint is None and job.kind != "4bit":
@@ -238,6 +243,8 @@ def _fill(
     if job.kind in ("4bit", "packed"):
         module = job.places[0][0]
         shard = read_weight(module, job.key, checkpoint, mesh, device, job.parameter.dtype)
+        if host:
+            shard.to_host(pin = device.type != "cpu")
         stats["weights"] += 1
         stats["shard_bytes"] += shard.nbytes()
         return shard.local_parameter(module)

@@ -14,6 +14,7 @@ quantized parameters) gathers bytes and scales in the same collective.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Iterator, Optional, Tuple
@@ -35,12 +36,15 @@ __all__ = [
     "RowLayout",
     "ShardedQuantState",
     "WeightShard",
+    "all_gather_rows",
     "fsdp_params",
     "shard_group",
     "shard_of",
 ]
 
 NESTED_BLOCKSIZE = 256  # of bitsandbytes' compress_statistics
+# Launch plans of Unsloth's own kernels: they keep the scales' addresses and key on the tensors.
+_ADDRESS_CACHES = ("_unsloth_nf4_plan", "_unsloth_gemv_plan")
 _SHARD = "_fsdp2_weight_shard"
 
 
@@ -95,12 +99,16 @@ class ShardedQuantState(bnb_functional.QuantState):
     gathered = False
 
     def set_gathered(self, absmax: torch.Tensor, nested: Optional[torch.Tensor]) -> None:
-        # New views for every gather: caches of kernels that key on the absmax tensor then miss,
-        # whose addresses are void because the storage was freed and allocated again.
         self.absmax = absmax
         if self.state2 is not None:
             self.state2.absmax = nested
         self.gathered = True
+
+    def forget_addresses(self) -> None:
+        """Void what Unsloth's kernels cached by address: a gather allocates the scales anew."""
+        for name in _ADDRESS_CACHES:
+            if name in self.__dict__:
+                self.__dict__[name] = None
 
     def as_dict(self, packed: bool = False) -> dict:
         if not self.gathered or self.absmax.untyped_storage().size() == 0:
@@ -114,6 +122,11 @@ class PackedShard(torch.Tensor):
     A class, not hooks on an instance: views and copies to another device keep the class only.
     """
 
+    def size(self, *dim: int) -> Any:
+        # FSDP2 asks at every gather: without the detour that any subclass takes.
+        with torch._C.DisableTorchFunctionSubclass():
+            return super().size(*dim)
+
     def fsdp_pre_all_gather(
         self,
         mesh: Any,
@@ -123,8 +136,14 @@ class PackedShard(torch.Tensor):
         mp_policy: Any,
     ) -> Tuple[Tuple[torch.Tensor, ...], "WeightShard"]:
         shard = shard_of(module)
-        inputs = [self.as_subclass(torch.Tensor), *shard.scales()]
-        return tuple(t.to(self.device, non_blocking = True) for t in inputs), shard
+        # Made once for a shard that stays on its device: every gather asks for every weight.
+        inputs = self.__dict__.get("_gather_inputs")
+        if inputs is None:
+            plain = self.as_subclass(torch.Tensor)
+            inputs = (plain, *(t.to(plain.device, non_blocking = True) for t in shard.scales()))
+            if inputs[1] is shard.absmax:
+                self._gather_inputs = inputs
+        return inputs, shard
 
     def fsdp_post_all_gather(
         self,
@@ -137,6 +156,10 @@ class PackedShard(torch.Tensor):
         shard.set_gathered(gathered[1:])
         # FSDP2 frees and reallocates the gathered buffers themselves; there are no others.
         return None if out is not None else (gathered[0], ())
+
+
+# FSDP2 asks for the signature at every gather.
+PackedShard.fsdp_pre_all_gather.__signature__ = inspect.signature(PackedShard.fsdp_pre_all_gather)
 
 
 @dataclass
@@ -153,11 +176,20 @@ class WeightShard:
     absmax: torch.Tensor
     nested: Optional[torch.Tensor]
     state: ShardedQuantState
+    on_host: bool = False
+    _gathered_storage: int = 0
 
     def scales(self) -> Tuple[torch.Tensor, ...]:
         return (self.absmax,) if self.nested is None else (self.absmax, self.nested)
 
     def set_gathered(self, scales: Tuple[torch.Tensor, ...]) -> None:
+        # FSDP2 frees and fills the same storages again and again. Views of them stay good, and with
+        # them what a kernel keeps that reads addresses when it is launched.
+        storage = scales[0].untyped_storage()._cdata
+        if storage == self._gathered_storage and self.state.gathered:
+            self.state.forget_addresses()
+            return
+        self._gathered_storage = storage
         absmax = scales[0].view(-1)[: self.layout.blocks]
         nested = None
         if self.nested is not None:
@@ -176,10 +208,14 @@ class WeightShard:
 
     def local_parameter(self, module: Linear4bit) -> Params4bit:
         """The shard as the module's weight until the wrap, so that PEFT and Unsloth see a 4-bit
-        layer.
+        layer. A shard in host memory is represented by an empty weight on the device, from which
+        they take the adapter's device.
         """
+        packed = self.packed.view(-1, 1)
+        if self.on_host:
+            packed = torch.empty((0, 1), dtype = torch.uint8, device = self.state.code.device)
         weight = Params4bit(
-            self.packed.view(-1, 1),
+            packed,
             requires_grad = False,
             quant_state = self.state,
             blocksize = self.layout.blocksize,
@@ -201,10 +237,17 @@ class WeightShard:
 
         self.packed, self.absmax = moved(self.packed), moved(self.absmax)
         self.nested = None if self.nested is None else moved(self.nested)
+        self.on_host = True
+        if not self.state.gathered:  # it names the device's copies, and would keep them there
+            self.state.absmax = self.absmax.view(-1)
+            if self.nested is not None:
+                self.state.state2.absmax = self.nested.view(-1)
 
     def install(self, fsdp_param: Any) -> None:
         """Make this shard the local tensor of torch's FSDPParam for the placeholder."""
-        if fsdp_param.offload_to_cpu:
+        if self.on_host:
+            fsdp_param.offload_to_cpu, fsdp_param.pin_memory = True, self.packed.is_pinned()
+        elif fsdp_param.offload_to_cpu:
             self.to_host(fsdp_param.pin_memory)
         module = fsdp_param._module_info.module
         module.__dict__[_SHARD] = self
@@ -247,7 +290,7 @@ class WeightShard:
         """
         group = shard_group(mesh)
         device = _collective_device(mesh)
-        gathered = [_all_gather_rows(t.to(device), group) for t in (self.packed, *self.scales())]
+        gathered = [all_gather_rows(t.to(device), group) for t in (self.packed, *self.scales())]
         state = self.state
         whole = bnb_functional.QuantState(
             absmax = gathered[1].view(-1)[: self.layout.blocks].clone(),
@@ -308,86 +351,8 @@ def _collective_device(mesh: Any) -> torch.device:
     return torch.device(mesh.device_type, getattr(torch, mesh.device_type).current_device())
 
 
-def _all_gather_rows(local: torch.Tensor, group: Any) -> torch.Tensor:
+def all_gather_rows(local: torch.Tensor, group: Any) -> torch.Tensor:
     world = dist.get_world_size(group)
     out = local.new_empty((local.shape[0] * world, *local.shape[1:]))
     dist.all_gather_into_tensor(out, local.contiguous(), group = group)
     return out
-
-
-def quantize_rows(
-    weights: Optional[torch.Tensor],
-    layout: RowLayout,
-    shape: torch.Size,
-    dtype: torch.dtype,
-    quant_type: str,
-    nested: bool,
-    device: torch.device,
-    group: Any,
-) -> WeightShard:
-    """Quantize this rank's weights, flat `[stop - start]` in `dtype` on `device` (None where it has
-    none).
-
-    Collective over `group` with nested quantization. The result is bit-identical to the same slice
-    of `bitsandbytes.functional.quantize_4bit(whole, compress_statistics = nested)`.
-    """
-    rows, row = layout.local_rows, layout.row
-    packed = torch.zeros(rows, row // 2, dtype = torch.uint8, device = device)
-    absmax = torch.zeros(rows, NESTED_BLOCKSIZE, device = device)
-    if weights is not None and weights.numel():
-        data, state = bnb_functional.quantize_4bit(
-            weights, blocksize = layout.blocksize, compress_statistics = False, quant_type = quant_type
-        )
-        packed.view(-1)[: data.numel()] = data.view(-1)
-        absmax.view(-1)[: state.absmax.numel()] = state.absmax
-    code = bnb_functional.get_4bit_type(quant_type, device = device)
-    if not nested:
-        state = make_state(layout, shape, dtype, quant_type, code, absmax, None, None, None)
-        return WeightShard(layout, packed, absmax, None, state)
-    # The mean of the whole absmax, not a mean of means: the order of its additions is part of the
-    # bits.
-    offset = _all_gather_rows(absmax, group).view(-1)[: layout.blocks].mean()
-    scales = torch.zeros(rows, NESTED_BLOCKSIZE, dtype = torch.uint8, device = device)
-    outer = torch.zeros(rows, 1, device = device)
-    count = -(-(layout.stop - layout.start) // layout.blocksize)
-    code2 = bnb_functional.create_dynamic_map().to(device)
-    if count:
-        bytes_, state2 = bnb_functional.quantize_blockwise(
-            absmax.view(-1)[:count] - offset, blocksize = NESTED_BLOCKSIZE
-        )
-        scales.view(-1)[:count] = bytes_
-        outer.view(-1)[: state2.absmax.numel()] = state2.absmax
-        code2 = state2.code
-    state = make_state(layout, shape, dtype, quant_type, code, scales, offset, outer, code2)
-    return WeightShard(layout, packed, scales, outer, state)
-
-
-def make_state(
-    layout: RowLayout,
-    shape: torch.Size,
-    dtype: torch.dtype,
-    quant_type: str,
-    code: torch.Tensor,
-    absmax: torch.Tensor,
-    offset: Optional[torch.Tensor],
-    nested: Optional[torch.Tensor],
-    code2: Optional[torch.Tensor],
-) -> ShardedQuantState:
-    """The QuantState of a shard. `shape` is the whole weight's, the scales are the shard's until a
-    gather.
-    """
-    state2 = None
-    if nested is not None:
-        state2 = bnb_functional.QuantState(
-            absmax = nested.view(-1), blocksize = NESTED_BLOCKSIZE, code = code2, dtype = torch.float32
-        )
-    return ShardedQuantState(
-        absmax = absmax.view(-1),
-        shape = torch.Size(shape),
-        code = code,
-        blocksize = layout.blocksize,
-        quant_type = quant_type,
-        dtype = dtype,
-        offset = offset,
-        state2 = state2,
-    )

@@ -11,6 +11,8 @@ import contextvars
 import functools
 from typing import Any, Callable, List
 
+import torch
+
 from .fsdp2_sharded_params import shard_of
 
 __all__ = ["replace_fsdp2_gathered", "replace_gather_full", "replace_native_full_state_dict"]
@@ -61,7 +63,11 @@ def replace_fsdp2_gathered(stock: Callable) -> Callable:
 
 
 def replace_native_full_state_dict(stock: Callable) -> Callable:
-    """A full state dict is refused where it would hold packed shards without their scales."""
+    """A full state dict of sharded 4-bit weights: whole on the host, with bitsandbytes' entries.
+
+    FSDP2's own collects the local tensors, which are packed bytes without their scales. Trainer
+    saves of an adapter need no full state dict; `accelerator.get_state_dict` does.
+    """
 
     @functools.wraps(stock)
     def native_full_state_dict(
@@ -69,13 +75,22 @@ def replace_native_full_state_dict(stock: Callable) -> Callable:
         trainable_only = False,
         cpu_offload = True,
     ):
-        if not trainable_only and any(shard_of(module) is not None for module in model.modules()):
-            raise RuntimeError(
-                "Unsloth: a full state dict of sharded 4-bit weights has no place for their "
-                "scales. Save the "
-                "adapter (save_pretrained) or a merged model (save_pretrained_merged), or take "
-                "native_full_state_dict(model, trainable_only = True)."
+        if trainable_only or all(shard_of(module) is None for module in model.modules()):
+            return stock(model, trainable_only = trainable_only, cpu_offload = cpu_offload)
+        if not cpu_offload:
+            raise ValueError(
+                "Unsloth: a full state dict of sharded 4-bit weights is gathered in host memory, "
+                "one weight after the other; leave cpu_offload = True."
             )
-        return stock(model, trainable_only = trainable_only, cpu_offload = cpu_offload)
+        from unsloth.models.fsdp2_save import fsdp2_gathered
+
+        with fsdp2_gathered(model, offload_4bit = True) as writer:
+            if not writer:
+                return {}
+            return {name: _on_host(value) for name, value in model.state_dict().items()}
 
     return native_full_state_dict
+
+
+def _on_host(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, torch.Tensor) else value

@@ -12,10 +12,17 @@ __all__ = ["usable_device_memory", "usable_host_memory"]
 _UNKNOWN = 2**62
 
 
-def usable_device_memory(mesh: Any = None) -> int:
+def usable_device_memory(
+    mesh: Any = None,
+    reserve: int = 0,
+    fresh: bool = False,
+) -> int:
     """Bytes of this GPU that training may fill: free now (after the context, NCCL and other
     processes) plus what torch holds already, under the process's memory fraction; the minimum over
     `mesh`'s ranks.
+
+    reserve: bytes of the free memory that something else will take. fresh: what torch has allocated
+    belongs to something else too, as before a model is loaded.
 
     Raises RuntimeError without a GPU: state `device_memory` instead.
     """
@@ -25,10 +32,12 @@ def usable_device_memory(mesh: Any = None) -> int:
         raise RuntimeError("plan_offload: no CUDA device to measure; pass device_memory in bytes.")
     device = torch.cuda.current_device()
     free, total = torch.cuda.mem_get_info(device)
-    usable = free + torch.cuda.memory_reserved(device)
+    usable = max(free - reserve, 0) + torch.cuda.memory_reserved(device)
     fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)
     if fraction is not None:
         usable = min(usable, int(total * fraction(device)))
+    if fresh:
+        usable = max(usable - torch.cuda.memory_allocated(device), 0)
     return _smallest(usable, mesh)
 
 

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""Llama-shaped checkpoints with random weights, for benchmarks on machines without a network."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Optional
+
+__all__ = ["fast_folder", "make_checkpoint"]
+
+
+def make_checkpoint(
+    folder: Path,
+    shape: dict,
+    layers: int,
+    tied: bool = False,
+) -> Path:
+    """A bf16 checkpoint with random weights and a word tokenizer; one block's weights serve every
+    block. shape: LlamaConfig's sizes. tied: the head is the embedding; a shape may say it too.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    folder.mkdir(parents = True, exist_ok = True)
+    shape = dict(shape)
+    tied = shape.pop("tied", tied)
+    config = LlamaConfig(
+        num_hidden_layers = layers, max_position_embeddings = 8192, tie_word_embeddings = tied, **shape
+    )
+    config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
+    config.save_pretrained(folder)
+    hidden, middle, vocab = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
+    head = hidden // shape["num_attention_heads"]
+    narrow = shape["num_key_value_heads"] * head
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*size):
+        values = torch.randn(*size, generator = generator, device = device) * 0.02
+        return values.to(torch.bfloat16).cpu()
+
+    ones = torch.ones(hidden, dtype = torch.bfloat16)
+    block = {
+        "self_attn.q_proj": random(hidden, hidden),
+        "self_attn.k_proj": random(narrow, hidden),
+        "self_attn.v_proj": random(narrow, hidden),
+        "self_attn.o_proj": random(hidden, hidden),
+        "mlp.gate_proj": random(middle, hidden),
+        "mlp.up_proj": random(middle, hidden),
+        "mlp.down_proj": random(hidden, middle),
+        "input_layernorm": ones,
+        "post_attention_layernorm": ones.clone(),
+    }
+    weight_map = {}
+
+    def write(name, tensors):
+        save_file(tensors, folder / name, metadata = {"format": "pt"})
+        weight_map.update({key: name for key in tensors})
+
+    for layer in range(layers):
+        scale = 1 + layer / (4 * layers)  # so that blocks differ
+        tensors = {
+            f"model.layers.{layer}.{key}.weight": value * scale for key, value in block.items()
+        }
+        write(f"block-{layer}.safetensors", tensors)
+    rest = {
+        "model.embed_tokens.weight": random(vocab, hidden),
+        "model.norm.weight": ones.clone(),
+    }
+    if not tied:
+        rest["lm_head.weight"] = random(vocab, hidden)
+    write("rest.safetensors", rest)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding = "utf-8")
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, **{f"w{i}": i for i in range(4, vocab)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token = "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object = tokenizer,
+        bos_token = "<s>",
+        eos_token = "</s>",
+        pad_token = "<pad>",
+        unk_token = "<unk>",
+    ).save_pretrained(folder)
+    return folder
+
+
+def fast_folder() -> Optional[str]:
+    """Memory-backed storage where it has room for the checkpoint, so that a disk's speed stays out."""
+    memory = "/dev/shm"
+    if os.path.isdir(memory) and shutil.disk_usage(memory).free > 40e9:
+        return memory
+    return None

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""Whole QLoRA steps, stock Unsloth beside the patches: step time, memory, losses, where the time goes.
+
+Random-weight Llamas through FastLanguageModel (4-bit) and SFTTrainer, batch 4 x 2048, LoRA of rank
+16, three shares of ignored labels. Each form trains in a process of its own, on the same data from
+the same start; stretches of their steps alternate on the GPU. Both start at the same time, with
+empty caches of compiled code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Optional
+
+from . import harness
+from .fsdp2_checkpoint import fast_folder, make_checkpoint
+from .train_plot import plot
+from .train_turns import Worker
+
+FORMS = ("stock", "patched")
+SHARES = {"half": (0.5, 60), "a third": (1 / 3, 30), "none": (0.0, 30)}  # ignored share, steps
+QUICK_SHARES = {name: (ignored, 6) for name, (ignored, _) in SHARES.items()}
+PROFILED = "half"
+STRETCH = 15  # steps between two turns
+SKIPPED = 2  # steps at the start of a stretch that do not count, beside its very first
+PROFILE_STEPS = 3
+LOSS_BOUND = 1e-3
+
+
+@dataclass(frozen = True)
+class Model:
+    """A Llama of this shape with random weights, and the batch that it is trained on."""
+
+    title: str
+    shape: Dict[str, int]
+    layers: int
+    tied: bool
+    batch: int = 4
+    length: int = 2048
+
+
+MODELS = {
+    "llama-8b-8-layers": Model(
+        "Llama-3.1-8B shape, 8 of its layers",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+        },
+        layers = 8,
+        tied = False,
+    ),
+    "llama-1b": Model(
+        "Llama-3.2-1B shape",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+        },
+        layers = 16,
+        tied = True,
+    ),
+}
+TOY = Model(
+    "a toy of two layers",
+    {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1024,
+    },
+    layers = 2,
+    tied = True,
+    batch = 2,
+    length = 64,
+)
+
+
+def command(name: Optional[str]) -> str:
+    """How to repeat the figures of a model."""
+    chosen = f" --model {name}" if name in MODELS else " --quick"
+    return f"python -m unsloth_patches bench train{chosen}"
+
+
+def job_for(form: str, name: str, model: Model, folder: Path, shares: dict) -> dict:
+    """What train_worker is told. folder: where the checkpoint is, or will be when it is its turn."""
+    return {
+        "form": form,
+        "started": time.time(),
+        "checkpoint": str(folder / "model"),
+        "scratch": str(folder / f"scratch-{form}"),
+        "batch": model.batch,
+        "length": model.length,
+        "shares": shares,
+        "stretch": STRETCH,
+        "profiled": PROFILED,
+        "profile_steps": PROFILE_STEPS,
+        "command": command(name),
+    }
+
+
+def _environment(form: str, folder: Path) -> dict:
+    """This process's environment, with caches of the form's own."""
+    caches = folder / f"caches-{form}"
+    return {
+        **os.environ,
+        "UNSLOTH_COMPILE_LOCATION": str(caches / "unsloth"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "HF_DATASETS_CACHE": str(caches / "datasets"),
+        "UNSLOTH_PATCHES_DISABLE": "all" if form == "stock" else "",
+    }
+
+
+def compare(name: str, model: Model, shares: dict) -> dict:
+    """Trains both forms by turns; what each measured, and what that says about each share.
+
+    Ctrl-C ends it with the shares that both forms have completed. Raises RuntimeError with the end
+    of its output if a process fails.
+    """
+    runs: Dict[str, dict] = {}
+    with tempfile.TemporaryDirectory(prefix = "bench-train-", dir = fast_folder()) as scratch:
+        folder, workers = Path(scratch), {}
+        try:
+            for form in FORMS:
+                (folder / f"scratch-{form}").mkdir()
+                job = job_for(form, name, model, folder, shares)
+                workers[form] = Worker(job, _environment(form, folder), folder)
+            make_checkpoint(folder / "model", model.shape, model.layers, model.tied)
+            _free_gpu()
+            _take_turns(workers, shares, runs)
+        except KeyboardInterrupt:
+            print("bench train: stopped; keeping the shares that are complete", flush = True)
+        finally:
+            for worker in workers.values():
+                worker.stop()
+    complete = [s for s in shares if all(s in runs.get(f, {}).get("shares", {}) for f in FORMS)]
+    if not complete:
+        raise RuntimeError("bench train: stopped before anything was measured")
+    compared = {share: compare_share(runs, share, model) for share in complete}
+    return {"model": name, "title": model.title, "shares": compared, "runs": runs}
+
+
+def _take_turns(workers: Dict[str, Worker], shares: dict, runs: Dict[str, dict]) -> None:
+    """Import, load and compile at once; then one process at a time. Fills runs as results come."""
+    for worker in workers.values():
+        worker.wait()  # Unsloth is imported
+    for worker in workers.values():
+        worker.go()
+    for worker in workers.values():
+        worker.wait()  # the model is loaded, and the first steps have compiled everything
+    for share, (_, steps) in shares.items():
+        for number in range(-(-steps // STRETCH)):
+            for form in FORMS if number % 2 == 0 else reversed(FORMS):
+                workers[form].go()
+                runs[form] = workers[form].wait() or runs.get(form, {})
+        print(f"{share} ignored: {steps} steps of each form", flush = True)
+    for worker in workers.values():  # the profile, which is sorted at leisure
+        worker.go()
+        worker.wait()
+    for worker in workers.values():
+        worker.go()
+    for form, worker in workers.items():
+        runs[form] = worker.wait()
+        worker.go()
+
+
+def _free_gpu() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def timed_steps(run: dict, share: str) -> List[List[float]]:
+    """Seconds of the steps that count, a list for each stretch."""
+    return [part[SKIPPED:] for part in run["shares"][share]["stretches"] if len(part) > SKIPPED]
+
+
+def compare_share(runs: Dict[str, dict], share: str, model: Model) -> dict:
+    """Step time, tokens a second, memory and losses of both forms at one share of ignored labels.
+
+    Times are pooled over a form's stretches; stretch_speedups says what each pair of neighbouring
+    stretches gave by itself.
+    """
+    result, medians = {}, {}
+    for form in FORMS:
+        found, parts = runs[form]["shares"][share], timed_steps(runs[form], share)
+        step = harness.summarize([seconds for part in parts for seconds in part])
+        medians[form] = [harness.quantile(part, 0.5) for part in parts]
+        result[form] = {
+            "step_seconds": step,
+            "tokens_per_second": model.batch * model.length / step["median"],
+            "peak_mib": found["peak_mib"],
+            "losses": found["losses"],
+        }
+    stock, patched = (result[form] for form in FORMS)
+    result["speedup"] = stock["step_seconds"]["median"] / patched["step_seconds"]["median"]
+    result["stretch_speedups"] = [a / b for a, b in zip(medians["stock"], medians["patched"])]
+    pairs = zip(stock["losses"], patched["losses"])
+    result["relative_difference"] = [abs(b - a) / abs(a) for a, b in pairs]
+    result["largest_difference"] = max(result["relative_difference"])
+    return result
+
+
+def slug() -> str:
+    """The GPU's short name in file names."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return harness.gpu_slug(torch.cuda.get_device_name())
+
+
+def run(
+    out: Path,
+    quick: bool = False,
+    model: Optional[str] = None,
+) -> int:
+    """Compares each model, or the one named, and writes JSON and a plot under out.
+
+    Without a GPU a toy trains on Unsloth's CPU backend: losses are compared, times mean nothing.
+    """
+    if model is not None and model not in MODELS:
+        print(f"bench train: no model {model!r}; there are: {', '.join(MODELS)}", file = sys.stderr)
+        return 2
+    import torch
+
+    if not torch.cuda.is_available() and not quick:
+        print("bench train: torch sees no CUDA GPU; comparing the losses of a toy on the CPU only.")
+        quick = True
+    chosen = {"toy": TOY} if quick else {name: MODELS[name] for name in [model] if name} or MODELS
+    for name, shape in chosen.items():
+        try:
+            payload = compare(name, shape, QUICK_SHARES if quick else SHARES)
+        except RuntimeError as error:
+            print(error, file = sys.stderr)
+            return 1
+        path = Path(out) / f"train_{slug()}_{name}.json"
+        harness.save_json(path, payload, command(name))
+        show(payload)
+    if not quick:
+        draw(Path(out), slug())
+    return 0
+
+
+def show(payload: dict) -> None:
+    """Prints the comparison and the breakdown; times and memory only where a GPU was measured."""
+    measured = payload["shares"][PROFILED]["stock"]["peak_mib"] > 0
+    rows = []
+    for share, result in payload["shares"].items():
+        for form in FORMS:
+            part = result[form]
+            step = part["step_seconds"]
+            row = [share, form, f"{part['losses'][0]:.4f}", f"{part['losses'][-1]:.4f}"]
+            row += [f"{result['largest_difference']:.1e}" if form == "patched" else ""]
+            if measured:
+                row += [
+                    f"{step['median'] * 1e3:.1f}",
+                    f"{step['q1'] * 1e3:.1f} - {step['q3'] * 1e3:.1f}",
+                    f"{part['tokens_per_second']:.0f}",
+                    f"{part['peak_mib']:.0f}",
+                    f"{result['speedup']:.3f}" if form == "patched" else "",
+                ]
+            rows.append(row)
+    columns = ["ignored", "form", "first loss", "last loss", "differ by at most"]
+    if measured:
+        columns += ["step ms", "quartiles", "tokens/s", "peak MiB", "speedup"]
+    harness.print_table(f"{payload['title']}, QLoRA rank 16", columns, rows)
+    if not measured:
+        return
+    for form, found in payload["runs"].items():
+        seconds = ", ".join(f"{name} {value:.1f}" for name, value in found["seconds"].items())
+        print(f"{form}: seconds {seconds}")
+    for form, ms in breakdowns(payload).items():
+        print(f"{form}: " + ", ".join(f"{kind} {value:.1f}" for kind, value in ms.items()) + " ms")
+
+
+def breakdowns(payload: dict) -> Dict[str, Dict[str, float]]:
+    """form -> kind -> milliseconds of a step with half the labels ignored; {} without a profile.
+
+    Idle is what the step took without a profiler, less what the GPU was busy under it.
+    """
+    found = {}
+    for form in FORMS:
+        profile = payload["runs"][form].get("profile")
+        if profile is None:
+            return {}
+        step = payload["shares"][PROFILED][form]["step_seconds"]["median"] * 1e3
+        found[form] = {**profile["ms"], "idle": max(0.0, step - profile["busy_ms"])}
+    return found
+
+
+def draw(out: Path, gpu: str) -> None:
+    """Draws train_<gpu>.png from the results files of all models under out."""
+    payloads = [
+        json.loads(p.read_text()) for p in sorted(out.glob(f"train_{gpu}_*.json"), reverse = True)
+    ]
+    try:
+        plot([(p, breakdowns(p)) for p in payloads], out / f"train_{gpu}.png", LOSS_BOUND)
+    except ImportError:
+        print("bench train: no matplotlib here; the figures are in the JSON file.")

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""The picture of `bench train`: step time, where it goes, losses; one row a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import List, Tuple
+
+from . import harness
+
+FORMS = {"stock": "upstream", "patched": "ours"}  # form -> key of COLORS
+SLICES = ("#334155", "#b45309", "#0f766e", "#6d28d9", "#be123c", "#64748b", "#a3a3a3", "#e2e8f0")
+
+
+def plot(results: List[Tuple[dict, dict]], path: Path, bound: float) -> None:
+    """results: (payload of `train.compare`, its `train.breakdowns`) of each model."""
+    with harness.plot_style() as plt:
+        figure, rows = plt.subplots(
+            len(results), 3, figsize = (12, 3.1 * len(results)), squeeze = False,
+            gridspec_kw = {"width_ratios": (1, 1.35, 1)},
+        )  # fmt: skip
+        for (payload, kinds), (left, middle, right) in zip(results, rows):
+            _step_times(left, payload)
+            _kinds(middle, kinds)
+            _differences(right, payload, bound)
+        figure.savefig(path)
+
+
+def _step_times(axes, payload: dict) -> None:
+    shares = payload["shares"]
+    for offset, (form, color) in zip((-0.2, 0.2), FORMS.items()):
+        steps = [share[form]["step_seconds"] for share in shares.values()]
+        medians = [step["median"] * 1e3 for step in steps]
+        spread = [
+            [(s["median"] - s["q1"]) * 1e3 for s in steps],
+            [(s["q3"] - s["median"]) * 1e3 for s in steps],
+        ]
+        places = [i + offset for i in range(len(steps))]
+        peak = max(share[form]["peak_mib"] for share in shares.values())
+        label = f"{form}, {peak:.0f} MiB" if peak else form
+        bars = axes.bar(
+            places, medians, 0.38, yerr = spread, color = harness.COLORS[color], label = label
+        )
+        axes.bar_label(bars, [f"{m:.0f}" for m in medians], fontsize = 7, padding = 2)
+    names = [f"{name}\n{share['speedup']:.2f}x" for name, share in shares.items()]
+    axes.set_xticks(range(len(names)), names)
+    axes.set_title(f"{payload['title']}: ms a step")
+    axes.set_xlabel("labels ignored; stock / patched", fontsize = 8)
+    axes.margins(y = 0.3)
+    axes.legend(fontsize = 7, loc = "upper left", ncols = 2)
+
+
+def _kinds(axes, kinds: dict) -> None:
+    axes.set_title("Where a step goes, half ignored, ms")
+    axes.grid(False)
+    names = list(next(iter(kinds.values())))
+    for row, (form, ms) in enumerate(kinds.items()):
+        start = 0.0
+        for name, color in zip(names, SLICES):
+            label = name if row == 0 else None
+            axes.barh(row, ms[name], left = start, color = color, label = label, height = 0.62)
+            if ms[name] > 0.05 * sum(ms.values()):
+                ink = "black" if name == "idle" else "white"
+                middle = start + ms[name] / 2
+                axes.text(
+                    middle, row, f"{ms[name]:.0f}", ha = "center", va = "center", color = ink, fontsize = 7
+                )
+            start += ms[name]
+    axes.set_yticks(range(len(kinds)), list(kinds))
+    axes.set_ylim(len(kinds) + 0.5, -0.6)  # room for the legend below
+    axes.legend(fontsize = 6.5, ncols = 3, loc = "lower left")
+
+
+def _differences(axes, payload: dict, bound: float) -> None:
+    colors = (harness.COLORS[name] for name in ("baseline", "peer", "ours"))
+    for (name, share), color in zip(payload["shares"].items(), colors):
+        losses = share["patched"]["losses"]
+        label = f"{name} ignored: {losses[0]:.2f} to {losses[-1]:.2f}"
+        axes.semilogy(
+            [max(d, 1e-9) for d in share["relative_difference"]], color = color, label = label
+        )
+    axes.axhline(bound, color = "black", lw = 0.8, ls = ":")
+    axes.set_title("Losses: stock to patched, relative")
+    axes.set_xlabel(f"step; dotted: {bound:g}", fontsize = 8)
+    axes.set_ylim(5e-10, 1e3 * bound)  # room for the legend above the bound
+    axes.legend(fontsize = 7, loc = "upper left")

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""One process of `bench train`: load a checkpoint in 4 bits, train LoRA on it with SFTTrainer, once
+for each share of ignored labels, and send what was measured to the process that started it.
+
+    python -m unsloth_patches.bench.train_worker job.json [file descriptor of the line to it]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from . import harness
+from .train_profile import LOSS_RANGE, breakdown
+from .train_turns import Turns
+
+RANK = 16
+LEARNING_RATE = 2e-4
+LR_WARMUP_STEPS = 5
+FIRST_STEPS = 3  # of a run that compiles everything, before anything is timed
+WORDS = 256  # that the synthetic language uses, so that its frequencies are learned within a run
+PROFILE_AFTER = 2  # steps of a profiled run that are not profiled
+
+
+def dataset(rows: int, length: int, vocab_size: int, ignored: float):
+    """Sequences of a random language in which each word has four successors.
+
+    ignored: share of each sequence, from its start on, whose labels are -100, as a prompt's are.
+    """
+    import torch
+    from datasets import Dataset
+
+    make = torch.Generator().manual_seed(1)
+    words = torch.randint(4, vocab_size, (WORDS,), generator = make)
+    successors = torch.randint(0, WORDS, (WORDS, 4), generator = make)
+    state = torch.randint(0, WORDS, (rows,), generator = make)
+    columns = []
+    for choice in torch.randint(0, 4, (length, rows), generator = make):
+        state = successors[state, choice]
+        columns.append(words[state])
+    tokens = torch.stack(columns, 1)
+    labels = tokens.clone()
+    labels[:, : int(length * ignored)] = -100
+    parts = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+    return Dataset.from_dict({name: part.tolist() for name, part in parts.items()})
+
+
+class Gpu:
+    """The CUDA calls that are needed; nothing and zeros on a machine without a GPU."""
+
+    def __init__(self):
+        import torch
+
+        self.cuda = torch.cuda if torch.cuda.is_available() else None
+
+    def drain(self) -> None:
+        if self.cuda:
+            self.cuda.synchronize()
+
+    def reset_peak(self) -> None:
+        if self.cuda:
+            self.cuda.empty_cache()
+            self.cuda.reset_peak_memory_stats()
+
+    def peak_mib(self) -> float:
+        return self.cuda.max_memory_allocated() / 2**20 if self.cuda else 0.0
+
+
+def load(job: dict):
+    """(model with LoRA of rank 16 on all linears, tokenizer)"""
+    from unsloth import FastLanguageModel
+
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        job["checkpoint"], max_seq_length = job["length"], load_in_4bit = True
+    )
+    layers = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r = RANK,
+        lora_alpha = RANK,
+        lora_dropout = 0,
+        target_modules = list(layers),
+        use_gradient_checkpointing = "unsloth",
+        random_state = 3407,
+    )
+    return model, tokenizer
+
+
+def _trainable(model):
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def restore(model, adapters: dict) -> None:
+    """The adapters as they were at the start, so that every share trains from the same point."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in _trainable(model):
+            parameter.copy_(adapters[name])
+            parameter.grad = None
+
+
+def trainer_for(model, tokenizer, job: dict, rows, steps: int, callback):
+    """SFTTrainer over the first ``steps`` batches of rows."""
+    import torch
+    from transformers import default_data_collator
+    from trl import SFTConfig, SFTTrainer
+
+    settings = SFTConfig(
+        output_dir = job["scratch"],
+        per_device_train_batch_size = job["batch"],
+        gradient_accumulation_steps = 1,
+        max_steps = steps,
+        learning_rate = LEARNING_RATE,
+        warmup_steps = min(LR_WARMUP_STEPS, steps),
+        logging_steps = 1,
+        optim = "adamw_torch",
+        bf16 = torch.cuda.is_available(),
+        report_to = "none",
+        save_strategy = "no",
+        seed = 0,
+        max_length = job["length"],
+        dataset_num_proc = 1,
+        disable_tqdm = True,
+        remove_unused_columns = False,
+    )
+    return SFTTrainer(
+        model = model,
+        processing_class = tokenizer,
+        train_dataset = rows.select(range(job["batch"] * steps)),
+        args = settings,
+        data_collator = default_data_collator,
+        callbacks = [callback],
+    )
+
+
+def stretches(gpu: Gpu, turns: Turns, length: int, steps: int):
+    """A callback that gives the turn away after every ``length`` steps, and what it measures: a list
+    of the moments at which steps were done for each stretch between."""
+    from transformers import TrainerCallback
+
+    ends = [[]]
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            gpu.drain()
+            ends[-1].append(time.time())
+            if state.global_step % length == 0 and state.global_step < steps:
+                turns.wait()
+                ends.append([])
+
+    return Clock(), ends
+
+
+def train(model, tokenizer, job: dict, rows, steps: int, gpu: Gpu, turns: Turns) -> dict:
+    """Losses, the moments at which steps were done (the GPU's work included), and peak memory."""
+    callback, ends = stretches(gpu, turns, job["stretch"], steps)
+    trainer = trainer_for(model, tokenizer, job, rows, steps, callback)
+    gpu.reset_peak()
+    trainer.train()
+    return {
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        # A stretch's first step is not timed: it begins with the end of the wait.
+        "stretches": [[b - a for a, b in zip(part, part[1:])] for part in ends],
+        "first_step_end": ends[0][0],
+        "peak_mib": gpu.peak_mib(),
+    }
+
+
+@contextmanager
+def _marked_loss():
+    """The fused loss inside a named range, in every module that calls it by name."""
+    from torch.profiler import record_function
+
+    name = "unsloth_fused_ce_loss"
+    holders = [m for m in list(sys.modules.values()) if callable(getattr(m, name, None))]
+    originals = [(module, getattr(module, name)) for module in holders]
+
+    def marked(loss):
+        def call(*args, **kwargs):
+            with record_function(LOSS_RANGE):
+                return loss(*args, **kwargs)
+
+        return call
+
+    try:
+        for module, loss in originals:
+            setattr(module, name, marked(loss))
+        yield
+    finally:
+        for module, loss in originals:
+            setattr(module, name, loss)
+
+
+def profile(model, tokenizer, job: dict, rows, gpu: Gpu, turns: Turns) -> dict:
+    """GPU milliseconds of a step by kind; see train_profile. The turn is over after the steps."""
+    import torch
+    from transformers import TrainerCallback
+
+    steps = job["profile_steps"]
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    profiler = torch.profiler.profile(activities = activities, record_shapes = True)
+
+    class Window(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == PROFILE_AFTER:
+                gpu.drain()
+                profiler.start()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == PROFILE_AFTER + steps:
+                gpu.drain()
+                profiler.stop()
+
+    with _marked_loss():
+        count = PROFILE_AFTER + steps
+        trainer_for(model, tokenizer, job, rows, count, Window()).train()
+    turns.wait()
+    trace = Path(job["scratch"]) / "trace.json"
+    profiler.export_chrome_trace(str(trace))
+    return breakdown(json.loads(trace.read_text(encoding = "utf-8"))["traceEvents"], steps)
+
+
+def _patches() -> dict:
+    from unsloth_patches import status
+
+    states = {row.name: row.state for row in status()}
+    calls = {}
+    if states.get("linear-loss") == "applied":
+        from unsloth_patches.fused_loss import calls as count
+
+        calls = count()
+    return {"states": states, "loss_calls": calls}
+
+
+def run(job: dict, turns: Turns) -> dict:
+    """Everything that one process measures. job: see `train.job_for`.
+
+    Turns: to load and compile (both processes at once), each stretch of steps, the profile.
+    """
+    import unsloth  # noqa: F401  (first, as Unsloth wants it)
+
+    imported = time.time()
+    turns.wait()
+    started = time.time()
+    gpu = Gpu()
+    model, tokenizer = load(job)
+    gpu.drain()
+    loaded = time.time()
+    rows = {
+        name: dataset(job["batch"] * steps, job["length"], model.config.vocab_size, ignored)
+        for name, (ignored, steps) in job["shares"].items()
+    }
+    adapters = {name: p.detach().clone() for name, p in _trainable(model)}
+    profiled = rows[job["profiled"]]
+    first = train(model, tokenizer, {**job, "stretch": 10**9}, profiled, FIRST_STEPS, gpu, turns)
+    seconds = {
+        "to_import": imported - job["started"],
+        "to_load": loaded - started,
+        "to_first_step": first["first_step_end"] - loaded,
+    }
+    found = {
+        "form": job["form"],
+        "environment": harness.environment(job["command"]),
+        "seconds": {**seconds, "in_all": sum(seconds.values())},
+        "shares": {},
+    }
+    for name, (_, steps) in job["shares"].items():
+        restore(model, adapters)
+        turns.wait(found)
+        found["shares"][name] = train(model, tokenizer, job, rows[name], steps, gpu, turns)
+        found.update(_patches())
+        print(f"{name} ignored, last loss {found['shares'][name]['losses'][-1]:.4f}", flush = True)
+    turns.wait(found)
+    restore(model, adapters)
+    if gpu.cuda:
+        found["profile"] = profile(model, tokenizer, job, profiled, gpu, turns)
+    else:
+        turns.wait()  # a turn without work: there is nothing to profile
+    return found
+
+
+if __name__ == "__main__":
+    described = json.loads(Path(sys.argv[1]).read_text(encoding = "utf-8"))
+    line = Turns(int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    measured = run(described, line)
+    print(json.dumps(measured["seconds"]), flush = True)
+    line.wait(measured)
+    os._exit(0)  # nothing that a library does at exit may change the result
