@@ -226,6 +226,61 @@ PATCHES: Tuple[Patch, ...] = (
         },
     ),
     Patch(
+        name = "checkpoint-recompute",
+        title = "Leave out the down projection when a checkpointed block is recomputed",
+        targets = (
+            Target(
+                attribute = "unsloth.kernels.fast_lora:LoRA_MLP",
+                replacement = "kernels.lora_mlp_unread:replace_LoRA_MLP",
+                # 2026.10.9, .7
+                fingerprints = frozenset({"dd30ee9b11bdbcbc", "c23a99c78e2f62b1"}),
+            ),
+            Target(
+                attribute = "unsloth.kernels.fast_lora:apply_lora_mlp_swiglu",
+                replacement = "kernels.lora_mlp_unread:replace_apply_lora_mlp_swiglu",
+                fingerprints = frozenset({"4a7fb6cce038f12d"}),
+            ),
+            Target(
+                attribute = "unsloth.models.llama:LlamaDecoderLayer_fast_forward",
+                replacement = "models.checkpoint_recompute:replace_LlamaDecoderLayer_fast_forward",
+                fingerprints = frozenset({"5282151279fcd9ae"}),
+            ),
+            Target(
+                attribute = "unsloth.models._block_compile:_wrap",
+                replacement = "models.checkpoint_recompute:replace_wrap",
+                # 2026.10.9, .7
+                fingerprints = frozenset({"dbf509ead6fcfe32", "1a15d9c39b96959f"}),
+            ),
+        ),
+        modules = ("kernels/lora_mlp_unread.py", "models/checkpoint_recompute.py"),
+        tests = {"tests/test_checkpoint_recompute.py": "interpreter"},
+    ),
+    Patch(
+        name = "lora-products",
+        title = "Add LoRA's part before the large product, and share the products of Q, K and V",
+        targets = (
+            Target(
+                attribute = "unsloth.kernels.fast_lora:LoRA_QKV",
+                replacement = "kernels.lora_functions:replace_LoRA_QKV",
+                fingerprints = frozenset({"a055294701a0831d"}),
+            ),
+            Target(
+                attribute = "unsloth.kernels.fast_lora:LoRA_W",
+                replacement = "kernels.lora_functions:replace_LoRA_W",
+                fingerprints = frozenset({"1c29b35a96a040cf"}),
+            ),
+            Target(
+                attribute = "unsloth.kernels.fast_lora:LoRA_MLP",
+                replacement = "kernels.lora_functions:replace_LoRA_MLP",
+                fingerprints = frozenset({"dd30ee9b11bdbcbc"}),
+            ),
+        ),
+        modules = ("kernels/lora_products.py", "kernels/lora_functions.py"),
+        tests = {"tests/test_lora_products.py": "interpreter"},
+        requires = ("checkpoint-recompute",),
+        since = "2026.10.9",
+    ),
+    Patch(
         name = "fsdp2-sharded-4bit",
         title = "Load 4-bit weights under native FSDP2 as one shard a rank",
         targets = (

@@ -21,6 +21,7 @@ BENCHMARKS = {
     "dequant": Benchmark("dequant"),
     "fsdp2": Benchmark("fsdp2", "a toy on CPU ranks"),
     "fsdp2-plan": Benchmark("fsdp2_plan", "a toy on CPU ranks, nothing measured"),
+    "lora": Benchmark("lora"),
     "loss": Benchmark("loss"),
     "train": Benchmark("train", "the losses of a toy"),
 }

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""Fused LoRA for Q, K, V, for O and for the MLP on the products of ``lora_products.py``.
+
+They stand where Unsloth's LoRA_QKV, LoRA_W and LoRA_MLP stood, and hand over to those whatever has
+dropout, a LoRA bias, or a base weight that is neither dense in X's dtype nor bitsandbytes' 4-bit.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Callable, List, Sequence, Tuple
+
+import torch
+
+from . import lora_mlp_unread, lora_products
+from .lora_products import (
+    Projection,
+    gradient_A,
+    gradient_B,
+    gradients,
+    project,
+    project_back,
+    split_ranks,
+    stacked_A,
+)
+
+__all__ = ["replace_LoRA_MLP", "replace_LoRA_QKV", "replace_LoRA_W"]
+
+_QuantState: Any = None  # bitsandbytes' class, set when the patch is applied
+
+
+def _projections(arguments: Sequence[Any]) -> Tuple[Projection, ...]:
+    return tuple(Projection(*arguments[i : i + 5]) for i in range(0, len(arguments), 5))
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+def _save(ctx: Any, projections: Sequence[Projection], *tensors: torch.Tensor) -> None:
+    ctx.bases = [(p.W, p.W_quant, p.S) for p in projections]
+    ctx.save_for_backward(*tensors, *(t for p in projections for t in (p.A, p.B)))
+
+
+def _saved(ctx: Any) -> Tuple[List[torch.Tensor], List[Projection]]:
+    tensors = ctx.saved_tensors  # once: non-reentrant checkpointing unpacks at every reading
+    count = len(tensors) - 2 * len(ctx.bases)
+    AB = tensors[count:]
+    projections = [
+        Projection(W, W_quant, AB[2 * i], AB[2 * i + 1], S)
+        for i, (W, W_quant, S) in enumerate(ctx.bases)
+    ]
+    return list(tensors[:count]), projections
+
+
+def _buffer_for_dX(X: torch.Tensor, inplace: bool) -> torch.Tensor:
+    # Eager code reuses X, as stock does; AOT autograd rejects a backward that mutates an input.
+    return X if inplace and not torch.compiler.is_compiling() else torch.empty_like(X)
+
+
+def _per_argument(found: Sequence[torch.Tensor]) -> List[Any]:
+    """[dA, dB, ...] as gradients of (W, W_quant, A, B, S) of each projection."""
+    return [g for i in range(0, len(found), 2) for g in (None, None, found[i], found[i + 1], None)]
+
+
+def _parallel_forward(ctx: Any, X: torch.Tensor, inplace: bool, *arguments: Any) -> Any:
+    """X (batch, length, K) -> Y (batch, length, N) of each projection of X."""
+    projections = _projections(arguments)
+    x = _rows(X)
+    XA = x @ stacked_A(projections, X.dtype).t()
+    _save(ctx, projections, X, XA)
+    ctx.inplace = inplace
+    return tuple(
+        project(x, xa, p).view(X.shape[0], X.shape[1], -1)
+        for xa, p in zip(split_ranks(XA, projections, 1), projections)
+    )
+
+
+def _parallel_backward(ctx: Any, *dYs: torch.Tensor) -> Tuple[Any, ...]:
+    (X, XA), projections = _saved(ctx)
+    x = _rows(X)
+    dX = _buffer_for_dX(x, ctx.inplace)
+    found = gradients([_rows(dY) for dY in dYs], x, XA, projections, dX)
+    return (dX.view(X.shape), None, *_per_argument(found))
+
+
+def _mlp_forward(
+    ctx: Any,
+    X: torch.Tensor,
+    inplace: bool,
+    unread: bool,
+    activation: Callable,
+    activation_backward: Callable,
+    *arguments: Any,
+) -> torch.Tensor:
+    """X (batch, length, K) -> down(activation(gate(X), up(X))); zeros instead if unread."""
+    gate, up, down = projections = _projections(arguments)
+    x = _rows(X)
+    XA = x @ stacked_A((gate, up), X.dtype).t()
+    gate_XA, up_XA = split_ranks(XA, (gate, up), 1)
+    e, g = project(x, gate_XA, gate), project(x, up_XA, up)
+    _save(ctx, projections, X, XA, e, g)
+    ctx.inplace, ctx.activation_backward = inplace, activation_backward
+    if unread:
+        return X.new_zeros(()).expand(*X.shape[:-1], down.B.shape[0])
+    batch, length = X.shape[:2]
+    h = _rows(activation(e.view(batch, length, -1), g.view(batch, length, -1)))
+    return project(h, h @ down.A.to(X.dtype).t(), down).view(batch, length, -1)
+
+
+def _mlp_backward(ctx: Any, dY: torch.Tensor) -> Tuple[Any, ...]:
+    (X, XA, e, g), (gate, up, down) = _saved(ctx)
+    dY, x, dtype = _rows(dY), _rows(X), X.dtype
+    dYB = dY @ down.B.to(dtype)
+    # The activation's backward gives h again, so nothing of width N was kept for it.
+    h, df, de = ctx.activation_backward(project_back(dY, dYB, down), e, g)
+    d_down = gradient_A(dYB, h, down.S), gradient_B(dY, h @ down.A.to(dtype).t(), down.S)
+    dX = _buffer_for_dX(x, ctx.inplace)
+    found = gradients([de, df], x, XA, (gate, up), dX)
+    return (dX.view(X.shape), None, None, None, None, *_per_argument([*found, *d_down]))
+
+
+def _handles(X: torch.Tensor, projections: Sequence[Projection], extras: Sequence[Any]) -> bool:
+    """Plain LoRA (no dropout or bias in ``extras``) on dense or 4-bit weights of X's dtype."""
+    if X.dim() != 3 or any(extra is not None for extra in extras):
+        return False
+    for p in projections:
+        if p.A is None or p.B is None:
+            return False
+        if p.W_quant is None:
+            if type(p.W) not in (torch.Tensor, torch.nn.Parameter) or p.W.dtype != X.dtype:
+                return False
+        elif type(p.W_quant) is not _QuantState or p.W_quant.dtype != X.dtype:
+            return False
+    return True
+
+
+# autograd.Functions; made when the patch is applied, with the amp decorators of the stock module.
+_LoRAParallel: Any = None
+_LoRAMLP: Any = None
+
+
+def _attach(stock: type) -> None:
+    """Make the Functions, once fast_lora is there; NotImplementedError without bitsandbytes."""
+    global _LoRAParallel, _LoRAMLP, _QuantState
+    module = sys.modules[stock.__module__]
+    if lora_products.fast_lora is module:
+        return
+    try:
+        from bitsandbytes.functional import QuantState
+    except ImportError:
+        raise NotImplementedError("bitsandbytes is not installed") from None
+
+    def function(name: str, forward: Callable, backward: Callable) -> type:
+        methods = {
+            "forward": staticmethod(module.torch_amp_custom_fwd(forward)),
+            "backward": staticmethod(module.torch_amp_custom_bwd(backward)),
+        }
+        return type(name, (torch.autograd.Function,), methods)
+
+    _QuantState = QuantState
+    _LoRAParallel = function("LoRAParallel", _parallel_forward, _parallel_backward)
+    _LoRAMLP = function("LoRAMLP", _mlp_forward, _mlp_backward)
+    lora_products.fast_lora = module
+
+
+def _inplace(X: torch.Tensor, rest: Sequence[Any]) -> bool:
+    """From the arguments behind the projections: (inplace, dropout_p, biases ...), all optional."""
+    stock = lora_products.fast_lora
+    if rest and not rest[0]:
+        return False
+    return not stock._rms_layernorm._SAVE_OUTPUT or stock._may_overwrite_input(X)
+
+
+def replace_LoRA_QKV(stock: type) -> type:
+    """LoRA_QKV.apply(X, 3 x (W, W_quant, A, B, S), inplace, dropout_p, 3 biases) -> Q, K, V"""
+    _attach(stock)
+
+    class LoRA_QKV:
+        @staticmethod
+        def apply(X, *arguments):
+            parameters, rest = arguments[:15], arguments[15:]
+            if not _handles(X, _projections(parameters), rest[1:]):
+                return stock.apply(X, *arguments)
+            return _LoRAParallel.apply(X, _inplace(X, rest), *parameters)
+
+    return LoRA_QKV
+
+
+def replace_LoRA_W(stock: type) -> type:
+    """LoRA_W.apply(X, W, W_quant, A, B, S, dropout_p, bias) -> X W^T + S (X A^T) B^T"""
+    _attach(stock)
+
+    class LoRA_W:
+        @staticmethod
+        def apply(X, *arguments):
+            parameters, rest = arguments[:5], arguments[5:]
+            if not _handles(X, _projections(parameters), rest):
+                return stock.apply(X, *arguments)
+            # dX is not written into this X, the attention's output: stock does not either.
+            return _LoRAParallel.apply(X, False, *parameters)[0]
+
+    return LoRA_W
+
+
+def replace_LoRA_MLP(stock: type) -> type:
+    """LoRA_MLP.apply(X, 3 x (W, W_quant, A, B, S), activation and its backward, inplace, dropout_p,
+    3 biases). The function of lora_mlp_unread.py, which leaves out the output, is replaced too."""
+    _attach(stock)
+
+    def variant(unread: bool, otherwise: type) -> type:
+        class LoRA_MLP:
+            @staticmethod
+            def apply(X, *arguments):
+                parameters, functions, rest = arguments[:15], arguments[15:17], arguments[17:]
+                if not _handles(X, _projections(parameters), rest[1:]):
+                    return otherwise.apply(X, *arguments)
+                return _LoRAMLP.apply(X, _inplace(X, rest), unread, *functions, *parameters)
+
+        return LoRA_MLP
+
+    lora_mlp_unread.function = variant(True, lora_mlp_unread.function)
+    return variant(False, stock)
