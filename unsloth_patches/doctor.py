@@ -7,8 +7,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
-from typing import Iterator, List, NamedTuple
+from typing import Callable, Dict, Iterator, List, NamedTuple
 
 from .patching import FAILED, PENDING, SKIPPED, disabled_names, status
 from .registry import PATCHES, SUPPORTED_UPSTREAM
@@ -62,6 +63,10 @@ def _packages() -> Iterator[Finding]:
         else:
             remedy = f"{consequence}: pip install {package}"
             yield Finding(package, "not installed", "problem", remedy)
+    zoo, unsloth = _version("unsloth_zoo"), _version("unsloth")
+    if zoo and unsloth in SUPPORTED_UPSTREAM and zoo != unsloth:
+        remedy = f"they are released together: pip install unsloth_zoo=={unsloth}"
+        yield Finding("versions", f"unsloth {unsloth}, unsloth_zoo {zoo}", "note", remedy)
 
 
 def _device() -> Finding:
@@ -71,16 +76,55 @@ def _device() -> Finding:
         remedy = "reinstall torch for this machine (pytorch.org, Get started)"
         return Finding("device", f"torch does not import: {error}", "problem", remedy)
     if not torch.cuda.is_available():
-        remedy = "Unsloth's CPU backend: LoRA works, slowly; the Triton kernels need a GPU"
-        return Finding("device", f"CPU, {torch.get_num_threads()} threads", "note", remedy)
+        return _without_gpu(torch)
     properties = torch.cuda.get_device_properties(0)
     gib = properties.total_memory / 2**30
     found = f"{torch.cuda.device_count()} x {properties.name}, sm_{properties.major}{properties.minor}, {gib:.0f} GiB"
-    if properties.major < 7 or (properties.major, properties.minor) == (7, 0):
-        return Finding(
-            "device", found, "problem", "Unsloth's kernels need compute capability 7.5 or newer"
-        )
+    if (properties.major, properties.minor) < (7, 5):
+        remedy = "Unsloth's kernels need compute capability 7.5 or newer (T4, RTX 20 and later)"
+        return Finding("device", found, "problem", remedy)
     return Finding("device", found, "ok")
+
+
+def _without_gpu(torch) -> Finding:
+    """No CUDA GPU that torch can use: a machine without one, or one that is not set up for it."""
+    if shutil.which("nvidia-smi") is None:
+        remedy = "Unsloth's CPU backend: LoRA works, slowly; the Triton kernels need a GPU"
+        return Finding("device", f"CPU, torch threads: {torch.get_num_threads()}", "note", remedy)
+    if torch.version.cuda is None:
+        remedy = "install a CUDA build of torch (pytorch.org, Get started)"
+        return Finding("device", f"torch {torch.__version__} knows no CUDA", "problem", remedy)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1"):
+        found = f"CPU: CUDA_VISIBLE_DEVICES={visible} hides the GPU"
+        return Finding("device", found, "note", "unset it to train on the GPU")
+    found = f"nvidia-smi is here, but torch {torch.__version__} sees no GPU"
+    remedy = (
+        f"run nvidia-smi: does it work, and is its driver new enough for CUDA {torch.version.cuda}?"
+    )
+    return Finding("device", found, "problem", remedy)
+
+
+def _compiler() -> Iterator[Finding]:
+    """Triton builds the launchers of its kernels with a C compiler, at the first launch."""
+    try:
+        import torch
+    except Exception:  # the device's row says so
+        return
+    if not torch.cuda.is_available():
+        return
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        remedy = "kernels run in Triton's interpreter, far too slowly to train; unset it"
+        yield Finding("triton", "TRITON_INTERPRET=1", "note", remedy)
+    named = os.environ.get("CC")
+    found = next(
+        filter(None, map(shutil.which, [named] if named else ["gcc", "cc", "clang"])), None
+    )
+    if found:
+        yield Finding("C compiler", found, "ok")
+    else:
+        remedy = "no kernel can start: install gcc, or name a compiler in CC"
+        yield Finding("C compiler", f"CC={named}" if named else "none", "problem", remedy)
 
 
 def _order() -> Finding:
@@ -91,29 +135,70 @@ def _order() -> Finding:
     return Finding("import order", "unsloth was imported first", "note", remedy)
 
 
+def _read_chunk_rows() -> None:
+    import torch
+
+    from .kernels.chunk_rows import choose_chunk_rows
+
+    choose_chunk_rows(1, 1, 2, torch.device("cpu"))
+
+
+def _read_offload() -> None:
+    from .models.fsdp2_offload_plan import offload_override
+
+    offload_override()
+
+
+def _read_fullgraph() -> None:
+    from .models.compile_modes import fullgraph_mode
+
+    fullgraph_mode()
+
+
+def _read_compile_report() -> None:
+    from .models.compile_callback import report_switch
+
+    report_switch()
+
+
+# Variable -> what reads it in training, and raises ValueError for a value that it does not know.
+READERS: Dict[str, Callable[[], None]] = {
+    "UNSLOTH_LOSS_CHUNK_ROWS": _read_chunk_rows,
+    "UNSLOTH_PATCHES_OFFLOAD": _read_offload,
+    "UNSLOTH_PATCHES_FULLGRAPH": _read_fullgraph,
+    "UNSLOTH_COMPILE_REPORT": _read_compile_report,
+}
+
+
 def _switches() -> Iterator[Finding]:
     unknown = disabled_names() - {patch.name for patch in PATCHES}
     if unknown:
         known = ", ".join(patch.name for patch in PATCHES)
         found = f"UNSLOTH_PATCHES_DISABLE={os.environ['UNSLOTH_PATCHES_DISABLE']}"
-        yield Finding(
-            "switches",
-            found,
-            "problem",
-            f"no such patch: {', '.join(sorted(unknown))}; there are {known}, all",
-        )
+        remedy = f"no such patch: {', '.join(sorted(unknown))}; there are {known}, all"
+        yield Finding("switches", found, "problem", remedy)
+    for variable, read in READERS.items():
+        value = os.environ.get(variable)
+        if not value:
+            continue
+        try:
+            read()
+        except ValueError as error:
+            yield Finding("switches", f"{variable}={value}", "problem", str(error))
+        except ImportError:  # torch is missing, which has its own row
+            continue
+        else:
+            yield Finding("switches", f"{variable}={value}", "ok")
 
 
 def _patches() -> Iterator[Finding]:
     for row in status():
         if row.state == PENDING:
-            verdict = "note" if row.reason.startswith("will be skipped") else "ok"
-            remedy = (
-                "stock functions stay; see CONTRIBUTING, refreshing a patch"
-                if verdict == "note"
-                else ""
-            )
-            yield Finding(row.name, row.reason, verdict, remedy)
+            # What it waits for is for `status`; here it only matters whether it will fit.
+            outlook = row.reason.partition("; waits for ")[0]
+            fits = outlook == "will apply"
+            remedy = "" if fits else "stock functions stay; see CONTRIBUTING, refreshing a patch"
+            yield Finding(row.name, outlook, "ok" if fits else "note", remedy)
         elif row.state in (SKIPPED, FAILED):
             verdict = "problem" if row.state == FAILED else "note"
             remedy = (
@@ -129,5 +214,5 @@ def examine() -> List[Finding]:
     interpreter = Finding("python", platform.python_version(), "ok")
     if sys.version_info < (3, 9):
         interpreter = interpreter._replace(verdict = "problem", remedy = "use Python 3.9 or newer")
-    findings = [interpreter, _upstream(), *_packages(), _device(), _order(), *_switches()]
-    return findings + list(_patches())
+    findings = [interpreter, _upstream(), *_packages(), _device(), *_compiler(), _order()]
+    return [*findings, *_switches(), *_patches()]

@@ -359,6 +359,99 @@ PATCHES: Tuple[Patch, ...] = (
         requires = ("fsdp2-sharded-4bit",),
         since = "2026.10.9",
     ),
+    Patch(
+        name = "compile-variants",
+        title = "Compile a block once for all its LoRA scales, lengths and packed rows",
+        targets = (
+            Target(
+                attribute = "unsloth.kernels.utils:get_lora_parameters",
+                replacement = "kernels.lora_scale_inputs:replace_get_lora_parameters",
+                fingerprints = frozenset({"a6b2704a01310d5d"}),
+            ),
+            Target(
+                attribute = "unsloth.models._block_compile:patch_block_compile",
+                replacement = "models.compile_variants:replace_patch_block_compile",
+                fingerprints = frozenset({"cbe892e347d670cf"}),
+            ),
+            Target(
+                attribute = "unsloth.models._block_compile:_mark_seq_dynamic",
+                replacement = "models.compile_variants:replace_mark_seq_dynamic",
+                fingerprints = frozenset({"97cfd424baf498ba"}),
+            ),
+            Target(
+                attribute = "unsloth.utils.packing:get_packed_info_from_kwargs",
+                replacement = "models.compile_packed:replace_get_packed_info_from_kwargs",
+                fingerprints = frozenset({"e5ace2c4f3b413db"}),
+            ),
+            Target(
+                attribute = "unsloth.utils.attention_dispatch:_run_attention",
+                replacement = "models.compile_packed:replace_run_attention",
+                fingerprints = frozenset({"63208249b6f37a45"}),
+            ),
+        ),
+        modules = (
+            "kernels/lora_scale_inputs.py",
+            "models/compile_packed.py",
+            "models/compile_variants.py",
+        ),
+        tests = {"tests/test_compile_variants.py": "interpreter"},
+        since = "2026.10.9",
+    ),
+    Patch(
+        name = "compiled-swiglu-backward",
+        title = "Reuse the gradient's buffer in the compiled SwiGLU backward",
+        targets = (
+            Target(
+                attribute = "unsloth.kernels.swiglu:swiglu_DWf_DW_dfg_kernel",
+                replacement = "kernels.swiglu_backward:replace_swiglu_DWf_DW_dfg_kernel",
+                fingerprints = frozenset({"c63ff827627e9084"}),
+            ),
+        ),
+        modules = ("kernels/swiglu_backward.py",),
+        tests = {"tests/test_swiglu_backward.py": "interpreter"},
+        since = "2026.10.9",
+    ),
+    Patch(
+        name = "compile-cache",
+        title = "Keep compiled blocks in a folder for the next run's first step",
+        targets = (
+            Target(
+                attribute = "unsloth.models._block_compile:patch_block_compile",
+                replacement = "models.compile_cache:replace_patch_block_compile",
+                fingerprints = frozenset({"cbe892e347d670cf"}),
+            ),
+        ),
+        modules = ("models/compile_cache.py", "models/compile_cache_files.py"),
+        tests = {"tests/test_compile_cache.py": "cpu"},
+        since = "2026.10.9",
+    ),
+    Patch(
+        name = "fullgraph-report",
+        title = "Report what was compiled, and enforce full graphs where they are asked for",
+        targets = (
+            Target(
+                attribute = "unsloth.models._block_compile:_wrap",
+                replacement = "models.compile_modes:replace_wrap",
+                fingerprints = frozenset({"dbf509ead6fcfe32", "1a15d9c39b96959f"}),
+            ),
+            Target(
+                attribute = "unsloth.trainer:_backwards_compatible_trainer",
+                replacement = "models.compile_callback:replace_backwards_compatible_trainer",
+                fingerprints = frozenset({"cbc126cbc4a01683", "f543f55889f17d6c"}),
+            ),
+        ),
+        modules = (
+            "models/compile_callback.py",
+            "models/compile_events.py",
+            "models/compile_logs.py",
+            "models/compile_modes.py",
+            "models/compile_report.py",
+            "models/compile_speed.py",
+            "models/compile_table.py",
+        ),
+        tests = {"tests/test_fullgraph_report.py": "interpreter"},
+        since = "2026.10.9",
+    ),
 )
 
 

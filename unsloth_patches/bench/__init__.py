@@ -17,7 +17,9 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = {
+    "aot": Benchmark("ahead_of_time", "everything: the kernels are compiled, not run"),
     "chunk-size": Benchmark("chunk_size", "the computed choices for five GPUs"),
+    "compile": Benchmark("compile", "graphs and graph breaks of a toy"),
     "dequant": Benchmark("dequant"),
     "fsdp2": Benchmark("fsdp2", "a toy on CPU ranks"),
     "fsdp2-plan": Benchmark("fsdp2_plan", "a toy on CPU ranks, nothing measured"),

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""Benchmarks' own arithmetic and command line: what is computed from samples, and what is said."""
+
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+
+import pytest
+from toy_project import ROOT
+from typer.testing import CliRunner
+
+from unsloth_patches.bench import BENCHMARKS, every, train, train_profile, train_turns
+from unsloth_patches.cli import app
+
+# ------------------------------------------------------------------------------- the breakdown
+
+
+def on_gpu(
+    name,
+    start,
+    duration,
+    correlation,
+    cat = "kernel",
+    op = 0,
+):
+    arguments = {"correlation": correlation, "External id": op}
+    return {"cat": cat, "name": name, "ts": start, "dur": duration, "tid": 7, "args": arguments}
+
+
+def launch(
+    moment,
+    correlation,
+    thread = 1,
+):
+    arguments = {"correlation": correlation}
+    event = {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": moment, "dur": 1}
+    return {**event, "tid": thread, "args": arguments}
+
+
+def operator(number, name, *shapes):
+    arguments = {"External id": number, "Input Dims": [list(shape) for shape in shapes]}
+    return {"cat": "cpu_op", "name": name, "ts": 0, "dur": 1, "tid": 1, "args": arguments}
+
+
+TRACE = [
+    operator(1, "aten::mm", (8192, 4096), (4096, 14336)),
+    operator(2, "aten::addmm_", (8192, 4096), (8192, 16), (16, 4096)),
+    {
+        "cat": "user_annotation", "name": train_profile.LOSS_RANGE, "ts": 100, "dur": 50, "tid": 1,
+        "args": {"External id": 9},
+    },
+    *(launch(10 * n, n) for n in (1, 2, 3, 4, 5)),
+    launch(120, 6),
+    launch(120, 7, thread = 2),
+    launch(130, 8),
+    on_gpu("nvjet_tst_128x256", 1000, 400, 1, op = 1),
+    on_gpu("nvjet_tst_128x64", 1400, 100, 2, op = 2),
+    on_gpu("_nf4_dequant_kernel", 1500, 50, 3),
+    on_gpu("flash_fwd_kernel", 1600, 200, 4),
+    on_gpu("_rms_layernorm_forward", 1800, 30, 5),
+    on_gpu("nvjet_tst_loss", 2000, 300, 6, op = 1),
+    on_gpu("nvjet_tst_other_thread", 2300, 20, 7, op = 1),
+    on_gpu("_cross_entropy_kernel", 2400, 100, 8),
+    on_gpu("Memcpy DtoH", 1700, 150, 11, cat = "gpu_memcpy"),
+    on_gpu("Memset", 3000, 10, 12, cat = "gpu_memset"),
+]  # fmt: skip
+
+
+def test_breakdown_sorts_and_adds_up():
+    """Products are told apart by their shapes, the loss by the range and thread that launched it, and
+    a copy counts for as long as nothing else ran."""
+    found = train_profile.breakdown(TRACE, steps = 2)
+    expected = {
+        "base GEMMs": 420,
+        "LoRA": 100,
+        "loss": 400,
+        "attention": 200,
+        "dequantize": 50,
+        "norms, elementwise, optimizer": 30,
+        "copies": 20 + 10,
+    }
+    assert found["ms"] == pytest.approx({kind: us / 2e3 for kind, us in expected.items()})
+    assert found["busy_ms"] == pytest.approx(sum(expected.values()) / 2e3)
+    assert found["hidden_copies_ms"] == pytest.approx(130 / 2e3)
+    assert found["top"]["LoRA"] == {"nvjet_tst_128x64": pytest.approx(0.05)}
+
+
+# ------------------------------------------------------------------------------- comparisons
+
+
+def measured_run(
+    stretches,
+    losses,
+    busy = None,
+):
+    share = {"stretches": stretches, "losses": losses, "peak_mib": 100.0}
+    run = {"shares": {name: share for name in train.SHARES}}
+    if busy is not None:
+        run["profile"] = {"ms": {"base GEMMs": busy - 1, "loss": 1.0}, "busy_ms": busy}
+    return run
+
+
+def test_compare_share():
+    """The first steps of a stretch do not count; each pair of stretches is compared by itself, too."""
+    slow = [9.0] * train.SKIPPED
+    runs = {
+        "stock": measured_run([slow + [0.2] * 9, slow + [0.4] * 9, slow + [0.2] * 9], [4.0, 2.0]),
+        "patched": measured_run([slow + [0.1] * 9] * 3, [4.0, 2.002]),
+    }
+    result = train.compare_share(runs, "half", train.MODELS["llama-1b"])
+    assert result["speedup"] == pytest.approx(2.0)
+    assert result["stretch_speedups"] == pytest.approx([2.0, 4.0, 2.0])
+    assert result["stock"]["tokens_per_second"] == pytest.approx(4 * 2048 / 0.2)
+    assert result["patched"]["step_seconds"]["n"] == 27
+    assert result["relative_difference"] == pytest.approx([0.0, 0.001])
+
+
+def test_breakdown_ends_with_idle_time():
+    """What a step took without the profiler, less what the GPU was busy, is idle."""
+    steps = [[0.02] * 9]
+    runs = {"stock": measured_run(steps, [1.0], 18.0), "patched": measured_run(steps, [1.0], 15.0)}
+    shares = {name: train.compare_share(runs, name, train.TOY) for name in train.SHARES}
+    found = train.breakdowns({"shares": shares, "runs": runs})
+    assert found["stock"] == pytest.approx({"base GEMMs": 17.0, "loss": 1.0, "idle": 2.0})
+    assert found["patched"]["idle"] == pytest.approx(5.0)
+    runs = dict.fromkeys(runs, measured_run(steps, [1.0]))
+    assert train.breakdowns({"shares": shares, "runs": runs}) == {}
+
+
+# ------------------------------------------------------------------------------- turns
+
+WORKER = """#!{python}
+import sys
+sys.path.insert(0, {root!r})
+from unsloth_patches.bench.train_turns import Turns
+line = Turns(int(sys.argv[4]))
+print("it broke here", flush = True)
+{body}
+"""
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    """Start a process with this body in the place of train_worker."""
+
+    def start(body, form = "stock"):
+        program = tmp_path / f"python-{form}"
+        program.write_text(WORKER.format(python = sys.executable, root = str(ROOT), body = body))
+        program.chmod(0o755)
+        with monkeypatch.context() as patch:
+            patch.setattr(train_turns.sys, "executable", str(program))
+            return train_turns.Worker({"form": form}, dict(os.environ), tmp_path)
+
+    return start
+
+
+def test_turns_alternate(worker, tmp_path):
+    """A process works only between its go and its next wait."""
+    log = tmp_path / "order"
+    body = (
+        "for number in range(2):\n    line.wait(number)\n"
+        f"    open({str(log)!r}, 'a').write(sys.argv[0][-7:] + str(number) + ' ')\n"
+        "line.wait('end')"
+    )
+    both = [worker(body, "forms-a"), worker(body, "forms-b")]
+    assert [each.wait() for each in both] == [0, 0]
+    for each in (both[0], both[1], both[1], both[0]):
+        each.go()
+        last = each.wait()
+    assert last == "end"
+    assert log.read_text().split() == ["forms-a0", "forms-b0", "forms-b1", "forms-a1"]
+    for each in both:
+        each.go()
+        each.stop()
+
+
+def test_a_failing_process_is_told(worker):
+    """The end of its output comes back, at once and not after the time limit."""
+    failing = worker("line.wait(1)\nsys.exit(3)")
+    failing.wait()
+    failing.go()
+    with pytest.raises(
+        RuntimeError, match = r"(?s)stock process ended \(exit code 3\).*it broke here"
+    ):
+        failing.wait()
+    with pytest.raises(RuntimeError, match = "stock process ended"):
+        failing.go()
+
+
+def test_a_hanging_process_is_ended(worker, monkeypatch):
+    hanging = worker("import time\ntime.sleep(600)")
+    monkeypatch.setattr(train_turns, "LIMIT_S", 0.2)
+    with pytest.raises(RuntimeError, match = "said nothing for 0.2 s"):
+        hanging.wait()
+    assert hanging._process.poll() is not None
+
+
+# ------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_can_be_run(name):
+    module = importlib.import_module(f"unsloth_patches.bench.{BENCHMARKS[name].module}")
+    assert list(inspect.signature(module.run).parameters)[:2] == ["out", "quick"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["nothing"], "no benchmark 'nothing'; there are: aot, "),
+        (["loss", "--model", "llama-1b"], "bench loss has no --model"),
+        (["aot", "--out", "{file}/below"], "name another folder with --out"),
+    ],
+)
+def test_bench_errors_name_a_remedy(tmp_path, arguments, words):
+    (tmp_path / "file").write_text("")
+    arguments = [argument.format(file = tmp_path / "file") for argument in arguments]
+    done = CliRunner().invoke(app, ["bench", *arguments], env = {"COLUMNS": "300"})
+    assert done.exit_code == 2 and words in done.output
+
+
+def test_unknown_model_is_named(tmp_path, capsys):
+    assert train.run(tmp_path, model = "llama-9b") == 2
+    error = capsys.readouterr().err
+    assert "no model 'llama-9b'" in error and "llama-1b" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_bench_all_goes_on_after_a_failure(tmp_path, monkeypatch, capsys, gpu):
+    """Each benchmark in its own process; those with nothing to do here are not started."""
+    codes = {"loss": 2, "train": 3 if gpu else 0}
+    started = []
+
+    def run(command, **_):
+        started.append(command[command.index("bench") + 1])
+        return subprocess.CompletedProcess(command, codes.get(started[-1], 0))
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr(every.subprocess, "run", run)
+    assert every.run_all(tmp_path) == (1 if gpu else 0)
+    printed = capsys.readouterr().out
+    if gpu:
+        assert started == list(BENCHMARKS)
+        assert "FAILED (exit code 3)" in printed and "cannot run here" in printed
+    else:
+        assert started == [name for name, each in BENCHMARKS.items() if each.without_gpu]
+        assert "needs a CUDA GPU" in printed and "without a GPU: the losses of a toy" in printed
+
+
+def test_bench_imports_nothing_heavy():
+    """The list of benchmarks is there at once: neither torch nor Unsloth is imported for it."""
+    code = (
+        "import sys, unsloth_patches.bench; print(sorted({'torch', 'unsloth'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd = ROOT, capture_output = True, text = True, check = True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""``doctor``: every failure that it knows, provoked once; its verdict and its remedy."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from toy_project import ROOT
+
+from unsloth_patches import doctor
+from unsloth_patches.registry import PATCHES, SUPPORTED_UPSTREAM
+
+NEWEST = SUPPORTED_UPSTREAM[-1]
+VERSIONS = {**dict.fromkeys(doctor.NEEDED, "1.0"), "unsloth": NEWEST, "unsloth_zoo": NEWEST}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine where nothing is missing, as a dict of versions; no GPU, no switches set."""
+    versions = dict(VERSIONS)
+    monkeypatch.setattr(doctor, "_version", lambda package: versions.get(package, ""))
+    monkeypatch.setattr(doctor, "status", lambda: [])
+    for variable in (*doctor.READERS, "UNSLOTH_PATCHES_DISABLE", "CUDA_VISIBLE_DEVICES", "CC"):
+        monkeypatch.delenv(variable, raising = False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising = False)
+    monkeypatch.delitem(sys.modules, "unsloth", raising = False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    return versions
+
+
+def found(check, verdict):
+    """The one finding of a check, which must have this verdict; a problem always has a remedy."""
+    (finding,) = [each for each in doctor.examine() if each.check == check]
+    assert finding.verdict == verdict, finding
+    assert finding.remedy or verdict == "ok"
+    return finding
+
+
+def give_gpu(monkeypatch, major, minor):
+    properties = types.SimpleNamespace(
+        name = "Some GPU", major = major, minor = minor, total_memory = 2**34
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+
+
+def test_a_good_machine_has_no_problem(machine, monkeypatch):
+    give_gpu(monkeypatch, 9, 0)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    findings = doctor.examine()
+    assert {finding.verdict for finding in findings} == {"ok"}
+    assert {"python", "unsloth", "device", "C compiler", "import order"} <= {
+        f.check for f in findings
+    }
+
+
+def test_unsloth_missing(machine):
+    del machine["unsloth"]
+    assert f"pip install unsloth=={NEWEST}" in found("unsloth", "problem").remedy
+
+
+def test_unsloth_of_another_release(machine):
+    machine["unsloth"] = "2031.1.1"
+    assert all(version in found("unsloth", "note").remedy for version in SUPPORTED_UPSTREAM)
+
+
+def test_unsloth_zoo_of_another_release(machine):
+    machine["unsloth_zoo"] = SUPPORTED_UPSTREAM[0]
+    assert f"unsloth_zoo=={NEWEST}" in found("versions", "note").remedy
+
+
+@pytest.mark.parametrize("package", doctor.NEEDED)
+def test_package_missing(machine, package):
+    del machine[package]
+    remedy = found(package, "problem").remedy
+    assert f"pip install {package}" in remedy and doctor.NEEDED[package] in remedy
+
+
+def test_torch_does_not_import(machine, monkeypatch):
+    """A broken torch is one row; the checks that need it are left out instead of failing."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setenv("UNSLOTH_LOSS_CHUNK_ROWS", "12")
+    assert "reinstall torch" in found("device", "problem").remedy
+    assert "C compiler" not in {finding.check for finding in doctor.examine()}
+
+
+def test_old_gpu(machine, monkeypatch):
+    give_gpu(monkeypatch, 7, 0)
+    assert "7.5" in found("device", "problem").remedy
+
+
+def test_no_gpu(machine):
+    assert "CPU backend" in found("device", "note").remedy
+
+
+def test_gpu_with_a_cpu_build_of_torch(machine, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "install a CUDA build" in found("device", "problem").remedy
+
+
+def test_gpu_that_torch_does_not_see(machine, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "CUDA 13.0" in found("device", "problem").remedy
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert "unset it" in found("device", "note").remedy
+
+
+def test_no_c_compiler(machine, monkeypatch):
+    give_gpu(monkeypatch, 9, 0)
+    assert "install gcc" in found("C compiler", "problem").remedy
+    monkeypatch.setenv("CC", "/missing/cc")
+    assert "/missing/cc" in found("C compiler", "problem").found
+
+
+def test_interpreter_left_on(machine, monkeypatch):
+    give_gpu(monkeypatch, 9, 0)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    rows = [finding for finding in doctor.examine() if finding.found == "TRITON_INTERPRET=1"]
+    assert [row.verdict for row in rows] == ["note"] and "unset it" in rows[0].remedy
+
+
+def test_unsloth_imported_first(machine, monkeypatch):
+    module = types.ModuleType("unsloth")
+    module.__spec__ = object()
+    monkeypatch.setitem(sys.modules, "unsloth", module)
+    assert "import unsloth_patches" in found("import order", "note").remedy
+
+
+def test_unknown_patch_switched_off(machine, monkeypatch):
+    monkeypatch.setenv("UNSLOTH_PATCHES_DISABLE", "nf4,linear-loss")
+    remedy = found("switches", "problem").remedy
+    assert "no such patch: nf4;" in remedy and all(patch.name in remedy for patch in PATCHES)
+
+
+@pytest.mark.parametrize(
+    "variable, bad, good",
+    [
+        ("UNSLOTH_LOSS_CHUNK_ROWS", "many", "512"),
+        ("UNSLOTH_LOSS_CHUNK_ROWS", "0", "1"),
+        ("UNSLOTH_PATCHES_OFFLOAD", "blocks:0", "blocks:3"),
+        ("UNSLOTH_PATCHES_FULLGRAPH", "maybe", "auto"),
+        ("UNSLOTH_COMPILE_REPORT", "2", "0"),
+    ],
+)
+def test_switches_are_read_as_training_reads_them(machine, monkeypatch, variable, bad, good):
+    monkeypatch.setenv(variable, bad)
+    finding = found("switches", "problem")
+    assert finding.found == f"{variable}={bad}" and variable in finding.remedy
+    monkeypatch.setenv(variable, good)
+    assert found("switches", "ok").found == f"{variable}={good}"
+
+
+def row(state, reason):
+    return types.SimpleNamespace(name = "some-patch", state = state, reason = reason)
+
+
+@pytest.mark.parametrize(
+    "state, reason, verdict, remedy",
+    [
+        ("pending", "will apply; waits for unsloth.models", "ok", ""),
+        ("pending", "will be skipped: another version; waits for unsloth.models", "note", "stock"),
+        ("skipped", "switched off by UNSLOTH_PATCHES_DISABLE", "note", "stock functions stay"),
+        ("failed", "KeyError: 'x'", "problem", "report this line"),
+        ("applied", "", "ok", ""),
+        ("upstreamed", "this Unsloth already contains it", "ok", ""),
+    ],
+)
+def test_patches(machine, monkeypatch, state, reason, verdict, remedy):
+    monkeypatch.setattr(doctor, "status", lambda: [row(state, reason)])
+    finding = found("some-patch", verdict)
+    assert remedy in finding.remedy and "waits for" not in finding.found
+
+
+def test_command_line():
+    """The exit code is 1 with a problem; --json says the same as the table; Unsloth stays out."""
+    command = [sys.executable, "-X", "importtime", "-m", "unsloth_patches", "doctor", "--json"]
+    environment = {**os.environ, "UNSLOTH_PATCHES_DISABLE": "nothing-like-it"}
+    done = subprocess.run(command, env = environment, cwd = ROOT, capture_output = True, text = True)
+    assert done.returncode == 1
+    problems = [each for each in json.loads(done.stdout) if each["verdict"] == "problem"]
+    assert any("nothing-like-it" in each["remedy"] for each in problems)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "torch" in imported and "unsloth" not in imported

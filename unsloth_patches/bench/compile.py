@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""QLoRA steps with compiled blocks: stock Unsloth and the patches, and stock without compiling.
+
+Eight layers of Llama-3.1-8B's shape with random weights, 4-bit, LoRA of rank 16, gradient
+checkpointing "unsloth", batch 4. Each run is a process of its own, measured in the order of RUNS;
+"patched" has all patches in, in strict mode. "cold" begins with empty caches; "saved" too, but for
+the cache that the run before it saved. Steps without compiling are taken at the end of stock's run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Dict, Iterator, List, NamedTuple, Tuple
+
+from . import DONE, FAILED, compile_attention, harness
+from .fsdp2_checkpoint import fast_folder, make_checkpoint
+from .train import MODELS, slug
+
+COMMAND = "python -m unsloth_patches bench compile"
+LENGTHS = (512, 1024, 2048, 4096)
+FIRST_LENGTH = 2048
+ROUNDS = 6  # timed steps at each length in each process
+LIMIT_S = 300  # for one process: a hang must not hold the GPU
+
+
+class Run(NamedTuple):
+    """variant: what runs. phase: which caches it finds. cache: what it does with the saved one."""
+
+    variant: str
+    phase: str
+    cache: str = ""
+    uncompiled: bool = False
+
+
+RUNS = (
+    Run("stock", "cold", uncompiled = True),
+    Run("patched", "cold", cache = "save"),
+    Run("patched", "saved", cache = "load"),
+)
+ENVIRONMENTS: Dict[str, Dict[str, str]] = {
+    "stock": {"UNSLOTH_PATCHES_DISABLE": "all"},
+    "patched": {"UNSLOTH_PATCHES_FULLGRAPH": "strict"},
+}
+MEMORY = ("peak_mib", "above_weights_mib", "reserved_mib")
+COLORS = {"uncompiled": "baseline", "stock": "upstream", "patched": "ours"}
+
+
+def environment(chosen: Run, folder: Path) -> Dict[str, str]:
+    """This process's environment, with caches on disk that only this variant's runs share."""
+    caches = folder / ("caches-saved" if chosen.phase == "saved" else f"caches-{chosen.variant}")
+    (caches / "tmp").mkdir(parents = True, exist_ok = True)
+    return {
+        **os.environ,
+        # Unsloth removes TORCHINDUCTOR_CACHE_DIR; without it Inductor's folder is below TMPDIR.
+        "TMPDIR": str(caches / "tmp"),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "UNSLOTH_COMPILE_LOCATION": str(folder / f"unsloth-{chosen.variant}-{chosen.phase}"),
+        **ENVIRONMENTS[chosen.variant],
+    }
+
+
+class Worker:
+    """A process of compile_worker. It loads its model at once, and measures when it is told to."""
+
+    def __init__(self, chosen: Run, folder: Path):
+        self.name = f"{chosen.variant}, {chosen.phase}"
+        self._home = folder / f"run-{chosen.variant}-{chosen.phase}"
+        self._home.mkdir()
+        job = {
+            **chosen._asdict(),
+            "checkpoint": str(folder / "model"),
+            "made": str(folder / "made"),
+            "batch": MODELS["llama-8b-8-layers"].batch,
+            "length": FIRST_LENGTH,
+            "lengths": LENGTHS,
+            "rounds": ROUNDS,
+            "cache_folder": str(folder / "saved"),
+            "ready": str(self._home / "ready"),
+            "go": str(self._home / "go"),
+        }
+        self._result = self._home / "result.json"
+        described = self._home / "job.json"
+        described.write_text(json.dumps(job), encoding = "utf-8")
+        module = f"{__package__}.compile_worker"
+        with (self._home / "log.txt").open("w", encoding = "utf-8") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, str(described), str(self._result)],
+                env = environment(chosen, folder),
+                stdout = log,
+                stderr = subprocess.STDOUT,
+            )
+
+    def wait_until_ready(self) -> None:
+        """Until its model is loaded. Raises RuntimeError if it ends before, or takes too long."""
+        end = time.monotonic() + LIMIT_S
+        while not (self._home / "ready").exists():
+            if self._process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(self._failure("did not load its model"))
+            time.sleep(0.2)
+
+    def measure(self) -> dict:
+        """What it saw when it was its turn. Raises RuntimeError with the end of its output."""
+        (self._home / "go").touch()
+        try:
+            code = self._process.wait(timeout = LIMIT_S)
+        except subprocess.TimeoutExpired:
+            code = f"no result in {LIMIT_S} s"
+        if code or not self._result.is_file():
+            raise RuntimeError(self._failure(f"failed ({code})"))
+        return json.loads(self._result.read_text(encoding = "utf-8"))
+
+    def _failure(self, what: str) -> str:
+        log = (self._home / "log.txt").read_text(encoding = "utf-8", errors = "replace")
+        tail = "\n".join(log.splitlines()[-25:])
+        return f"bench compile: {self.name} {what}:\n{tail}"
+
+    def end(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+
+def measure(runs) -> Iterator[dict]:
+    """What every run in turn saw; one that fails is reported and left out.
+
+    All processes load their models first, side by side, and then measure one after the other, so
+    that the minutes of importing are spent once and nothing else runs while one measures.
+    """
+    model = MODELS["llama-8b-8-layers"]
+    with tempfile.TemporaryDirectory(prefix = "bench-compile-", dir = fast_folder()) as scratch:
+        folder, workers = Path(scratch), []
+        try:
+            workers += [Worker(chosen, folder) for chosen in runs]
+            make_checkpoint(folder / "model", model.shape, model.layers, model.tied)
+            (folder / "made").touch()
+            _free_gpu()
+            ready = [worker for worker in workers if _is_ready(worker)]
+            for worker in ready:
+                try:
+                    seen = worker.measure()
+                except RuntimeError as error:
+                    print(error, file = sys.stderr)
+                    continue
+                first = seen["seconds"]["first_step"]
+                print(f"{worker.name}: first step {first:.1f} s", flush = True)
+                yield seen
+        finally:
+            for worker in workers:
+                worker.end()
+
+
+def _is_ready(worker: Worker) -> bool:
+    try:
+        worker.wait_until_ready()
+        return True
+    except RuntimeError as error:
+        print(error, file = sys.stderr)
+        return False
+
+
+def _free_gpu() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def attention(out: Path) -> bool:
+    """SDPA beside flex attention in a process of its own, as ``compile_attention_<gpu>.json``."""
+    with tempfile.TemporaryDirectory() as scratch:
+        written = Path(scratch) / "attention.json"
+        worker = [sys.executable, "-m", f"{__package__}.compile_attention", str(written)]
+        try:
+            code = subprocess.run(worker, timeout = LIMIT_S).returncode
+        except subprocess.TimeoutExpired:
+            code = f"no result in {LIMIT_S} s"
+        if code or not written.is_file():
+            print(f"bench compile: the attention comparison failed ({code})", file = sys.stderr)
+            return False
+        found = json.loads(written.read_text(encoding = "utf-8"))
+    harness.save_json(out / f"compile_attention_{slug()}.json", found, COMMAND)
+    compile_attention.show(found)
+    return True
+
+
+def run(out: Path, quick: bool = False) -> int:
+    """Measures, prints tables, writes ``compile_<gpu>.json`` and ``.png`` under out, and
+    ``compile_attention_<gpu>.json``.
+
+    Without a GPU: graphs, breaks and recompilations of a toy block, traced with aot_eager.
+    quick: one cold run of each variant, no attention.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return on_cpu(Path(out))
+    chosen = [r._replace(cache = "") for r in RUNS if r.phase == "cold"] if quick else RUNS
+    path = Path(out) / f"compile_{slug()}.json"
+    payload = {"title": MODELS["llama-8b-8-layers"].title, "complete": False, "runs": []}
+    for seen in measure(chosen):
+        payload["runs"].append(seen)
+        payload["complete"] = len(payload["runs"]) == len(chosen)
+        harness.save_json(path, payload, COMMAND)  # what was measured outlives a later crash
+    if payload["runs"]:
+        show(payload)
+        try:
+            plot(payload, path.with_suffix(".png"))
+        except ImportError:
+            print("bench compile: no matplotlib here; the figures are in the JSON file.")
+    compared = quick or attention(Path(out))
+    return DONE if compared and payload["complete"] else FAILED
+
+
+def show(payload: dict) -> None:
+    """Prints one row a run, then step times by length."""
+    rows = []
+    for entry in payload["runs"]:
+        seconds, seen = entry["seconds"], entry["all_lengths"]
+        two = seconds["first_step"] + seconds["second_step"]
+        row = [entry["variant"], entry["phase"], seconds["first_step"], two]
+        row += [seen["compile_seconds"], seen["graphs"], seen["breaks"]]
+        row += [seen["recompilations"], seconds.get("load_cache"), entry["losses"][0]]
+        rows.append(row)
+    columns = ["variant", "caches", "first step s", "first two s", "compiling s in all"]
+    columns += ["graphs", "breaks", "recompiled", "load cache s", "first loss"]
+    harness.print_table(f"{payload['title']}, QLoRA, batch 4 x {FIRST_LENGTH}", columns, rows)
+    rows = []
+    for variant, phase, lengths in measured(payload):
+        for length, at in lengths.items():
+            ms = harness.summarize(at["ms"])
+            spread = f"{ms['q1']:.1f} - {ms['q3']:.1f}"
+            row = [variant, phase, str(length), f"{ms['median']:.1f}", spread]
+            rows.append(row + [at.get(key) for key in MEMORY])
+    columns = ["variant", "caches", "length", "step ms", "quartiles"]
+    columns += ["peak MiB", "above weights", "reserved MiB"]
+    harness.print_table("Steps of batch 4 by length", columns, rows)
+
+
+def measured(payload: dict) -> Iterator[Tuple[str, str, dict]]:
+    """(variant, phase, what was measured by length), steps without compiling among them."""
+    for entry in payload["runs"]:
+        yield entry["variant"], entry["phase"], entry["lengths"]
+        if entry["uncompiled"]:
+            yield "uncompiled", entry["phase"], entry["uncompiled"]
+
+
+def at(payload: dict, variant: str, length: str) -> List[dict]:
+    """What each process of a variant measured at a length."""
+    return [lengths[length] for name, _, lengths in measured(payload) if name == variant]
+
+
+def plot(payload: dict, path: Path) -> None:
+    """Seconds of the first two steps, step time and peak memory by length."""
+    variants = [v for v in COLORS if v in {name for name, _, _ in measured(payload)}]
+    lengths = list(payload["runs"][0]["lengths"])
+    medians, peaks = {}, {}
+    for variant in variants:
+        found = [at(payload, variant, n) for n in lengths]
+        medians[variant] = [harness.quantile(sum((f["ms"] for f in fs), []), 0.5) for fs in found]
+        peaks[variant] = [max(f.get("peak_mib", 0.0) for f in fs) for fs in found]
+    with harness.plot_style() as plt:
+        figure, (left, middle, right) = plt.subplots(1, 3, figsize = (12, 3.4))
+        names = [f"{r['variant']}\n{r['phase']}" for r in payload["runs"]]
+        two = [r["seconds"]["first_step"] + r["seconds"]["second_step"] for r in payload["runs"]]
+        colors = [harness.COLORS[COLORS[r["variant"]]] for r in payload["runs"]]
+        bars = left.bar(range(len(names)), two, color = colors)
+        left.bar_label(bars, [f"{value:.1f}" for value in two], fontsize = 7)
+        left.set_xticks(range(len(names)), names, fontsize = 7)
+        left.set_title("First two steps, seconds, by caches found")
+        harness.grouped_bars(middle, lengths, medians, "ms", COLORS, "{:.0f}")
+        middle.set_title("Step time by length, batch 4")
+        harness.grouped_bars(right, lengths, peaks, "MiB", COLORS, "{:.0f}")
+        right.set_title("Peak memory by length")
+        figure.savefig(path)
+
+
+def on_cpu(out: Path) -> int:
+    """What a machine without a GPU can show: graphs of a toy block, with and without a break."""
+    from .compile_toy import graphs_of_a_toy
+
+    print(
+        "bench compile: torch sees no CUDA GPU; times and memory cannot be measured, and Unsloth's "
+        "blocks do not compile here. Graphs of a toy block, traced with aot_eager:"
+    )
+    found = graphs_of_a_toy()
+    harness.save_json(out / "compile_cpu.json", {"toy": found}, COMMAND)
+    rows = [
+        [name, r["graphs"], r["breaks"], r["recompilations"], "; ".join(r["break_places"])[:90]]
+        for name, r in found.items()
+    ]
+    columns = ["block", "graphs", "breaks", "recompiled", "where"]
+    harness.print_table("A toy block at four lengths", columns, rows)
+    return DONE
