@@ -15,18 +15,16 @@ import contextlib
 import functools
 import gc
 import importlib
-import importlib.machinery
 import os
-import re
 import sys
 import threading
 import types
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Set, Tuple
 
-from .fingerprints import fingerprint_live, fingerprint_module
+from .fingerprints import fingerprint_live
 from .registry import PATCHES, Patch, Target
+from .upstream_source import forget, is_upstreamed, patch_misfit
 
 PENDING, APPLIED, SKIPPED, FAILED, UPSTREAMED = (
     "pending",
@@ -110,7 +108,7 @@ def new_modules() -> Dict[str, str]:
     """Upstream path -> our module, for the modules that patches add and this Unsloth lacks."""
     paths = {}
     for record in _records().values():
-        if record.reason.startswith("switched off") or _is_upstreamed(record.patch):
+        if record.reason.startswith("switched off") or is_upstreamed(record.patch):
             continue
         for file in record.patch.modules:
             dotted = file[: -len(".py")].replace("/", ".")
@@ -118,80 +116,15 @@ def new_modules() -> Dict[str, str]:
     return paths
 
 
-@functools.lru_cache(maxsize = None)
-def _package_folder(root: str) -> Optional[Path]:
-    module = sys.modules.get(root)
-    locations = getattr(module, "__path__", None)
-    if not locations:
-        # Not importlib.util.find_spec: that asks our own finder, which asks here.
-        spec = importlib.machinery.PathFinder.find_spec(root)
-        locations = spec.submodule_search_locations if spec else None
-    return Path(list(locations)[0]) if locations else None
-
-
-def _source_file(module: str) -> Optional[Path]:
-    root, _, rest = module.partition(".")
-    folder = _package_folder(root)
-    if folder is None:
-        return None
-    base = folder.joinpath(*rest.split(".")) if rest else folder
-    candidates = (base / "__init__.py", base.with_suffix(".py"))
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def _is_upstreamed(patch: Patch) -> bool:
-    folder = _package_folder("unsloth")
-    return bool(patch.modules) and folder is not None and (folder / patch.modules[0]).is_file()
-
-
-def upstream_fingerprints(target: Target) -> Set[str]:
-    """Fingerprints of a target's definitions in the installed Unsloth, read without importing it."""
-    return fingerprint_module(target.module, target.name, _source_file)
-
-
-def _misfit(target: Target) -> str:
-    """Why a target cannot be replaced, judged by the source alone; empty where it can."""
-    if _source_file(target.module) is None:
-        return "" if target.optional else f"this Unsloth has no module {target.module}"
-    if not target.fingerprints:
-        return ""
-    found = upstream_fingerprints(target)
-    if not found:
-        return "" if target.optional else f"{target.attribute} is not defined in this Unsloth"
-    if not found & target.fingerprints:
-        return f"{target.attribute} is a version that this patch does not know ({', '.join(sorted(found))})"
-    return ""
-
-
-@functools.lru_cache(maxsize = None)
-def _release() -> str:
-    """This Unsloth's version, read from its source; empty where it does not say."""
-    source = _source_file("unsloth._version")
-    text = source.read_text(encoding = "utf-8") if source else ""
-    found = re.search(r'^__version__ = "([0-9.]+)"', text, re.MULTILINE)
-    return found[1] if found else ""
-
-
-def _numbers(version: str) -> List[int]:
-    return [int(part) for part in version.split(".") if part]
-
-
-def _patch_misfit(patch: Patch) -> str:
-    """Why a patch cannot go in whole, judged by the sources alone; empty where it can."""
-    if patch.since and _release() and _numbers(_release()) < _numbers(patch.since):
-        return f"made for Unsloth {patch.since} and newer; this is {_release()}"
-    return next(filter(None, map(_misfit, patch.targets)), "")
-
-
 def _preflight(record: _Record) -> None:
-    if _is_upstreamed(record.patch):
+    if is_upstreamed(record.patch):
         record.state, record.reason = UPSTREAMED, "this Unsloth already contains it"
         return
     for name in record.patch.requires:
         other = _records()[name]
         if other.state in (SKIPPED, FAILED):
             raise _Unsupported(f"needs {name}, which is {other.state}: {other.reason}")
-    reason = _patch_misfit(record.patch)
+    reason = patch_misfit(record.patch)
     if reason:
         raise _Unsupported(reason)
     record.checked = True
@@ -332,8 +265,9 @@ def restore_all() -> None:
     with _lock:
         for record in reversed(list(_records().values())):
             _restore(record)
-    for cache in (_records, hooked_modules, new_modules, _package_folder):
+    for cache in (_records, hooked_modules, new_modules):
         cache.cache_clear()
+    forget()
 
 
 @contextlib.contextmanager
@@ -379,10 +313,10 @@ def _status_of(record: _Record) -> PatchStatus:
     state, reason = record.state, record.reason
     done = {r.target.attribute for r in record.replaced}
     waiting = sorted({t.module for t in record.patch.targets if t.attribute not in done})
-    if state == PENDING and _is_upstreamed(record.patch):
+    if state == PENDING and is_upstreamed(record.patch):
         state, reason = UPSTREAMED, "this Unsloth already contains it"
     elif state == PENDING:
-        misfit = _patch_misfit(record.patch)
+        misfit = patch_misfit(record.patch)
         outlook = f"will be skipped: {misfit}" if misfit else "will apply"
         reason = f"{outlook}; waits for {', '.join(waiting)}"
     elif state == APPLIED and waiting:

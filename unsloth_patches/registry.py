@@ -457,7 +457,7 @@ PATCHES: Tuple[Patch, ...] = (
 
 def main() -> None:
     """Print the fingerprints of every target in the installed Unsloth: what to write into an entry."""
-    from .patching import upstream_fingerprints
+    from .upstream_source import upstream_fingerprints
 
     for patch in PATCHES:
         for target in patch.targets:

@@ -20,6 +20,7 @@ PROJECT_ONLY = {
     "__main__.py",
     "cli.py",
     "registry.py",
+    "upstream_source.py",
     "importing.py",
     "patching.py",
     "fingerprints.py",

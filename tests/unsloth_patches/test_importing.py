@@ -96,7 +96,7 @@ def fake(tmp_path):
         path.write_text(textwrap.dedent(text), encoding = "utf-8")
     ours = tmp_path / "unsloth_patches"
     ours.mkdir()
-    for name in ("__init__", "importing", "patching", "registry", "fingerprints"):
+    for name in ("__init__", "importing", "patching", "registry", "upstream_source", "fingerprints"):
         source = (ROOT / "unsloth_patches" / f"{name}.py").read_text(encoding = "utf-8")
         (ours / f"{name}.py").write_text(source, encoding = "utf-8")
     (ours / "repl.py").write_text(textwrap.dedent(REPLACEMENTS), encoding = "utf-8")
@@ -264,7 +264,7 @@ def test_unknown_code_in_a_module_still_to_come_stops_the_whole_patch(fake):
 def test_comments_and_docstrings_do_not_change_a_fingerprint_but_code_does(fake):
     utils = fake / "unsloth/kernels/utils.py"
     body = """
-        from unsloth_patches.patching import upstream_fingerprints
+        from unsloth_patches.upstream_source import upstream_fingerprints
         target = T("unsloth.kernels.utils:fast", "replace_fast")
         print(*upstream_fingerprints(target))
         """
@@ -315,7 +315,7 @@ def test_a_fingerprint_is_found_where_the_name_was_imported_from(fake, line):
 def test_a_function_that_another_library_replaced_is_left_alone(fake):
     run(
         """
-        from unsloth_patches.patching import upstream_fingerprints
+        from unsloth_patches.upstream_source import upstream_fingerprints
         known = frozenset(upstream_fingerprints(FAST.targets[0]))
         unsloth_patches.undo()
         import unsloth.kernels.utils as utils
