@@ -412,6 +412,24 @@ PATCHES: Tuple[Patch, ...] = (
         since = "2026.10.9",
     ),
     Patch(
+        name = "compile-workers",
+        title = "Start Inductor's compile workers while the model loads",
+        targets = (
+            # No fingerprints: the functions are called as they are.
+            Target(
+                attribute = "unsloth.models.loader:FastLanguageModel.from_pretrained",
+                replacement = "models.compile_workers:replace_from_pretrained",
+            ),
+            Target(
+                attribute = "unsloth.models.loader:FastModel.from_pretrained",
+                replacement = "models.compile_workers:replace_from_pretrained",
+            ),
+        ),
+        modules = ("models/compile_workers.py",),
+        tests = {"tests/test_compile_workers.py": "interpreter"},
+        since = "2026.10.9",
+    ),
+    Patch(
         name = "compile-cache",
         title = "Keep compiled blocks in a folder for the next run's first step",
         targets = (

@@ -116,6 +116,10 @@ def test_compare_share():
     assert result["stock"]["tokens_per_second"] == pytest.approx(4 * 2048 / 0.2)
     assert result["patched"]["step_seconds"]["n"] == 27
     assert result["relative_difference"] == pytest.approx([0.0, 0.001])
+    assert train.CONTROL not in result
+    runs[train.CONTROL] = measured_run([slow], [4.0, 2.0002])
+    control = train.compare_share(runs, "half", train.MODELS["llama-1b"])[train.CONTROL]
+    assert control["largest_difference"] == pytest.approx(1e-4)
 
 
 def test_breakdown_ends_with_idle_time():

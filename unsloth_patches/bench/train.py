@@ -4,8 +4,8 @@
 
 Random-weight Llamas through FastLanguageModel (4-bit) and SFTTrainer, batch 4 x 2048, LoRA of rank
 16, three shares of ignored labels. Each form trains in a process of its own, on the same data from
-the same start; stretches of their steps alternate on the GPU. Both start at the same time, with
-empty caches of compiled code.
+the same start; stretches of their steps alternate on the GPU. They start at the same time, with
+empty caches of compiled code. A third process is stock once more, for the losses of the first share.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from .train_plot import plot
 from .train_turns import Worker
 
 FORMS = ("stock", "patched")
-SHARES = {"half": (0.5, 60), "a third": (1 / 3, 30), "none": (0.0, 30)}  # ignored share, steps
+CONTROL = "stock again"  # how far two runs of stock lie apart, at the first share
+SHARES = {"half": (0.5, 60), "a third": (1 / 3, 60), "none": (0.0, 60)}  # ignored share, steps
 QUICK_SHARES = {name: (ignored, 6) for name, (ignored, _) in SHARES.items()}
 PROFILED = "half"
 STRETCH = 15  # steps between two turns
@@ -100,7 +101,7 @@ def job_for(form: str, name: str, model: Model, folder: Path, shares: dict) -> d
         "form": form,
         "started": time.time(),
         "checkpoint": str(folder / "model"),
-        "scratch": str(folder / f"scratch-{form}"),
+        "scratch": str(folder / f"scratch-{form.replace(' ', '-')}"),
         "batch": model.batch,
         "length": model.length,
         "shares": shares,
@@ -113,14 +114,14 @@ def job_for(form: str, name: str, model: Model, folder: Path, shares: dict) -> d
 
 def _environment(form: str, folder: Path) -> dict:
     """This process's environment, with caches of the form's own."""
-    caches = folder / f"caches-{form}"
+    caches = folder / f"caches-{form.replace(' ', '-')}"
     return {
         **os.environ,
         "UNSLOTH_COMPILE_LOCATION": str(caches / "unsloth"),
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "HF_DATASETS_CACHE": str(caches / "datasets"),
-        "UNSLOTH_PATCHES_DISABLE": "all" if form == "stock" else "",
+        "UNSLOTH_PATCHES_DISABLE": "" if form == "patched" else "all",
     }
 
 
@@ -134,9 +135,10 @@ def compare(name: str, model: Model, shares: dict) -> dict:
     with tempfile.TemporaryDirectory(prefix = "bench-train-", dir = fast_folder()) as scratch:
         folder, workers = Path(scratch), {}
         try:
-            for form in FORMS:
-                (folder / f"scratch-{form}").mkdir()
-                job = job_for(form, name, model, folder, shares)
+            for form in (*FORMS, CONTROL):
+                mine = shares if form != CONTROL else {PROFILED: shares[PROFILED]}
+                job = job_for(form, name, model, folder, mine)
+                Path(job["scratch"]).mkdir()
                 workers[form] = Worker(job, _environment(form, folder), folder)
             make_checkpoint(folder / "model", model.shape, model.layers, model.tied)
             _free_gpu()
@@ -163,9 +165,11 @@ def _take_turns(workers: Dict[str, Worker], shares: dict, runs: Dict[str, dict])
         worker.wait()  # the model is loaded, and the first steps have compiled everything
     for share, (_, steps) in shares.items():
         for number in range(-(-steps // STRETCH)):
-            for form in FORMS if number % 2 == 0 else reversed(FORMS):
+            for form in list(workers) if number % 2 == 0 else reversed(workers):
                 workers[form].go()
                 runs[form] = workers[form].wait() or runs.get(form, {})
+        if share == PROFILED:
+            workers.pop(CONTROL).stop()
         print(f"{share} ignored: {steps} steps of each form", flush = True)
     for worker in workers.values():  # the profile, which is sorted at leisure
         worker.go()
@@ -209,10 +213,17 @@ def compare_share(runs: Dict[str, dict], share: str, model: Model) -> dict:
     stock, patched = (result[form] for form in FORMS)
     result["speedup"] = stock["step_seconds"]["median"] / patched["step_seconds"]["median"]
     result["stretch_speedups"] = [a / b for a, b in zip(medians["stock"], medians["patched"])]
-    pairs = zip(stock["losses"], patched["losses"])
-    result["relative_difference"] = [abs(b - a) / abs(a) for a, b in pairs]
-    result["largest_difference"] = max(result["relative_difference"])
+    result.update(differences(stock["losses"], patched["losses"]))
+    again = runs.get(CONTROL, {}).get("shares", {}).get(share)
+    if again is not None:
+        result[CONTROL] = differences(stock["losses"], again["losses"])
     return result
+
+
+def differences(stock: List[float], other: List[float]) -> dict:
+    """How far another run's losses are from stock's, relative: at each step, and at most."""
+    each = [abs(b - a) / abs(a) for a, b in zip(stock, other)]
+    return {"relative_difference": each, "largest_difference": max(each)}
 
 
 def slug() -> str:
@@ -275,6 +286,9 @@ def show(payload: dict) -> None:
                     f"{result['speedup']:.3f}" if form == "patched" else "",
                 ]
             rows.append(row)
+        if CONTROL in result:
+            apart = f"{result[CONTROL]['largest_difference']:.1e}"
+            rows.append([share, CONTROL, "", "", apart, *[""] * (5 * measured)])
     columns = ["ignored", "form", "first loss", "last loss", "differ by at most"]
     if measured:
         columns += ["step ms", "quartiles", "tokens/s", "peak MiB", "speedup"]

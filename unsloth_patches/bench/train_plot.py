@@ -9,6 +9,7 @@ from typing import List, Tuple
 
 from . import harness
 
+CONTROL = "stock again"  # its losses beside stock's
 FORMS = {"stock": "upstream", "patched": "ours"}  # form -> key of COLORS
 SLICES = ("#334155", "#b45309", "#0f766e", "#6d28d9", "#be123c", "#64748b", "#a3a3a3", "#e2e8f0")
 
@@ -80,6 +81,10 @@ def _differences(axes, payload: dict, bound: float) -> None:
         axes.semilogy(
             [max(d, 1e-9) for d in share["relative_difference"]], color = color, label = label
         )
+        again = share.get(CONTROL)
+        if again is not None:
+            apart = [max(d, 1e-9) for d in again["relative_difference"]]
+            axes.semilogy(apart, color = color, ls = "--", lw = 0.9, label = f"{name}, {CONTROL}")
     axes.axhline(bound, color = "black", lw = 0.8, ls = ":")
     axes.set_title("Losses: stock to patched, relative")
     axes.set_xlabel(f"step; dotted: {bound:g}", fontsize = 8)

@@ -17,7 +17,7 @@ float32, where S is applied too.
 
 from __future__ import annotations
 
-from typing import Any, List, NamedTuple, Sequence, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
@@ -36,27 +36,60 @@ class Projection(NamedTuple):
     S: float
 
 
-def _write(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, S: float) -> torch.Tensor:
-    """out = S * a @ b, returned; what out held is not read."""
-    fast_lora.addmm_(out, a, b, alpha = S, beta = 0.0)
-    return out
-
-
-def _add(
+def _products_(
     out: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
-    S: float = 1.0,
+    alpha: float,
+    beta: float,
+    c: Optional[torch.Tensor] = None,
+    d: Optional[torch.Tensor] = None,
+) -> None:
+    """out = beta * out + alpha * a @ b (+ c @ d); what out held is not read where beta is 0."""
+    out.addmm_(a, b, alpha = alpha, beta = beta)
+    if c is not None:
+        out.addmm_(c, d)
+
+
+# Traced, addmm_ copies what it adds to first; an operator that mutates ``out`` stays in place. One
+# call for both products of a projection, and torch.library.Library rather than custom_op: in a
+# compiled block every call of an operator costs the host, a custom_op's 20 us.
+_library: Any = None  # a Library takes its operators with it when it is collected
+_operator: Any = None
+
+
+def _register() -> None:
+    global _library, _operator
+    _library = torch.library.Library("unsloth", "FRAGMENT")
+    _library.define(
+        "lora_products_(Tensor(a!) out, Tensor a, Tensor b, float alpha, float beta, "
+        "Tensor? c=None, Tensor? d=None) -> ()"
+    )
+    _library.impl("lora_products_", _products_, "CompositeExplicitAutograd")
+    torch.library.register_fake("unsloth::lora_products_", lambda *_: None, lib = _library)
+    _operator = torch.ops.unsloth.lora_products_.default
+
+
+_register()
+
+
+def _into(
+    out: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    S: float,
+    beta: float,
+    *second: torch.Tensor,
 ) -> torch.Tensor:
-    """out += S * a @ b, returned."""
-    fast_lora.addmm_(out, a, b, alpha = S)
+    """out = beta * out + S * a @ b, plus the product of ``second`` if there is one; returns out."""
+    traced = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    (_operator if traced and type(S) in (int, float) else _products_)(out, a, b, S, beta, *second)
     return out
 
 
-def _add_base(out: torch.Tensor, X: torch.Tensor, W: torch.Tensor, W_quant: Any) -> torch.Tensor:
-    """out += X @ W^T, with W dequantized into the buffer that all forward products share."""
-    W = fast_lora.fast_dequantize(W, W_quant, use_global_buffer = True, dtype = X.dtype)
-    return _add(out, X, W.t())
+def _base(W: torch.Tensor, W_quant: Any, dtype: torch.dtype) -> torch.Tensor:
+    """W^T, dequantized into the buffer that all forward products share."""
+    return fast_lora.fast_dequantize(W, W_quant, use_global_buffer = True, dtype = dtype).t()
 
 
 def stacked_A(projections: Sequence[Projection], dtype: torch.dtype) -> torch.Tensor:
@@ -85,26 +118,24 @@ def _scale_groups(projections: Sequence[Projection]) -> List[Tuple[int, int, flo
 
 def project(X: torch.Tensor, XA: torch.Tensor, p: Projection) -> torch.Tensor:
     """Y (M, N) from X (M, K) and XA = X A^T (M, r)."""
-    Y = X.new_empty(X.shape[0], p.B.shape[0])
-    _write(Y, XA, p.B.to(X.dtype).t(), p.S)
-    return _add_base(Y, X, p.W, p.W_quant)
+    W = _base(p.W, p.W_quant, X.dtype)
+    return _into(X.new_empty(X.shape[0], p.B.shape[0]), XA, p.B.to(X.dtype).t(), p.S, 0.0, X, W)
 
 
 def project_back(dY: torch.Tensor, dYB: torch.Tensor, p: Projection) -> torch.Tensor:
     """dX (M, K) of one projection from dY (M, N) and dYB = dY B (M, r)."""
-    A = p.A.to(dY.dtype)
-    dX = _write(dY.new_empty(dY.shape[0], A.shape[1]), dYB, A, p.S)
-    return _add_base(dX, dY, p.W.t(), p.W_quant)
+    W = _base(p.W.t(), p.W_quant, dY.dtype)
+    return _into(dY.new_empty(dY.shape[0], p.A.shape[1]), dYB, p.A.to(dY.dtype), p.S, 0.0, dY, W)
 
 
 def gradient_A(dYB: torch.Tensor, X: torch.Tensor, S: float) -> torch.Tensor:
     """dA (r, K)"""
-    return _write(X.new_empty(dYB.shape[1], X.shape[1]), dYB.t(), X, S)
+    return _into(X.new_empty(dYB.shape[1], X.shape[1]), dYB.t(), X, S, 0.0)
 
 
 def gradient_B(dY: torch.Tensor, XA: torch.Tensor, S: float) -> torch.Tensor:
     """dB (N, r)"""
-    return _write(dY.new_empty(dY.shape[1], XA.shape[1]), dY.t(), XA, S)
+    return _into(dY.new_empty(dY.shape[1], XA.shape[1]), dY.t(), XA, S, 0.0)
 
 
 def gradients(
@@ -130,9 +161,9 @@ def gradients(
     ]
     # X has been read for the last time.
     for index, (start, end, S) in enumerate(groups):
-        (_add if index else _write)(dX, dYB[:, start:end], A[start:end], S)
+        _into(dX, dYB[:, start:end], A[start:end], S, 1.0 if index else 0.0)
     for dY, p in zip(dYs, projections):
         W = fast_lora.fast_dequantize(p.W.t(), p.W_quant, dtype = dtype)
-        _add(dX, dY, W.t())
+        _into(dX, dY, W.t(), 1.0, 1.0)
         del W
     return [gradient for pair in zip(dAs, dBs) for gradient in pair]

@@ -2,36 +2,13 @@
 # Copyright 2026 the unsloth_patches authors
 """The operator that torch.compile sees in place of a plan: unsloth::dequantize_4bit_."""
 
-import hashlib
-from pathlib import Path
-from typing import List, Sequence
+from typing import Any, List, Sequence
 
 import torch
 
-from .nf4_launch import (
-    HIP,
-    INTERPRETED,
-    alignment,
-    arguments_of,
-    constants_of,
-    groups_of,
-    settings,
-    start_bits,
-)
+from .nf4_launch import alignment, groups_of, launch, start_bits
 from .nf4_plan import check, scale_tensors
 from .nf4_quant_state import State
-
-
-def _storage_bits(*tensors: torch.Tensor) -> int:
-    """The or-ed addresses of tensors, as far as known: a tensor that is being traced has none."""
-    bits = 0
-    for tensor in tensors:
-        bits |= tensor.storage_offset() * tensor.element_size()
-        try:
-            bits |= tensor.data_ptr()
-        except RuntimeError:
-            pass
-    return bits
 
 
 def _dequantize_into(
@@ -47,45 +24,34 @@ def _dequantize_into(
     blocksize2: int,
 ) -> None:
     """Operator unsloth::dequantize_4bit_: one to MANY weights, one after another, into out."""
-    state_format, index = (quant_type, blocksize, blocksize2), out.device.index
-    align = alignment(_storage_bits(out, *weights) | start_bits(numels, out.element_size()))
-    chunks, warps, _ = settings(index)
-    constants = constants_of(state_format, align, numels, index)
+    bits = out.data_ptr() | start_bits(numels, out.element_size())
+    for W in weights:
+        bits |= W.data_ptr()
     each = list(zip(weights, absmax, code2, absmax2, offset))
-    kernel, grid, arguments = arguments_of(each, out, numels, chunks)
-    _traceable(kernel)[(grid,)](*arguments, **constants, num_warps = warps)
+    state_format = (quant_type, blocksize, blocksize2)
+    launch(each, out, numels, state_format, alignment(bits), out.device.index)
 
 
-if hasattr(torch.library, "triton_op") and not (INTERPRETED or HIP):
-    # Inductor sees the kernel itself.
-    _traceable = torch.library.wrap_triton
-    _operator = torch.library.triton_op("unsloth::dequantize_4bit_", mutates_args = ("out",))
-else:
-    _traceable = lambda kernel: kernel
-    _operator = torch.library.custom_op("unsloth::dequantize_4bit_", mutates_args = ("out",))
-_dequantize_into = _operator(_dequantize_into)
-if _traceable is not getattr(torch.library, "wrap_triton", None):
-    _dequantize_into.register_fake(lambda *args: None)
+_library: Any = None  # a Library takes its operators with it when it is collected
 
 
-def _tag_compile_cache() -> None:
-    """Adds the kernels' sources to torch.compile's cache key, which has the operator's name only.
+def _register() -> None:
+    """Make the operator known to torch.compile, which does not look into it.
 
-    Without it a warm cache would go on serving the kernels of an earlier version.
+    As a torch.library.triton_op Inductor would see the kernel, and had nothing to gain from it: each
+    weight of each graph was parsed, analysed and compiled anew, 7 s of the first step of a Llama, and
+    Inductor's launch costs the host no less than ours. torch.library.Library rather than custom_op, for a
+    call of that costs the host 20 us.
     """
-    config = getattr(torch.compiler, "config", None)
-    if not hasattr(config, "cache_key_tag"):
-        return
-    names = ("nf4_decode.py", "nf4_dequantize_kernel.py")
-    sources = [Path(__file__).with_name(name) for name in names]
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-    tag = f"dequantize_4bit={digest[:16]}"
-    tags = [other for other in config.cache_key_tag.split(",") if other]
-    if tag not in tags:
-        config.cache_key_tag = ",".join([*tags, tag])
+    global _library
+    _library = torch.library.Library("unsloth", "FRAGMENT")
+    schema = torch.library.infer_schema(_dequantize_into, mutates_args = ("out",))
+    _library.define("dequantize_4bit_" + schema)
+    _library.impl("dequantize_4bit_", _dequantize_into, "CompositeExplicitAutograd")
+    torch.library.register_fake("unsloth::dequantize_4bit_", lambda *_: None, lib = _library)
 
 
-_tag_compile_cache()
+_register()
 
 
 def decode_traced(
