@@ -730,12 +730,14 @@ def reference_losses(checkpoint, **options):
     """Cross entropy of transformers' own logits for each row, in order."""
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype = torch.float32)
+    # Unsloth's rotary embedding, which transformers' own model uses too by now, lives on the GPU.
+    device = "cuda" if ON_GPU else "cpu"
+    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype = torch.float32).to(device)
     found = []
     for row in rows_of_tokens():
         tokens, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
         with torch.no_grad():
-            logits = model(input_ids = tokens).logits[0, :-1]
+            logits = model(input_ids = tokens.to(device)).logits[0, :-1].cpu()
         count = (labels != -100).sum()
         found.append(
             F.cross_entropy(

@@ -109,6 +109,7 @@ def run(job: dict) -> dict:
     """Everything that one process measures. job: see `compile.Worker`."""
     begin = time.perf_counter()
     import unsloth  # noqa: F401  (first, as Unsloth wants it)
+    from torch._inductor import async_compile
 
     from unsloth_patches.models.compile_events import CompileEvents
 
@@ -147,6 +148,8 @@ def run(job: dict) -> dict:
         "lengths": lengths,
         "uncompiled": uncompiled,
         "blocks": _blocks(model),
+        # Unsloth confines Inductor to one where a container pins the GPU by NVIDIA_VISIBLE_DEVICES.
+        "compile_threads": async_compile.get_compile_threads(),
     }
 
 

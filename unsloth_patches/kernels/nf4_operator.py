@@ -54,6 +54,15 @@ def _register() -> None:
 _register()
 
 
+def _constant(power: int) -> int:
+    """A power of two, or 0, as a constant of the graph: where shapes are dynamic, the numbers of a
+    quant state are traced as symbols, and Inductor loses those that are no tensor's size."""
+    for shift in range(31):
+        if power == 1 << shift:
+            return 1 << shift
+    return 0
+
+
 def decode_traced(
     weights: Sequence[torch.Tensor],
     states: Sequence[State],
@@ -62,7 +71,10 @@ def decode_traced(
     """Decodes weights of any formats, one after another, into out (1-D), while being traced."""
     for W, state in zip(weights, states):
         check(W, state)
-    formats = [(state.quant_type, state.blocksize, state.blocksize2) for state in states]
+    formats = [
+        (state.quant_type, _constant(state.blocksize), _constant(state.blocksize2))
+        for state in states
+    ]
     numels = [state.numel for state in states]
     for part in groups_of(formats, numels):
         start = sum(numels[: part.start])
