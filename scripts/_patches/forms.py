@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,12 @@ def run_form(
         folder.mkdir()
         world = chosen[files[0]]
         quiet = form == "stock" or jobs > 1
-        return _run_process(form, world, files, home, folder, result.summaries, quiet)
+        began = time.monotonic()
+        results = _run_process(form, world, files, home, folder, result.summaries, quiet)
+        if jobs > 1:  # the table comes when all are done, which may be long after this one
+            counts = ", ".join(f"{r.file}: {r.passed} passed, {r.failed} failed" for r in results)
+            print(f"{form}: {counts} ({time.monotonic() - began:.0f} s)", flush = True)
+        return results
 
     parts = _processes(chosen, jobs).items()
     if jobs == 1:
