@@ -155,7 +155,9 @@ def test_graphs_with_autograd_functions_are_cached(cache, new_machine, tmp_path)
     # Not monkeypatch: what it takes back, some PyTorch versions take for deleted.
     with config.patch({name: False}):
         trained(scaled(2.0))
-        assert counters["aot_autograd"]["autograd_cache_bypass"] == 1, "the control: PyTorch's default"
+        assert (
+            counters["aot_autograd"]["autograd_cache_bypass"] == 1
+        ), "the control: PyTorch's default"
         new_machine()
         assert cache.cache_lora_functions()
         first = trained(scaled(2.0))

@@ -412,20 +412,27 @@ def test_a_scale_that_is_no_power_of_two_is_as_exact_as_eager(build):
     """B * scale is rounded once more than alpha in addmm: the error stays that of bfloat16."""
     patterns = {rf".*layers\.{layer}\..*": 4.0 * (1.3 + layer / 7) for layer in range(LAYERS)}
     model = build(alpha_pattern = patterns)
-    ours, reference = step(model, 2, 24), eager(model, 2, 24)
+    off, eager_off = [0.0, 0.0], [0.0, 0.0]  # of the loss and of the gradients
+    for seed in range(12):  # one loss is one sample: either may be nearer by chance
+        ours, reference = step(model, 2, 24, seed), eager(model, 2, 24, seed)
+        exact = _in_float64(model, 2, 24, seed)
+        for kind, of in enumerate((lambda found: [found[0]], lambda found: found[1])):
+            off[kind] += sum(_distance(a, c) for a, c in zip(of(ours), of(exact)))
+            eager_off[kind] += sum(_distance(b, c) for b, c in zip(of(reference), of(exact)))
     assert graphs() == 1
-    exact = _in_float64(model, 2, 24)
-    for kind in (lambda found: [found[0]], lambda found: found[1]):
-        off = [_distance(a, c) for a, c in zip(kind(ours), kind(exact))]
-        eager_off = [_distance(b, c) for b, c in zip(kind(reference), kind(exact))]
-        assert sum(off) <= 1.1 * sum(eager_off) + 1e-6
+    assert off[0] <= 1.3 * eager_off[0] and off[1] <= 1.05 * eager_off[1], (off, eager_off)
 
 
 def _distance(value, exact):
     return float((value.double() - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
-def _in_float64(model, rows, length):
+def _in_float64(
+    model,
+    rows,
+    length,
+    seed = 0,
+):  # fmt: skip
     """The step in float64 on the model's own bfloat16 values, by a transformers model with LoRA."""
     import copy
 
@@ -439,7 +446,7 @@ def _in_float64(model, rows, length):
     for cache in (rotary.multi_gpu_cos_cached, rotary.multi_gpu_sin_cached):
         cache[0] = None if cache[0] is None else cache[0].double()
     twin.config.dtype = torch.float64
-    return step(twin, rows, length)
+    return step(twin, rows, length, seed)
 
 
 def test_equal_scales_stay_constants(build):

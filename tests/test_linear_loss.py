@@ -783,7 +783,10 @@ def test_class_weights_through_sft_trainer(checkpoint):
             [label for label in row["labels"][1:] if label != -100], dtype = torch.long
         )
         scale = (weight[labels].sum() / len(labels)).item() if len(labels) else 0.0
-        assert loss == pytest.approx(mean * scale, abs = EXACT)
+        # A loss of 7 of a bfloat16 model is 1% off that of a float32 one.
+        assert loss == pytest.approx(mean * scale, abs = EXACT, rel = 2e-2 if ON_GPU else None)
+    plain = reference_losses(checkpoint)
+    assert all(abs(loss / other - 1) > 4e-2 for loss, other in zip(found[:3], plain))
 
 
 def test_model_arguments_that_stock_drops_are_honoured(checkpoint):

@@ -322,7 +322,7 @@ def test_weights_of_another_kind_stay_with_stock(fast_lora):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fullgraph(fast_lora, kind):
-    """Traces into one graph, forward and backward; results as in eager code."""
+    """Traces into one graph, forward and backward; no less exact than eager code, against float64."""
     if not fast_lora.TRACE_LORA_FUNCTIONS:
         pytest.skip("this torch does not trace fused LoRA")
     from torch._dynamo.utils import counters
@@ -334,8 +334,12 @@ def test_fullgraph(fast_lora, kind):
     compiled = torch.compile(lambda x: call(fast_lora, kind, x, projections), fullgraph = True)
     result = backward(compiled, X, projections)
     assert counters["stats"]["unique_graphs"] == 1
-    expected = backward(lambda x: call(fast_lora, kind, x, projections), X, projections)
-    torch.testing.assert_close(result, expected)
+    eager = backward(lambda x: call(fast_lora, kind, x, projections), X, projections)
+    exact_p = to_float64(projections)
+    exact = backward(lambda x: plain(kind, x, exact_p), X.double(), exact_p)
+    # On a GPU Inductor's sigmoid is some units in the last place off that of eager code.
+    for compiled_one, eager_one, e in zip(result, eager, exact):
+        assert error(compiled_one, e) <= 2 * error(eager_one, e) + 1e-5
     torch._dynamo.reset()
 
 

@@ -12,7 +12,7 @@ import pytest
 from toy_project import ROOT
 from typer.testing import CliRunner
 
-from unsloth_patches.bench import BENCHMARKS, every, train, train_profile, train_turns
+from unsloth_patches.bench import BENCHMARKS, every, harness, train, train_profile, train_turns
 from unsloth_patches.cli import app
 
 # ------------------------------------------------------------------------------- the breakdown
@@ -86,6 +86,34 @@ def test_breakdown_sorts_and_adds_up():
     assert found["busy_ms"] == pytest.approx(sum(expected.values()) / 2e3)
     assert found["hidden_copies_ms"] == pytest.approx(130 / 2e3)
     assert found["top"]["LoRA"] == {"nvjet_tst_128x64": pytest.approx(0.05)}
+
+
+# ------------------------------------------------------------------------------- timing
+
+
+def test_no_candidate_always_follows_the_same_one():
+    """Every round has each name once, and every pair of neighbours turns up both ways round."""
+    rounds = list(harness.rounds_of("abc", 30))
+    assert all(sorted(order) == list("abc") for order in rounds)
+    followers = {tuple(pair) for order in rounds for pair in zip(order, order[1:])}
+    assert len(followers) == 6
+    assert rounds == list(harness.rounds_of("abc", 30)), "the same in every process"
+
+
+def test_host_and_wall_time_run_every_candidate():
+    """Warm-up, then each candidate as often as asked; medians of all samples."""
+    calls = {"a": 0, "b": 0}
+
+    def count(name):
+        def run():
+            calls[name] += 1
+
+        return run
+
+    found = harness.host_time({name: count(name) for name in calls}, calls = 3, rounds = 4)
+    assert calls == {"a": 22, "b": 22} and found["a"]["n"] == 4
+    found = harness.wall_time({name: count(name) for name in calls}, rounds = 4, warmup = 1)
+    assert calls == {"a": 27, "b": 27} and found["b"]["n"] == 4
 
 
 # ------------------------------------------------------------------------------- comparisons

@@ -96,7 +96,14 @@ def fake(tmp_path):
         path.write_text(textwrap.dedent(text), encoding = "utf-8")
     ours = tmp_path / "unsloth_patches"
     ours.mkdir()
-    for name in ("__init__", "importing", "patching", "registry", "upstream_source", "fingerprints"):
+    for name in (
+        "__init__",
+        "importing",
+        "patching",
+        "registry",
+        "upstream_source",
+        "fingerprints",
+    ):
         source = (ROOT / "unsloth_patches" / f"{name}.py").read_text(encoding = "utf-8")
         (ours / f"{name}.py").write_text(source, encoding = "utf-8")
     (ours / "repl.py").write_text(textwrap.dedent(REPLACEMENTS), encoding = "utf-8")

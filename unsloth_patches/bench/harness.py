@@ -2,8 +2,9 @@
 # Copyright 2026 the unsloth_patches authors
 """What every benchmark shares: environment, timing, peak memory, JSON, tables and plots.
 
-Candidates are timed interleaved in one process (each round runs every candidate once, in a
-rotating order), so that clock and temperature drift falls on all of them alike.
+Candidates are timed interleaved in one process (each round runs every candidate once, in an order
+of its own), so that drift of clock and temperature falls on all of them alike, and none always
+follows the same other one: after a power-hungry candidate the next runs at lower clocks.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import importlib.metadata
 import json
 import math
 import platform
+import random
 import sys
 import time
 from pathlib import Path
-from typing import Callable, Dict, Iterable, List, Optional, Sequence
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _PACKAGES = ("unsloth_patches", "unsloth", "unsloth_zoo", "torch", "triton", "bitsandbytes")
@@ -104,6 +106,14 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(math.log(value) for value in values) / len(values))
 
 
+def rounds_of(names: Iterable[str], rounds: int) -> Iterator[List[str]]:
+    """The names once a round, each round in another random order, the same in every process."""
+    order, shuffle = list(names), random.Random(0).shuffle
+    for _ in range(rounds):
+        shuffle(order)
+        yield list(order)
+
+
 class _L2Flush:
     """Overwrites the L2 cache, then keeps the GPU busy while the host enqueues what is timed."""
 
@@ -142,16 +152,14 @@ def measure(
     if not torch.cuda.is_available():
         raise RuntimeError("measure: no CUDA GPU here; run the benchmark where torch sees one.")
     prepare = _L2Flush(flush, lead_cycles)
-    names = list(candidates)
-    for name in names:
+    for function in candidates.values():
         for _ in range(warmup):
-            candidates[name]()
+            function()
     torch.cuda.synchronize()
 
-    events = {name: [] for name in names}
-    for round_index in range(rounds):
-        shift = round_index % len(names)
-        for name in names[shift:] + names[:shift]:
+    events = {name: [] for name in candidates}
+    for round_index, order in enumerate(rounds_of(candidates, rounds)):
+        for name in order:
             start = torch.cuda.Event(enable_timing = True)
             stop = torch.cuda.Event(enable_timing = True)
             prepare()
@@ -185,10 +193,8 @@ def host_time(
     for name, function in candidates.items():
         for _ in range(10):
             function()
-    for round_index in range(rounds):
-        names = list(candidates)
-        shift = round_index % len(names)
-        for name in names[shift:] + names[:shift]:
+    for order in rounds_of(candidates, rounds):
+        for name in order:
             function = candidates[name]
             if gpu:
                 torch.cuda.synchronize()
@@ -214,10 +220,8 @@ def wall_time(
     for function in candidates.values():
         for _ in range(warmup):
             function()
-    for round_index in range(rounds):
-        names = list(candidates)
-        shift = round_index % len(names)
-        for name in names[shift:] + names[:shift]:
+    for order in rounds_of(candidates, rounds):
+        for name in order:
             drain()
             begin = time.perf_counter()
             candidates[name]()

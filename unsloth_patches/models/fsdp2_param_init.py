@@ -6,6 +6,7 @@ to do.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Callable, Optional, Sequence
 
 import torch
@@ -44,6 +45,7 @@ def param_init_fn(
     patched, reason = patch_fsdp2_params4bit()
     if not patched:
         raise RuntimeError(f"Unsloth: this torch cannot shard 4-bit weights: {reason}")
+    _let_bytes_be_sharded()
     checkpoint = Checkpoint(files)
     names = {id(module): prefix for prefix, module in model.named_modules()}
     olds = {}
@@ -82,6 +84,28 @@ def param_init_fn(
         return module
 
     return init
+
+
+def _let_bytes_be_sharded() -> None:
+    """torch before 2.12 makes every sharded parameter trainable for a moment, which uint8 cannot be.
+    Unsloth guards its own wrap against that; here the caller wraps, and that moment is guarded.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+    from unsloth.models.fsdp2_qlora import nonfloat_param_guard
+
+    stock = FSDPParam._init_sharded_param
+    if torch.__version__ >= (2, 12) or getattr(stock, "_guards_bytes", False):
+        return
+
+    @functools.wraps(stock)
+    def _init_sharded_param(self, param, *args, **kwargs):
+        if param.is_floating_point():
+            return stock(self, param, *args, **kwargs)
+        with nonfloat_param_guard():
+            return stock(self, param, *args, **kwargs)
+
+    _init_sharded_param._guards_bytes = True
+    FSDPParam._init_sharded_param = _init_sharded_param
 
 
 def _placeholder(
