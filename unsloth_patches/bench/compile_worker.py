@@ -87,6 +87,17 @@ def told(events) -> dict:
     }
 
 
+def found_in_caches() -> Dict[str, int]:
+    """What PyTorch's caches had: forward and backward pairs (autograd), and Inductor's graphs."""
+    from torch._dynamo.utils import counters
+
+    kinds = (("aot_autograd", "autograd_cache"), ("inductor", "fxgraph_cache"))
+    ends = ("hit", "miss", "bypass")
+    return {
+        f"{name} {end}": counters[kind][f"{name}_{end}"] for kind, name in kinds for end in ends
+    }
+
+
 def _use_cache(folder: str, action: str) -> float:
     """Seconds that loading or saving the compile cache took."""
     from unsloth.models import compile_cache
@@ -144,6 +155,7 @@ def run(job: dict) -> dict:
         "phase": job["phase"],
         "seconds": seconds,
         "losses": [entry["loss"] for entry in first],
+        "caches": found_in_caches(),
         "all_lengths": told(events),
         "lengths": lengths,
         "uncompiled": uncompiled,

@@ -318,11 +318,10 @@ def _cross_entropy_kernel(
 def launch_shape(columns: int, dtype: torch.dtype):
     """(warps, lanes, neighbouring columns a lane reads at once) for rows this long.
 
-    Swept on an H200: rows of 128k
-    and 256k columns take 0.80 times as long with 32 warps of two lanes a thread, read from the end
-    the second time, as with 16 warps of one. Fewer rows at once leave more of each in L2 for the
-    second pass. Keeping them there by evict_last made this kernel 10% faster alone and the step
-    slower: the matrix product after it found the cache full.
+    Swept on an H200: rows of 128k and 256k columns take 0.80 times as long with 32 warps of two
+    lanes a thread, read from the end the second time, as with 16 warps of one. Fewer rows at once
+    leave more of each in L2 for the second pass. Keeping them there by evict_last made this kernel
+    10% faster alone and the step slower: the matrix product after it found the cache full.
     """
     width = 16 // dtype.itemsize
     num_warps = 4 if columns <= 4096 else 8 if columns <= 16384 else 32

@@ -38,10 +38,10 @@ _library: Any = None  # a Library takes its operators with it when it is collect
 def _register() -> None:
     """Make the operator known to torch.compile, which does not look into it.
 
-    As a torch.library.triton_op Inductor would see the kernel, and had nothing to gain from it: each
-    weight of each graph was parsed, analysed and compiled anew, 7 s of the first step of a Llama, and
-    Inductor's launch costs the host no less than ours. torch.library.Library rather than custom_op, for a
-    call of that costs the host 20 us.
+    As a torch.library.triton_op Inductor would see the kernel, and had nothing to gain from it:
+    each weight of each graph was parsed, analysed and compiled anew, 7 s of the first step of a
+    Llama, and Inductor's launch costs the host no less than ours. torch.library.Library rather than
+    custom_op, for a call of that costs the host 20 us.
     """
     global _library
     _library = torch.library.Library("unsloth", "FRAGMENT")

@@ -30,7 +30,8 @@ def start_compile_workers() -> bool:
 
     They do not where nothing will be compiled for a CUDA GPU (UNSLOTH_COMPILE_DISABLE or
     UNSLOTH_BLOCK_COMPILE=0, no GPU), where compiling is confined to one process
-    (TORCHINDUCTOR_COMPILE_THREADS=1), or with UNSLOTH_COMPILE_WORKERS_EARLY=0. PyTorch ends workers that are idle.
+    (TORCHINDUCTOR_COMPILE_THREADS=1), or with UNSLOTH_COMPILE_WORKERS_EARLY=0. PyTorch ends workers
+    that are idle for a minute, and starts them again when something compiles.
     """
     off = (
         os.environ.get(VARIABLE, "1") == "0"
@@ -49,7 +50,7 @@ def start_compile_workers() -> bool:
 
 
 def replace_from_pretrained(stock: Callable) -> Any:
-    """``FastLanguageModel.from_pretrained`` and FastModel's: as before, with the workers started first."""
+    """``from_pretrained`` of FastLanguageModel and FastModel: the workers start, then stock loads."""
 
     @functools.wraps(stock)
     def from_pretrained(*args, **kwargs):

@@ -87,8 +87,8 @@ def param_init_fn(
 
 
 def _let_bytes_be_sharded() -> None:
-    """torch before 2.12 makes every sharded parameter trainable for a moment, which uint8 cannot be.
-    Unsloth guards its own wrap against that; here the caller wraps, and that moment is guarded.
+    """torch before 2.12 makes every sharded parameter trainable for a moment, which uint8 cannot
+    be. Unsloth guards its own wrap against that; here the caller wraps: that moment is guarded.
     """
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
     from unsloth.models.fsdp2_qlora import nonfloat_param_guard
