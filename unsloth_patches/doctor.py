@@ -106,7 +106,7 @@ def _without_gpu(torch) -> Finding:
 
 
 def _compiler() -> Iterator[Finding]:
-    """Triton builds the launchers of its kernels with a C compiler, at the first launch."""
+    """Triton builds its kernels' launchers with a C compiler; Inductor compiles in workers."""
     try:
         import torch
     except Exception:  # the device's row says so
@@ -125,6 +125,13 @@ def _compiler() -> Iterator[Finding]:
     else:
         remedy = "no kernel can start: install gcc, or name a compiler in CC"
         yield Finding("C compiler", f"CC={named}" if named else "none", "problem", remedy)
+    pinned = os.environ.get("NVIDIA_VISIBLE_DEVICES", "").strip().lower()
+    if pinned not in ("", "all", "none", "void") and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        remedy = (
+            "Unsloth then compiles in one process, one kernel after another; set "
+            "CUDA_VISIBLE_DEVICES too (0 for the container's only GPU) and the first step comes sooner"
+        )
+        yield Finding("compile workers", f"NVIDIA_VISIBLE_DEVICES={pinned}", "note", remedy)
 
 
 def _order() -> Finding:

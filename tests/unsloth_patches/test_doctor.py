@@ -25,7 +25,8 @@ def machine(monkeypatch):
     versions = dict(VERSIONS)
     monkeypatch.setattr(doctor, "_version", lambda package: versions.get(package, ""))
     monkeypatch.setattr(doctor, "status", lambda: [])
-    for variable in (*doctor.READERS, "UNSLOTH_PATCHES_DISABLE", "CUDA_VISIBLE_DEVICES", "CC"):
+    others = ("UNSLOTH_PATCHES_DISABLE", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "CC")
+    for variable in (*doctor.READERS, *others):
         monkeypatch.delenv(variable, raising = False)
     monkeypatch.delenv("TRITON_INTERPRET", raising = False)
     monkeypatch.delitem(sys.modules, "unsloth", raising = False)
@@ -112,6 +113,17 @@ def test_gpu_that_torch_does_not_see(machine, monkeypatch):
     assert "CUDA 13.0" in found("device", "problem").remedy
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert "unset it" in found("device", "note").remedy
+
+
+def test_a_container_that_pins_the_gpu(machine, monkeypatch):
+    """Unsloth compiles in one process there, unless CUDA_VISIBLE_DEVICES names the GPU too."""
+    give_gpu(monkeypatch, 9, 0)
+    for value, count in (("all", 0), ("", 0), ("3", 1)):
+        monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", value)
+        assert sum(each.check == "compile workers" for each in doctor.examine()) == count
+    assert "CUDA_VISIBLE_DEVICES" in found("compile workers", "note").remedy
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert "compile workers" not in {finding.check for finding in doctor.examine()}
 
 
 def test_no_c_compiler(machine, monkeypatch):
