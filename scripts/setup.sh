@@ -17,8 +17,14 @@ command -v "$python" >/dev/null || die "$python is not there. Install Python 3.1
 "$python" -c 'import venv, ensurepip' 2>/dev/null ||
   die "$python has no venv module. On Debian and Ubuntu: apt-get install python3-venv"
 
+# This checkout on .venv's path, as an editable install would put it; moved checkouts are found again.
+link() { "$1" -c 'import sys, sysconfig; open(sysconfig.get_path("purelib") + "/unsloth_patches.pth", "w").write(sys.argv[1] + "\n")' "$PWD"; }
+
 stamp="$torch $("$python" -V) $(cksum <"$lock")"
-if [ "$(cat .venv/.setup-stamp 2>/dev/null)" = "$stamp" ]; then exit 0; fi
+if [ "$(cat .venv/.setup-stamp 2>/dev/null)" = "$stamp" ]; then
+  link .venv/bin/python
+  exit 0
+fi
 
 say "virtual environment in .venv ($("$python" -V))"
 "$python" -m venv .venv
@@ -49,5 +55,6 @@ if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
   pip install --quiet "$torch" || die "pip could not install what $torch needs; see its message above"
   .venv/bin/python -c 'import torch' || die "torch does not import; remove .venv and try again"
 fi
+link .venv/bin/python
 echo "$stamp" >.venv/.setup-stamp
 say "done"

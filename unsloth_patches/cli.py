@@ -202,4 +202,7 @@ def bench(
         raise typer.Exit(run_all(out, quick))
     module = importlib.import_module(f"{__package__}.bench.{BENCHMARKS[name].module}")
     chosen = {} if model is None else {"model": model}
-    raise typer.Exit(module.run(out, quick = quick, **chosen))
+    code = module.run(out, quick = quick, **chosen)
+    if any(out.iterdir()):
+        console.print(f"results: {out.resolve()}")
+    raise typer.Exit(code)

@@ -319,11 +319,19 @@ def _status_of(record: _Record) -> PatchStatus:
         misfit = patch_misfit(record.patch)
         outlook = f"will be skipped: {misfit}" if misfit else "will apply"
         reason = f"{outlook}; waits for {', '.join(waiting)}"
+        if _on_cpu_backend():
+            reason = f"for GPUs: Unsloth's CPU backend has not imported {', '.join(waiting)}"
     elif state == APPLIED and waiting:
         total = len(record.patch.targets)
         reason = f"{len(done)} of {total} targets; not imported: {', '.join(waiting)}"
     replaces = tuple(target.attribute for target in record.patch.targets)
     return PatchStatus(record.patch.name, record.patch.title, replaces, state, reason)
+
+
+def _on_cpu_backend() -> bool:
+    """Unsloth has been imported, and chose its CPU backend."""
+    zoo = sys.modules.get("unsloth_zoo")
+    return "unsloth" in sys.modules and bool(getattr(zoo, "_IS_CPU_BACKEND", False))
 
 
 def _summarise() -> None:
@@ -333,7 +341,8 @@ def _summarise() -> None:
     counts = [
         (state, [r for r in rows if r.state == state]) for state in (APPLIED, PENDING, UPSTREAMED)
     ]
-    parts = [f"{len(found)} {state}" for state, found in counts if found]
+    names = {PENDING: "for GPUs, not in use here"} if _on_cpu_backend() else {}
+    parts = [f"{len(found)} {names.get(state, state)}" for state, found in counts if found]
     parts += [f"{r.name} {r.state} ({r.reason})" for r in rows if r.state in (SKIPPED, FAILED)]
     _say("; ".join(parts) or "no patches")
 

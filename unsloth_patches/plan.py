@@ -159,7 +159,7 @@ def print_sweep(plans: list, memory: float, tokens: int) -> None:
 def print_table(found: list, wholes: list, memory: float, tokens: int) -> None:
     """A Markdown table over models and numbers of GPUs, its label below."""
     print(
-        f"| model | GPUs of {memory:g} GiB | whole model on each, GiB | sharded, GiB | of it weights "
+        f"| model | GPUs of {memory:g} GiB | whole model on each, GiB | sharded, GiB | weights of it "
         "| host GiB of one host | decision |"
     )
     print("| --- | ---: | ---: | ---: | ---: | ---: | --- |")

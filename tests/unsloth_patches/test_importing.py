@@ -254,6 +254,37 @@ def test_a_later_target_that_fails_takes_the_earlier_one_back(fake):
     )
 
 
+def test_a_patch_for_gpus_says_so_on_the_cpu_backend(fake):
+    """What waits for a module that Unsloth's CPU backend does not import is not about to apply."""
+    run(
+        """
+        catalogue(Patch("late", "t", (T("unsloth.late:slow", "replace_slow"),)))
+        assert unsloth_patches.status()[0].reason.startswith("will apply; waits for unsloth.late")
+        sys.modules["unsloth_zoo"] = types.SimpleNamespace(_IS_CPU_BACKEND = True)
+        assert unsloth_patches.status()[0].reason.startswith("will apply")
+        import unsloth
+        (row,) = unsloth_patches.status()
+        assert row.state == "pending" and row.reason.startswith("for GPUs: "), row
+        assert "unsloth.late" in row.reason
+        """,
+        fake,
+    )
+
+
+def test_the_command_line_names_what_it_lacks():
+    """Without typer: one line with a remedy, not a traceback."""
+    code = "import runpy, sys; sys.modules['typer'] = None; "
+    code += "runpy.run_module('unsloth_patches', run_name = '__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd = ROOT,
+        capture_output = True,
+        text = True,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "has no typer" in done.stderr and "pip install typer" in done.stderr
+
+
 def test_unknown_code_in_a_module_still_to_come_stops_the_whole_patch(fake):
     run(
         """

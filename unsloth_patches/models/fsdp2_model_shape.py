@@ -99,7 +99,10 @@ def _config_values(source: Any) -> Dict[str, Any]:
             raise ValueError(
                 f"plan_offload: no config at {str(source)!r}; give a folder or a config.json."
             )
-        source = json.loads(path.read_text(encoding = "utf-8"))
+        try:
+            source = json.loads(path.read_text(encoding = "utf-8"))
+        except ValueError as error:
+            raise ValueError(f"plan_offload: {path} is not JSON: {error}.") from None
     if not isinstance(source, dict):
         config = getattr(source, "config", source)
         if not hasattr(config, "to_dict"):
