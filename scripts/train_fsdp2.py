@@ -3,24 +3,31 @@
 """QLoRA on two or more GPUs: Unsloth, FSDP2 and TRL's SFTTrainer.
 
     UNSLOTH_FSDP2=1 torchrun --nproc-per-node 2 scripts/train_fsdp2.py \\
-        --model meta-llama/Llama-3.1-8B --data chats.jsonl
+        --model meta-llama/Llama-3.1-8B-Instruct --data chats.jsonl
 
-chats.jsonl: one {"text": ...} or {"messages": [...]} a line. Where the whole 4-bit model does not
-fit a GPU, each rank loads its shard only (UNSLOTH_FSDP2_SHARDED_LOAD=auto|1|0), and what does not
-fit even so moves to host memory (UNSLOTH_PATCHES_OFFLOAD=auto|never|blocks:K|all); both decisions
-are printed. Two T4 (16 GB each, no bfloat16) need no other options: the dtype is float16 there. Without
-GPUs it runs on CPU ranks (gloo), for tests of a toy.
+chats.jsonl: one {"text": ...} or {"messages": [...]} a line; messages need a model whose tokenizer
+has a chat template. Model, data and template are checked before the model is loaded. Where the whole
+4-bit model does not fit a GPU, each rank loads its shard only (UNSLOTH_FSDP2_SHARDED_LOAD=auto|1|0),
+and what does not fit even so moves to host memory (UNSLOTH_PATCHES_OFFLOAD=auto|never|blocks:K|all);
+both decisions are printed. Two T4 (16 GB each, no bfloat16) need no other options: the dtype is
+float16 there. Without GPUs it runs on CPU ranks (gloo), for tests of a toy.
 """
 
 import argparse
 import os
+import sys
+from pathlib import Path
 
 import unsloth_patches  # isort: skip  (before unsloth)
 import unsloth  # noqa: F401  isort: skip
 import torch
 from datasets import load_dataset
 from trl import SFTConfig, SFTTrainer
+from trl.data_utils import is_conversational
 from unsloth import FastLanguageModel
+
+from unsloth_patches.demo.checks import DemoError as WrongArgument
+from unsloth_patches.demo.checks import check_model
 
 
 def parse_arguments():
@@ -79,8 +86,91 @@ def training_settings(options, dtype):
     )
 
 
+def check_model_name(model):
+    """Raise WrongArgument for a model that is neither here nor on the Hub."""
+    folder = Path(model)
+    # A Hub name is owner/name; everything else can only be a folder.
+    if not folder.exists() and model.count("/") == 1 and model[0] not in "./~":
+        check_hub_name(model)
+    elif not is_adapter(folder):
+        check_model(folder)
+
+
+def is_adapter(folder):
+    """An adapter to train on: Unsloth loads it with its base model."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def check_hub_name(name):
+    from transformers.utils import cached_file
+
+    try:
+        cached_file(loaded_name(name), "config.json")
+    except OSError as error:
+        if "does not appear to have a file" in str(error):  # an adapter's repository has none
+            return
+        raise WrongArgument(
+            f"--model {name}: there is no such folder here, and the Hub does not give it: "
+            f"{str(error).strip().splitlines()[0]} Name a checkpoint's folder, or a model that you "
+            "can download."
+        ) from None
+
+
+def load_data(data):
+    """The rows of --data. Raise WrongArgument where there are none that SFTTrainer can train on."""
+    try:
+        rows = load_dataset("json", data_files = data, split = "train")
+    except Exception as error:
+        reason = str(error.__cause__ or error) or type(error).__name__
+        raise WrongArgument(
+            f"--data {data} cannot be read ({reason.strip()}). Name a file of JSON lines."
+        ) from None
+    if not {"text", "messages", "prompt"} & set(rows.column_names) or not len(rows):
+        raise WrongArgument(
+            f"--data {data}: {len(rows)} rows with {', '.join(rows.column_names)}. Write one JSON object a "
+            'line, with "text" or "messages".'
+        )
+    return rows
+
+
+def check_chat_template(model):
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(loaded_name(model))
+    except Exception as error:
+        if os.path.isdir(model) and not is_adapter(Path(model)):
+            raise WrongArgument(
+                f"--model {model}: its tokenizer cannot be read ({error})."
+            ) from None
+        return  # an adapter's comes from its base model
+    if not tokenizer.chat_template:
+        raise WrongArgument(
+            f"--model {model}: its tokenizer has no chat template, and --data has messages. Name a "
+            "model that has one (an instruct model), put a chat_template.jinja into its folder, or "
+            'write lines with "text".'
+        )
+
+
+def loaded_name(model):
+    """What FastLanguageModel loads for a Hub name: often a copy that is quantized already."""
+    table = sys.modules.get("unsloth.models.loader_utils")  # Unsloth's CPU backend has none
+    if table is None or os.path.isdir(model):
+        return model
+    return table.get_model_name(model, load_in_4bit = True) or model
+
+
 def main():
     options = parse_arguments()
+    try:  # before the model is loaded, which takes minutes
+        check_model_name(options.model)
+        rows = load_data(options.data)
+        if is_conversational(rows[0]):
+            check_chat_template(options.model)
+    except WrongArgument as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank finds the same
+            print(f"train_fsdp2: {error}", file = sys.stderr)
+        sys.exit(2)
     dtype = compute_dtype()
     # The load decides by the tokens of a micro-batch, which only the training settings say.
     os.environ.setdefault("UNSLOTH_FSDP2_BATCH_TOKENS", str(options.batch * options.length))
@@ -93,7 +183,7 @@ def main():
     trainer = SFTTrainer(
         model = model,
         processing_class = tokenizer,
-        train_dataset = load_dataset("json", data_files = options.data, split = "train"),
+        train_dataset = rows,
         args = training_settings(options, dtype),
     )
     trainer.train(resume_from_checkpoint = options.resume or None)

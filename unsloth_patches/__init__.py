@@ -8,7 +8,7 @@ Importing this package imports nothing of Unsloth, torch or transformers: it pla
     status()   what each patch replaces, whether it is in, and why not
     stock()    a context in which Unsloth's own functions run, for comparisons
     undo()     give Unsloth its own functions back
-    install()  replace them again
+    install()  replace again what can still be replaced everywhere; a part of a class cannot
 
 ``UNSLOTH_PATCHES_DISABLE=name,name`` (or ``all``) in the environment leaves patches out;
 ``UNSLOTH_PATCHES_QUIET=1`` leaves out the summary line.
@@ -21,7 +21,11 @@ from .importing import install
 
 
 def status():
-    """The state of every patch: a list of ``PatchStatus`` (name, title, replaces, state, reason)."""
+    """The state of every patch: a list of ``PatchStatus`` (name, title, replaces, state, reason).
+
+    state: pending, applied, skipped, failed, upstreamed, or off: after ``undo()``, and inside
+    ``stock()``. After a late import the first row, "import order", says what that means.
+    """
     from .patching import status as _status
 
     return _status()
@@ -35,7 +39,7 @@ def stock():
 
 
 def undo():
-    """Give every module its own functions back and remove the hooks; ``install()`` replaces them again."""
+    """Give every module its own functions back and remove the hooks; see ``install()``."""
     from .importing import uninstall
 
     uninstall()

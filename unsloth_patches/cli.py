@@ -9,11 +9,12 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Optional
+from typing import Iterable, List, Optional, Sequence, Tuple
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
 
 from . import __version__
 
@@ -29,16 +30,14 @@ STATE_STYLE = {
     "applied": "green",
     "upstreamed": "green",
     "pending": "cyan",
+    "off": "yellow",
+    "late": "yellow",
     "skipped": "yellow",
     "failed": "red",
     "ok": "green",
     "note": "cyan",
     "problem": "red",
 }
-
-
-def _styled(state: str) -> str:
-    return f"[{STATE_STYLE.get(state, 'white')}]{state}[/]"
 
 
 def _import_unsloth() -> str:
@@ -54,22 +53,43 @@ def _import_unsloth() -> str:
     return ""
 
 
-def status_table(rows) -> Table:
-    """``status()`` as a table."""
-    table = Table(title = f"unsloth_patches {__version__}", title_justify = "left")
-    table.add_column("patch", no_wrap = True)
-    table.add_column("replaces", overflow = "fold")
-    table.add_column("state", no_wrap = True)
-    table.add_column("reason", overflow = "fold")
-    for row in rows:
-        replaces = "\n".join(name.replace(":", ".") for name in row.replaces)
-        table.add_row(row.name, replaces, _styled(row.state), row.reason)
-    return table
+Entry = Tuple[str, str, Sequence[str], Sequence[str]]
+
+
+def listing(title: str, entries: Iterable[Entry]) -> Group:
+    """Entries of (name, state, texts, names): name and state on one line, the rest below where it is long.
+
+    No table: in a terminal of 80 columns its four columns broke the names of functions, which are
+    up to 60 characters long.
+    """
+    parts: List[RenderableType] = [Text(title, "italic")]
+    for name, state, texts, names in entries:
+        head = Text(f"{name:<24}  ", "bold")
+        head.append(f"{state:<8}", f"not bold {STATE_STYLE.get(state, 'white')}")
+        texts = [text for text in texts if text]
+        if len(texts) == 1 and len(head) + len(texts[0]) < 78:
+            head.append(f"  {texts.pop()}", "not bold")
+        below = [Text(text) for text in texts] + [Text(f"- {each}", "dim") for each in names]
+        parts += [head, *(Padding(text, (0, 0, 0, 4), expand = False) for text in below)]
+    return Group(*parts)
+
+
+def status_listing(rows) -> Group:
+    """``status()``: each patch with its state, why, and what it replaces."""
+    return listing(f"unsloth_patches {__version__}", map(_status_entry, rows))
+
+
+def _status_entry(row) -> Entry:
+    return row.name, row.state, [row.reason], [name.replace(":", ".") for name in row.replaces]
+
+
+def _doctor_entry(finding) -> Entry:
+    return finding.check, finding.verdict, [finding.found, finding.remedy], ()
 
 
 @app.command()
 def status(
-    as_json: bool = typer.Option(False, "--json", help = "Print JSON instead of a table."),
+    as_json: bool = typer.Option(False, "--json", help = "Print JSON instead of text."),
 ) -> None:
     """Import Unsloth and show what each patch replaces, its state, and why it is not in."""
     from . import status as current
@@ -85,7 +105,7 @@ def status(
             )
         )
     else:
-        console.print(status_table(rows))
+        console.print(status_listing(rows))
         if error:
             console.print(f"[red]unsloth does not import here:[/] {error}")
             console.print("`python -m unsloth_patches doctor` says what is missing.")
@@ -94,7 +114,7 @@ def status(
 
 @app.command()
 def doctor(
-    as_json: bool = typer.Option(False, "--json", help = "Print JSON instead of a table."),
+    as_json: bool = typer.Option(False, "--json", help = "Print JSON instead of text."),
 ) -> None:
     """Check versions, device and patches without importing Unsloth, and say what to do."""
     from .doctor import examine
@@ -103,12 +123,8 @@ def doctor(
     if as_json:
         print(json.dumps([finding._asdict() for finding in findings], indent = 2))
     else:
-        table = Table(title = f"unsloth_patches {__version__} doctor", title_justify = "left")
-        for column in ("check", "found", "", "what to do"):
-            table.add_column(column, overflow = "fold")
-        for finding in findings:
-            table.add_row(finding.check, finding.found, _styled(finding.verdict), finding.remedy)
-        console.print(table)
+        title = f"unsloth_patches {__version__} doctor"
+        console.print(listing(title, map(_doctor_entry, findings)))
     raise typer.Exit(1 if any(finding.verdict == "problem" for finding in findings) else 0)
 
 

@@ -9,10 +9,12 @@ import os
 import platform
 import shutil
 import sys
-from typing import Callable, Dict, Iterator, List, NamedTuple
+from typing import Iterator, List, NamedTuple
 
-from .patching import FAILED, PENDING, SKIPPED, disabled_names, status
+from .importing import imported_late
+from .patching import FAILED, LATE, LATE_MEANS, OFF, PENDING, SKIPPED, disabled_names, status
 from .registry import PATCHES, SUPPORTED_UPSTREAM
+from .switches import set_values
 
 
 class Finding(NamedTuple):
@@ -135,46 +137,11 @@ def _compiler() -> Iterator[Finding]:
 
 
 def _order() -> Finding:
-    here = sys.modules.get("unsloth")
-    if here is None or getattr(here, "__spec__", None) is None:
+    if sys.modules.get("unsloth") is None:
         return Finding("import order", "unsloth not imported yet", "ok")
-    remedy = "put `import unsloth_patches` before `from unsloth import …`"
-    return Finding("import order", "unsloth was imported first", "note", remedy)
-
-
-def _read_chunk_rows() -> None:
-    import torch
-
-    from .kernels.chunk_rows import choose_chunk_rows
-
-    choose_chunk_rows(1, 1, 2, torch.device("cpu"))
-
-
-def _read_offload() -> None:
-    from .models.fsdp2_offload_plan import offload_override
-
-    offload_override()
-
-
-def _read_fullgraph() -> None:
-    from .models.compile_modes import fullgraph_mode
-
-    fullgraph_mode()
-
-
-def _read_compile_report() -> None:
-    from .models.compile_callback import report_switch
-
-    report_switch()
-
-
-# Variable -> what reads it in training, and raises ValueError for a value that it does not know.
-READERS: Dict[str, Callable[[], None]] = {
-    "UNSLOTH_LOSS_CHUNK_ROWS": _read_chunk_rows,
-    "UNSLOTH_PATCHES_OFFLOAD": _read_offload,
-    "UNSLOTH_PATCHES_FULLGRAPH": _read_fullgraph,
-    "UNSLOTH_COMPILE_REPORT": _read_compile_report,
-}
+    if not imported_late():
+        return Finding("import order", "unsloth_patches was imported first", "ok")
+    return Finding("import order", "unsloth was imported first", "note", LATE_MEANS)
 
 
 def _switches() -> Iterator[Finding]:
@@ -184,22 +151,15 @@ def _switches() -> Iterator[Finding]:
         found = f"UNSLOTH_PATCHES_DISABLE={os.environ['UNSLOTH_PATCHES_DISABLE']}"
         remedy = f"no such patch: {', '.join(sorted(unknown))}; there are {known}, all"
         yield Finding("switches", found, "problem", remedy)
-    for variable, read in READERS.items():
-        value = os.environ.get(variable)
-        if not value:
-            continue
-        try:
-            read()
-        except ValueError as error:
-            yield Finding("switches", f"{variable}={value}", "problem", str(error))
-        except ImportError:  # torch is missing, which has its own row
-            continue
-        else:
-            yield Finding("switches", f"{variable}={value}", "ok")
+    for value in set_values():
+        verdict = "problem" if value.problem else "ok"
+        yield Finding("switches", f"{value.variable}={value.text}", verdict, value.problem)
 
 
 def _patches() -> Iterator[Finding]:
     for row in status():
+        if row.state == LATE:  # the import order has its own row
+            continue
         if row.state == PENDING:
             # What it waits for is for `status`; here it only matters whether it will fit.
             outlook = row.reason.partition("; waits for ")[0]
@@ -212,6 +172,8 @@ def _patches() -> Iterator[Finding]:
                 "report this line as an issue" if row.state == FAILED else "stock functions stay"
             )
             yield Finding(row.name, f"{row.state}: {row.reason}", verdict, remedy)
+        elif row.state == OFF:
+            yield Finding(row.name, row.state, "note", row.reason)
         else:
             yield Finding(row.name, row.state, "ok")
 

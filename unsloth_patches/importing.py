@@ -17,6 +17,14 @@ import threading
 UPSTREAM = ("unsloth", "unsloth_zoo")
 
 
+def _upstream_is_there():
+    return any(sys.modules.get(name) is not None for name in UPSTREAM)
+
+
+# Asked once, as this package is first imported: undo() and install() do not change what came first.
+_late = _upstream_is_there()
+
+
 class _PatchingLoader:
     """The module's own loader, then the patches: on a first import and on every reload."""
 
@@ -108,11 +116,21 @@ def _real_spec(name, path, target):
 _finder = _Finder()
 
 
+def imported_late():
+    """Unsloth was imported before this package."""
+    return _late
+
+
+def installed():
+    """The hooks are in: False between ``undo()`` and ``install()``."""
+    return _finder in sys.meta_path
+
+
 def install():
     """Put the hooks in, once. Where Unsloth is imported already, replace what can be replaced whole."""
-    if _finder not in sys.meta_path:
+    if not installed():
         sys.meta_path.insert(0, _finder)
-    if any(name in sys.modules for name in UPSTREAM):
+    if _upstream_is_there():
         from .patching import patch_imported_modules
 
         patch_imported_modules()
@@ -120,7 +138,7 @@ def install():
 
 def uninstall():
     """Take the hooks out and restore every function that was replaced."""
-    if _finder in sys.meta_path:
+    if installed():
         sys.meta_path.remove(_finder)
     from .patching import restore_all
 

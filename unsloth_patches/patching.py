@@ -4,7 +4,8 @@
 
 States: *pending* (its module has not been imported), *applied*, *skipped* (upstream is not what the
 patch knows, or it was switched off: stock functions stay), *failed* (an error of ours: stock
-functions stay), *upstreamed* (this Unsloth already contains it). All targets of a patch are
+functions stay), *upstreamed* (this Unsloth already contains it), and told only by ``status()``: *off*
+(taken out by ``undo()``, or inside ``stock()``). All targets of a patch are
 replaced or none: the sources of modules still to come are checked before the first replacement,
 and a target that fails later takes the earlier ones back. No exception leaves this module.
 """
@@ -15,6 +16,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import itertools
 import os
 import sys
 import threading
@@ -23,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, List, NamedTuple, Set, Tuple
 
 from .fingerprints import fingerprint_live
+from .importing import imported_late, installed
 from .registry import PATCHES, Patch, Target
 from .upstream_source import forget, is_upstreamed, patch_misfit
 
@@ -32,6 +35,15 @@ PENDING, APPLIED, SKIPPED, FAILED, UPSTREAMED = (
     "skipped",
     "failed",
     "upstreamed",
+)
+# Told by status(), never the state of a record: taken out for now; and the row that a late import has.
+OFF, LATE = "off", "late"
+_UNDONE = "undo() gave Unsloth its own functions back; install() replaces again what it still can"
+_IN_STOCK = "only inside this stock() block, where Unsloth's own functions run; in again after it"
+LATE_MEANS = (
+    "what could still be replaced everywhere was replaced, the other patches are skipped, and models "
+    "and trainers made before keep stock functions; in a new process, put `import unsloth_patches` "
+    "before `from unsloth import …`"
 )
 HOME = __package__
 
@@ -71,6 +83,8 @@ class _Record:
 # Two threads can import two modules of one patch at the same time. No deadlock with import locks: under
 # this one only our own modules are imported, and those import nothing of Unsloth at their top.
 _lock = threading.RLock()
+# What stock() has taken out at the moment, by identity.
+_taken_out: Dict[int, _Replaced] = {}
 
 
 # --- what is there to do -----------------------------------------------------------------------
@@ -146,9 +160,18 @@ def patch_imported_modules() -> None:
     """For a late ``import unsloth_patches``: replace in modules that are imported already."""
     for record in _records().values():
         for name in dict.fromkeys(target.module for target in record.patch.targets):
-            if name in sys.modules and not any(r.target.module == name for r in record.replaced):
-                _apply(record, sys.modules[name], late = True)
+            module = sys.modules.get(name)
+            if module is None or _is_stand_in(module):
+                continue
+            if not any(r.target.module == name for r in record.replaced):
+                _apply(record, module, late = True)
     _summarise()
+
+
+def _is_stand_in(module: types.ModuleType) -> bool:
+    """Made by Unsloth's CPU backend in the place of a module that it does not import: what a patch
+    would replace was never there, and the patch waits, as it does with the hooks in time."""
+    return _on_cpu_backend() and getattr(module, "__file__", None) is None
 
 
 def _apply(record: _Record, module: types.ModuleType, late: bool) -> None:
@@ -225,14 +248,30 @@ def _check_live(record: _Record, target: Target, stock: Any) -> None:
 
 def _check_not_held(target: Target, stock: Any) -> None:
     """Module attributes can be rebound late; closures, class attributes, lists and compiled code cannot."""
+    if isinstance(stock, type) or "." in target.name:
+        raise _Unsupported(
+            f"{_came_late()}: {target.attribute} is a class or a part of one, which can only be replaced "
+            f"while its module is imported; {_remedy()}"
+        )
     module_dicts = {id(vars(m)) for m in _modules()}
     for holder in gc.get_referrers(stock):
-        if id(holder) in module_dicts or isinstance(holder, types.FrameType):
+        if id(holder) in module_dicts or isinstance(holder, (types.FrameType, _Replaced)):
             continue
         raise _Unsupported(
-            f"unsloth was imported before unsloth_patches, and {target.attribute} is already held by "
-            f"a {type(holder).__name__}; put `import unsloth_patches` first"
+            f"{_came_late()}: {target.attribute} is already held by a {type(holder).__name__}; {_remedy()}"
         )
+
+
+def _came_late() -> str:
+    if imported_late():
+        return "unsloth was imported before unsloth_patches"
+    return "install() after undo(), with unsloth imported"
+
+
+def _remedy() -> str:
+    if imported_late():
+        return "put `import unsloth_patches` first"
+    return "in a new process, put `import unsloth_patches` first and leave out undo()"
 
 
 # --- rebinding, undo, stock --------------------------------------------------------------------
@@ -257,6 +296,7 @@ def _restore(record: _Record) -> None:
         _swap({id(done.new): (done.new, done.stock)})
         # What a replacement has changed elsewhere since then, it knows itself how to take back.
         getattr(done.new, "_undo_replacement", lambda: None)()
+        _taken_out.pop(id(done), None)  # stock() must not bring it back
     record.replaced = []
 
 
@@ -273,7 +313,8 @@ def restore_all() -> None:
 @contextlib.contextmanager
 def stock() -> Iterator[None]:
     """Run stock functions inside the block: module attributes and their aliases are swapped, and back."""
-    done = [r for record in _records().values() for r in record.replaced]
+    # Inside another stock() there is nothing left to take out, and the outer one brings it back.
+    done = [r for record in _records().values() for r in record.replaced if id(r) not in _taken_out]
     for r in reversed(done):
         setattr(r.owner, r.leaf, r.stock)
     # Chained replacements: an alias of any of them has to end at the bottom of its chain.
@@ -281,12 +322,17 @@ def stock() -> Iterator[None]:
     for r in done:
         bottom[id(r.new)] = bottom.get(id(r.stock), r.stock)
     swapped = _swap_remembering({id(r.new): (r.new, bottom[id(r.new)]) for r in done})
+    _taken_out.update((id(r), r) for r in done)
     try:
         yield
     finally:
+        # Without what undo(), or a patch that failed in between, has taken back for good.
+        back = [r for r in done if _taken_out.pop(id(r), None)]
+        objects = {id(r.new) for r in back}
         for names, name, new in swapped:
-            names[name] = new
-        for r in done:
+            if id(new) in objects:
+                names[name] = new
+        for r in back:
             setattr(r.owner, r.leaf, r.new)
 
 
@@ -305,16 +351,51 @@ def _swap_remembering(pairs: Dict[int, Tuple[Any, Any]]) -> List[Tuple[dict, str
 
 
 def status() -> List[PatchStatus]:
-    """The state of every patch now. A pending one says what it waits for and whether it will fit."""
-    return [_status_of(record) for record in _records().values()]
+    """The state of every patch now. A pending one says what it waits for and whether it will fit.
+
+    A late import has a row of its own, the first. A patch whose environment variable has an unknown
+    value says so in its reason.
+    """
+    rows = [_status_of(record) for record in _records().values()]
+    if imported_late() and installed():
+        title = "unsloth_patches was imported after unsloth"
+        rows.insert(0, PatchStatus("import order", title, (), LATE, LATE_MEANS))
+    problems = _switch_problems()
+    return [_with_problems(row, problems.get(row.name, [])) for row in rows]
+
+
+def _with_problems(row: PatchStatus, problems: List[str]) -> PatchStatus:
+    if row.state in (SKIPPED, FAILED) or not problems:
+        return row
+    return row._replace(reason = "; ".join(filter(None, [row.reason, *problems])))
+
+
+def _switch_problems() -> Dict[str, List[str]]:
+    """Patch -> what its environment variables say that it does not know. Their readers need torch:
+    before it is imported nothing is told, since Unsloth wants to be first."""
+    found: Dict[str, List[str]] = {}
+    if "torch" in sys.modules:
+        from .switches import set_values
+
+        for value in set_values():
+            if value.problem:
+                found.setdefault(value.patch, []).append(value.problem)
+    return found
 
 
 def _status_of(record: _Record) -> PatchStatus:
     state, reason = record.state, record.reason
     done = {r.target.attribute for r in record.replaced}
     waiting = sorted({t.module for t in record.patch.targets if t.attribute not in done})
+    taken_out = [r for r in record.replaced if id(r) in _taken_out]
     if state == PENDING and is_upstreamed(record.patch):
         state, reason = UPSTREAMED, "this Unsloth already contains it"
+    elif state == PENDING and not installed():
+        state, reason = OFF, _UNDONE
+    elif state == APPLIED and taken_out:
+        state, reason = OFF, _IN_STOCK
+        if len(taken_out) < len(record.replaced):  # a module was imported inside the block
+            reason = f"{len(taken_out)} of {len(record.replaced)} replacements are off {reason}"
     elif state == PENDING:
         misfit = patch_misfit(record.patch)
         outlook = f"will be skipped: {misfit}" if misfit else "will apply"
@@ -344,7 +425,12 @@ def _summarise() -> None:
     names = {PENDING: "for GPUs, not in use here"} if _on_cpu_backend() else {}
     parts = [f"{len(found)} {names.get(state, state)}" for state, found in counts if found]
     parts += [f"{r.name} {r.state} ({r.reason})" for r in rows if r.state in (SKIPPED, FAILED)]
+    for row in rows:
+        if row.state == LATE:
+            _say(f"imported after unsloth: {row.reason}")
     _say("; ".join(parts) or "no patches")
+    for problem in itertools.chain(*_switch_problems().values()):
+        _say(problem)
 
 
 def _say(text: str) -> None:

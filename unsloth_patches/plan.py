@@ -25,6 +25,7 @@ value that cannot be counted.
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any, List, Optional
@@ -87,6 +88,7 @@ def plan(
 
     try:
         _check(model, gpus, memory, checkpointing, table)
+        _check_counts(gpus, tokens, rank, gpus_per_host, host)
         if table:
             sources = LLAMAS if model is None else {str(model): model}
             counts = _powers_of_two(LARGEST if gpus is None else gpus)
@@ -98,7 +100,7 @@ def plan(
             return 0
         plans = [plan_on(model, count) for count in (_powers_of_two(gpus) if sweep else [gpus])]
     except ValueError as error:
-        print(error, file = sys.stderr)
+        print(_of_options(str(error)), file = sys.stderr)
         return 2
     if sweep:
         print_sweep(plans, memory, tokens)
@@ -113,10 +115,34 @@ def _check(model: Any, gpus: Any, memory: float, checkpointing: str, table: bool
         raise ValueError("plan: state --model and --gpus, or ask for --table.")
     if checkpointing not in CHECKPOINTING:
         raise ValueError(f"--checkpointing {checkpointing}: choose {', '.join(CHECKPOINTING)}.")
-    if memory <= RESERVED_GIB:
+    if not RESERVED_GIB < memory < math.inf:
         raise ValueError(
-            f"--memory {memory}: a GPU needs more than the {RESERVED_GIB} GiB kept for CUDA."
+            f"--memory {memory}: state a GPU's memory in GiB, more than the {RESERVED_GIB} GiB kept "
+            "for CUDA."
         )
+
+
+def _check_counts(
+    gpus: Optional[int],
+    tokens: int,
+    rank: int,
+    gpus_per_host: int,
+    host: Optional[float],
+) -> None:
+    """Here and not in plan_offload, which knows none of the command's options."""
+    counts = {"--gpus": gpus, "--tokens": tokens, "--rank": rank, "--gpus-per-host": gpus_per_host}
+    for option, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{option} {value}: state a whole number that is at least 1.")
+    if host is not None and not 0 <= host < math.inf:
+        raise ValueError(f"--host {host}: state a host's memory in GiB, or leave it out.")
+
+
+def _of_options(message: str) -> str:
+    """plan_offload's messages name a function and a variable; who runs the command gave options."""
+    from .models.fsdp2_offload_plan import OFFLOAD_ENV
+
+    return message.replace("plan_offload: ", "plan: ").replace(OFFLOAD_ENV, "--offload")
 
 
 def _label() -> str:
@@ -136,24 +162,30 @@ def _whole_gib(source: Any, plan: Any, tokens: int, rank: int, checkpointing: st
 
 
 def _powers_of_two(largest: int) -> List[int]:
-    if largest < 1:
-        raise ValueError(f"--gpus {largest}: has to be at least 1.")
     counts = [1 << power for power in range(1, largest.bit_length()) if 1 << power < largest]
     return [*counts, largest]
+
+
+def _cells(p: Any) -> List[str]:
+    """What both tables show of a plan: GiB needed, of weights in it, of one host, the decision.
+
+    Needed, and not the peak: with the allocator's loss, as in a single plan's last line, it is what
+    the decision is made by.
+    """
+    sizes = [f"{size / GIB:.1f}" for size in (p.needed, p.after_load, p.host_needed)]
+    decision = p.decision().partition(": ")[2].removesuffix(f" ({p.mode})")
+    return [*sizes, decision if p.fits else f"does not fit: {'; '.join(p.notes)}"]
 
 
 def print_sweep(plans: list, memory: float, tokens: int) -> None:
     """A Markdown table, one line a plan."""
     print(
-        f"| GPUs of {memory:g} GiB | frozen shard GiB | peak GiB | host GiB | decision at {tokens} tokens |"
+        f"| GPUs of {memory:g} GiB | with allocator loss, GiB | weights of it | host GiB of one host "
+        f"| decision at {tokens} tokens |"
     )
     print("| ---: | ---: | ---: | ---: | --- |")
     for p in plans:
-        if not p.fits:
-            print(f"| {p.world} | | | | does not fit: {'; '.join(p.notes)} |")
-            continue
-        sizes = " | ".join(f"{size / GIB:.1f}" for size in (p.after_load, p.peak, p.host_needed))
-        print(f"| {p.world} | {sizes} | {p.decision().partition(': ')[2]} |")
+        print(f"| {p.world} | {' | '.join(_cells(p))} |")
 
 
 def print_table(found: list, wholes: list, memory: float, tokens: int) -> None:
@@ -165,8 +197,5 @@ def print_table(found: list, wholes: list, memory: float, tokens: int) -> None:
     print("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
     for (name, p), whole in zip(found, wholes):
         fits = "" if whole * GIB <= p.usable else " (too much)"
-        sizes = " | ".join(f"{size / GIB:.1f}" for size in (p.needed, p.after_load, p.host_needed))
-        decision = p.decision().partition(": ")[2].removesuffix(f" ({p.mode})")
-        decision = decision if p.fits else f"does not fit: {'; '.join(p.notes)}"
-        print(f"| {name} | {p.world} | {whole:.1f}{fits} | {sizes} | {decision} |")
+        print(f"| {name} | {p.world} | {whole:.1f}{fits} | {' | '.join(_cells(p))} |")
     print(f"\nTokens of a micro-batch: {tokens}. {_label()}")

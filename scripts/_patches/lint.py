@@ -25,6 +25,7 @@ PROJECT_ONLY = {
     "patching.py",
     "fingerprints.py",
     "doctor.py",
+    "switches.py",
     "plan.py",
 }
 PROJECT_FOLDERS = {"bench", "demo"}

@@ -7,12 +7,23 @@ import inspect
 import os
 import subprocess
 import sys
+import types
 
 import pytest
+import torch
 from toy_project import ROOT
 from typer.testing import CliRunner
 
-from unsloth_patches.bench import BENCHMARKS, every, harness, train, train_profile, train_turns
+from unsloth_patches.bench import (
+    BENCHMARKS,
+    every,
+    fsdp2,
+    fsdp2_worker,
+    harness,
+    train,
+    train_profile,
+    train_turns,
+)
 from unsloth_patches.cli import app
 
 # ------------------------------------------------------------------------------- the breakdown
@@ -228,6 +239,53 @@ def test_a_hanging_process_is_ended(worker, monkeypatch):
     with pytest.raises(RuntimeError, match = "said nothing for 0.2 s"):
         hanging.wait()
     assert hanging._process.poll() is not None
+
+
+# ------------------------------------------------------------------------------- without a GPU
+
+
+def fsdp2_result(**changes):
+    """What a rank of `bench fsdp2` writes for a case on the CPU."""
+    measured = dict.fromkeys(("load_peak", "after_load", "wrap_peak", "after_wrap", "train_peak"))
+    return {
+        "load_s": 0.1,
+        "step_s": 0.05,
+        "tokens_per_s": 900.0,
+        "losses": [6.2],
+        **measured,
+        **changes,
+    }
+
+
+def test_fsdp2_shows_nothing_where_nothing_was_measured(monkeypatch, capsys):
+    """Without a GPU there is no memory of one: dashes, not zeros, and a line that says so."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    memory = fsdp2_worker.Memory(torch)
+    assert memory.peak() is None and memory.now() is None and fsdp2_worker._gib(None) is None
+    case = {"name": "sharded", "load": "auto", "checkpoint": "x"}
+    group = types.SimpleNamespace(cases = [case], mode = "ours", world = 2)
+    row = fsdp2.merged_row(group, 0, [fsdp2_result(), fsdp2_result(load_s = 0.2)])
+    assert row["error"] == "" and row["train_peak"] is None and row["load_s"] == 0.2
+    fsdp2.show("title", [row])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "sharded" in line]
+    assert line.count(fsdp2.NOT_THERE) == 5 and " 0 " not in line
+    fsdp2.say_without_gpu("fsdp2", "losses")
+    said = capsys.readouterr().out
+    assert "no CUDA GPU" in said and "Not measured: memory of a GPU" in said
+    row = fsdp2.merged_row(group, 0, [fsdp2_result(train_peak = 1.5), fsdp2_result(train_peak = 2.0)])
+    assert row["train_peak"] == 2.0
+
+
+def test_fsdp2_names_no_card_and_no_gpu_without_one(tmp_path):
+    without = [
+        case for *_, case in fsdp2._cases(tmp_path, fsdp2.TOY, 2, 32, emulated = False, gpu = False)
+    ]
+    names = " ".join(case["name"] for case in without)
+    assert "GiB" not in names and "GPU" not in names
+    assert not any(case.get("card_gib") for case in without)
+    with_gpu = [case for *_, case in fsdp2._cases(tmp_path, fsdp2.SHAPE, 12, 2048)]
+    assert sum(bool(case.get("card_gib")) for case in with_gpu) == 2
+    assert "one GPU" in {case["name"] for case in with_gpu}
 
 
 # ------------------------------------------------------------------------------- command line

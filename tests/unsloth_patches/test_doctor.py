@@ -14,6 +14,7 @@ from toy_project import ROOT
 
 from unsloth_patches import doctor
 from unsloth_patches.registry import PATCHES, SUPPORTED_UPSTREAM
+from unsloth_patches.switches import SWITCHES
 
 NEWEST = SUPPORTED_UPSTREAM[-1]
 VERSIONS = {**dict.fromkeys(doctor.NEEDED, "1.0"), "unsloth": NEWEST, "unsloth_zoo": NEWEST}
@@ -26,7 +27,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda package: versions.get(package, ""))
     monkeypatch.setattr(doctor, "status", lambda: [])
     others = ("UNSLOTH_PATCHES_DISABLE", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "CC")
-    for variable in (*doctor.READERS, *others):
+    for variable in (*SWITCHES, *others):
         monkeypatch.delenv(variable, raising = False)
     monkeypatch.delenv("TRITON_INTERPRET", raising = False)
     monkeypatch.delitem(sys.modules, "unsloth", raising = False)
@@ -144,7 +145,12 @@ def test_unsloth_imported_first(machine, monkeypatch):
     module = types.ModuleType("unsloth")
     module.__spec__ = object()
     monkeypatch.setitem(sys.modules, "unsloth", module)
+    assert found("import order", "ok").found == "unsloth_patches was imported first"
+    monkeypatch.setattr(doctor, "imported_late", lambda: True)
     assert "import unsloth_patches" in found("import order", "note").remedy
+    # status() tells it too, in a row that is no patch.
+    monkeypatch.setattr(doctor, "status", lambda: [row("late", "its reason")])
+    assert "some-patch" not in {finding.check for finding in doctor.examine()}
 
 
 def test_unknown_patch_switched_off(machine, monkeypatch):
@@ -183,6 +189,7 @@ def row(state, reason):
         ("skipped", "switched off by UNSLOTH_PATCHES_DISABLE", "note", "stock functions stay"),
         ("failed", "KeyError: 'x'", "problem", "report this line"),
         ("applied", "", "ok", ""),
+        ("off", "undo() took it out; install() puts it in", "note", "install() puts it in"),
         ("upstreamed", "this Unsloth already contains it", "ok", ""),
     ],
 )

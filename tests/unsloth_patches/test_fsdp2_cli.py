@@ -21,6 +21,9 @@ LLAMA_70B = {
     "vocab_size": 128256,
 }
 
+TEXT = {"text": "w4 w5"}
+MESSAGES = {"messages": [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5"}]}
+
 
 @pytest.fixture
 def config(tmp_path):
@@ -50,14 +53,53 @@ def test_plan_sweeps(config, capsys):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"gpus": 0}, {"memory": 1}, {"checkpointing": "maybe"}, {"offload": "most"}, {"tokens": 0}],
+    [
+        {"gpus": 0},
+        {"gpus": -3},
+        {"gpus": 0, "table": True},
+        {"gpus": 0, "sweep": True},
+        {"memory": 1},
+        {"memory": float("inf")},
+        {"checkpointing": "maybe"},
+        {"offload": "most"},
+        {"offload": "blocks:99"},
+        {"tokens": 0},
+        {"rank": 0},
+        {"gpus_per_host": 0},
+        {"host": -1.0},
+    ],
 )
 def test_plan_names_bad_values(config, capsys, changes):
-    """A value that cannot be counted is named on stderr, exit code 2."""
+    """A value that cannot be counted is named on stderr with its option, exit code 2."""
     from unsloth_patches.plan import plan
 
     assert plan(config, **{"gpus": 2, "memory": 80, **changes}) == 2
-    assert str(next(iter(changes.values()))) in capsys.readouterr().err
+    error = capsys.readouterr().err
+    name, value = next(iter(changes.items()))
+    assert f"--{name.replace('_', '-')}" in error and str(value) in error
+    assert "plan_offload" not in error and "UNSLOTH_" not in error
+
+
+@pytest.mark.parametrize("memory", [79, 24, 8])
+def test_plan_and_its_tables_show_the_same_figures(config, capsys, memory):
+    """What a plan says in full, a line of --sweep and of --table say: the allocator's loss included,
+    by which the decision is made, and also where it does not fit."""
+    from unsloth_patches.plan import plan
+
+    fits = plan(config, gpus = 8, memory = memory)
+    full = capsys.readouterr().out
+    (needed,) = [line for line in full.splitlines() if line.startswith("with allocator loss")]
+    assert plan(config, gpus = 8, memory = memory, sweep = True) == fits
+    assert plan(config, gpus = 8, memory = memory, table = True) == 0
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    sweep, table = (
+        line[line.index("8") + 1 :]
+        for line in ([cell.strip("| ") for cell in line] for line in lines)
+        if "8" in line[:2]
+    )
+    assert sweep == table[1:]
+    assert float(sweep[0]) == pytest.approx(float(needed.split()[-2]), abs = 0.051)
+    assert ("does not fit" in sweep[-1]) == bool(fits)
 
 
 def _toy(folder):
@@ -153,15 +195,20 @@ def _check_merged(toy, adapter, merged):
         assert (error <= 2**-8 * (base[name].abs() + change.abs()) + 1e-6).all(), name
 
 
+def _train_script():
+    spec = importlib.util.spec_from_file_location("train_fsdp2", ROOT / "scripts/train_fsdp2.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
 def test_train_script_takes_float16_on_a_t4(monkeypatch):
     """On a GPU without bfloat16 the script's dtype and training settings are float16's."""
     import types
 
     import torch
 
-    spec = importlib.util.spec_from_file_location("train_fsdp2", ROOT / "scripts/train_fsdp2.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = _train_script()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, dtype in [((7, 5), torch.float16), ((8, 0), torch.bfloat16)]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
@@ -174,6 +221,38 @@ def test_train_script_takes_float16_on_a_t4(monkeypatch):
     settings = script.training_settings(options, torch.float16)
     assert settings.fp16 and not settings.bf16
     assert not script.training_settings(options, torch.bfloat16).fp16
+
+
+@pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason = "needs Unsloth")
+@pytest.mark.parametrize(
+    "model, rows, words",
+    [
+        ("toy", [MESSAGES], "no chat template, and --data has messages"),
+        ("missing", [TEXT], "there is no such folder"),
+        ("owner/missing", [TEXT], "the Hub does not give it"),
+        ("toy", None, "data.jsonl cannot be read"),
+        ("toy", [{"words": "w4"}], "1 rows with words"),
+    ],
+)
+def test_train_script_checks_before_it_loads(tmp_path, monkeypatch, capsys, model, rows, words):
+    """A model or data that cannot be trained on is named, with a remedy, before anything is loaded."""
+    script = _train_script()
+    monkeypatch.setattr(script.FastLanguageModel, "from_pretrained", lambda *_, **__: pytest.fail())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.chdir(tmp_path)
+    _toy(tmp_path / "toy") if model == "toy" else None
+    if rows is not None:
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "data.jsonl").write_text(lines, encoding = "utf-8")
+    name = model if "/" in model else str(tmp_path / model)
+    monkeypatch.setattr(sys, "argv", ["train_fsdp2.py", "--model", name, "--data", "data.jsonl"])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("train_fsdp2: --") and words in error
+    assert "Name a" in error or "Write one" in error, "no remedy"
 
 
 def test_plan_table_is_computed_markdown(config, capsys):

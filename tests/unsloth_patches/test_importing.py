@@ -100,6 +100,7 @@ def fake(tmp_path):
         "__init__",
         "importing",
         "patching",
+        "switches",
         "registry",
         "upstream_source",
         "fingerprints",
@@ -451,6 +452,115 @@ def test_stock_undo_and_redo_reach_aliases(fake):
     )
 
 
+def test_status_says_what_is_off_and_where(fake):
+    """Inside stock() a patch is off there alone, after undo() it is off; what waits still waits."""
+    run(
+        """
+        catalogue(FAST, Patch("slow", "t", (T("unsloth.late:slow", "replace_slow"),)))
+        import unsloth
+        assert states() == {"fast": "applied", "slow": "pending"}
+        with unsloth_patches.stock():
+            assert states() == {"fast": "off", "slow": "pending"}
+            assert "only inside this stock() block" in reasons()["fast"]
+        assert states() == {"fast": "applied", "slow": "pending"} and reasons()["fast"] == ""
+        unsloth_patches.undo()
+        assert states() == {"fast": "off", "slow": "off"}
+        assert "undo()" in reasons()["fast"] and "install() replaces" in reasons()["fast"]
+        unsloth_patches.install()
+        assert states() == {"fast": "applied", "slow": "pending"}
+        """,
+        fake,
+    )
+
+
+def test_stock_inside_stock_and_around_undo(fake):
+    """The inner block's end does not end the outer one, and what undo() took back stays back."""
+    run(
+        """
+        catalogue(FAST, Patch("slow", "t", (T("unsloth.late:slow", "replace_slow"),)))
+        import unsloth
+        with unsloth_patches.stock():
+            with unsloth_patches.stock():
+                assert unsloth.fast(1) == ("stock", 1)
+            assert unsloth.fast(1) == ("stock", 1) and states()["fast"] == "off"
+            import unsloth.late
+            assert unsloth.late.slow(1)[0] == "patched" and states()["slow"] == "applied"
+        assert unsloth.fast(1)[0] == "patched" and states()["fast"] == "applied"
+        with unsloth_patches.stock():
+            unsloth_patches.undo()
+        assert unsloth.fast(1) == unsloth.user.use(1) == unsloth.late.slow(1) == ("stock", 1)
+        assert states() == {"fast": "off", "slow": "off"}
+        """,
+        fake,
+    )
+
+
+LATE = "import unsloth\n"
+
+
+def test_a_late_import_has_a_line_of_its_own(fake):
+    """In status() and on stderr, with what it means and the remedy; once undone, it says nothing."""
+    body = """
+        catalogue(FAST)
+        unsloth_patches.install()
+        first, fast = unsloth_patches.status()
+        assert (first.name, first.state, first.replaces) == ("import order", "late", ())
+        assert "the other patches are skipped" in first.reason
+        assert "put `import unsloth_patches` before `from unsloth import" in first.reason
+        assert fast.state == "applied" and unsloth_patches.status()[0] == first
+        unsloth_patches.undo()
+        assert states() == {"fast": "off"}
+        """
+    code = textwrap.dedent(LATE + textwrap.dedent(PREAMBLE) + textwrap.dedent(body))
+    done = python(code, fake, {"UNSLOTH_PATCHES_QUIET": "0"})
+    assert "unsloth_patches: imported after unsloth: what could" in done.stderr
+    in_time = "catalogue(FAST)\nimport unsloth\nassert states() == {'fast': 'applied'}"
+    done = python(textwrap.dedent(PREAMBLE) + in_time, fake, {"UNSLOTH_PATCHES_QUIET": "0"})
+    assert "imported after" not in done.stderr
+
+
+def test_late_a_patch_on_a_patched_function_is_not_stopped_by_our_own_notes(fake):
+    """The second patch's function is the first one's, which our record of it holds."""
+    body = """
+        catalogue(FAST, Patch("more", "t", (T("unsloth.kernels.utils:fast", "replace_fast"),)))
+        unsloth_patches.install()
+        assert states() == {"import order": "late", "fast": "applied", "more": "applied"}, reasons()
+        assert unsloth.fast(1) == unsloth.user.use(1) == ("patched", ("patched", ("stock", 1)))
+        unsloth_patches.undo()
+        assert unsloth.fast(1) == unsloth.user.use(1) == ("stock", 1)
+        """
+    python(LATE + textwrap.dedent(PREAMBLE) + textwrap.dedent(body), fake)
+
+
+@pytest.mark.parametrize(
+    "first, reason", [(LATE, "unsloth was imported before"), ("", "install()")]
+)
+def test_late_a_part_of_a_class_is_named_as_the_reason(fake, first, reason):
+    body = """
+        unsloth_patches.undo()
+        import unsloth
+        catalogue(Patch("scale", "t", (T("unsloth.kernels.utils:Layer.scale", "replace_scale"),)))
+        unsloth_patches.install()
+        assert states()["scale"] == "skipped" and "a part of one" in reasons()["scale"], reasons()
+        print(reasons()["scale"])
+        """
+    done = python(first + textwrap.dedent(PREAMBLE) + textwrap.dedent(body), fake)
+    assert done.stdout.startswith(reason) and "put `import unsloth_patches` first" in done.stdout
+
+
+def test_late_a_stand_in_of_the_cpu_backend_is_no_module_that_lacks_a_function(fake):
+    """Unsloth's CPU backend makes modules in the place of those that it does not import. Imported late
+    or in time, a patch of such a module is for GPUs; it is not skipped for what is missing there."""
+    body = """
+        sys.modules["unsloth_zoo"] = types.SimpleNamespace(_IS_CPU_BACKEND = True)
+        sys.modules["unsloth.late"] = types.ModuleType("unsloth.late")
+        catalogue(Patch("late", "t", (T("unsloth.late:slow", "replace_slow"),)))
+        unsloth_patches.install()
+        assert states()["late"] == "pending" and reasons()["late"].startswith("for GPUs: "), reasons()
+        """
+    python(LATE + textwrap.dedent(PREAMBLE) + textwrap.dedent(body), fake)
+
+
 def test_undo_takes_back_what_a_replacement_changed_elsewhere(fake):
     run(
         """
@@ -642,6 +752,49 @@ def test_chat_templates_captured_before_and_after():
         """
     )
     python(code, ROOT)
+
+
+@needs_unsloth
+def test_a_late_import_of_the_installed_unsloth_blames_nothing_else():
+    """On the CPU backend: what is skipped is skipped for coming late, what is for GPUs says so."""
+    code = textwrap.dedent(
+        """
+        import unsloth, unsloth.chat_templates
+        import unsloth_patches
+        first, *rows = unsloth_patches.status()
+        assert first.state == "late", first
+        for row in rows:
+            late = "unsloth was imported before unsloth_patches" in row.reason
+            for_gpus = row.reason.startswith("for GPUs: ")
+            known = {"applied": True, "skipped": late, "pending": for_gpus}
+            assert known[row.state], row
+            assert "is not there" not in row.reason and "_Replaced" not in row.reason, row
+        """
+    )
+    python(code, ROOT, {"CUDA_VISIBLE_DEVICES": ""})
+
+
+@needs_unsloth
+def test_a_mistyped_switch_is_told_at_import():
+    """On a machine without a GPU nothing reads it later. It is said, and stops nothing."""
+    code = textwrap.dedent(
+        """
+        import sys
+        import unsloth_patches
+        unsloth_patches.status()
+        assert "torch" not in sys.modules, "status() must leave Unsloth to be imported first"
+        import unsloth
+        reasons = {row.name: row.reason for row in unsloth_patches.status()}
+        print(reasons["fullgraph-report"])
+        assert "choose" not in reasons["linear-loss"]
+        """
+    )
+    switches = {"UNSLOTH_PATCHES_FULLGRAPH": "stict", "UNSLOTH_PATCHES_QUIET": "0"}
+    done = python(code, ROOT, {**switches, "CUDA_VISIBLE_DEVICES": ""})
+    words = "UNSLOTH_PATCHES_FULLGRAPH='stict': choose one of auto, strict, off."
+    assert words in done.stdout and f"unsloth_patches: {words}" in done.stderr
+    done = python(code, ROOT, {**switches, "UNSLOTH_PATCHES_FULLGRAPH": "strict"})
+    assert "choose" not in done.stdout + done.stderr
 
 
 @needs_unsloth

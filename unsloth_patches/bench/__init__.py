@@ -21,7 +21,7 @@ BENCHMARKS = {
     "chunk-size": Benchmark("chunk_size", "the computed choices for five GPUs"),
     "compile": Benchmark("compile", "graphs and graph breaks of a toy"),
     "dequant": Benchmark("dequant"),
-    "fsdp2": Benchmark("fsdp2", "a toy on CPU ranks"),
+    "fsdp2": Benchmark("fsdp2", "losses of a toy on CPU ranks, no memory"),
     "fsdp2-plan": Benchmark("fsdp2_plan", "a toy on CPU ranks, nothing measured"),
     "lora": Benchmark("lora"),
     "loss": Benchmark("loss"),

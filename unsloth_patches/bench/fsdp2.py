@@ -5,8 +5,9 @@
 Makes a Llama-shaped checkpoint with random weights, then measures on every GPU (2 or more): memory
 after load, after the wrap and in training, seconds to load, step time, tokens a second, losses
 against one GPU, and the same on cards emulated by a memory fraction, on which the load and the
-offload decide for themselves. ``bench fsdp2-plan`` checks the offload plan's peaks. Without a GPU,
-and with ``--quick``: a toy on two CPU ranks.
+offload decide for themselves. ``bench fsdp2-plan`` checks the offload plan's peaks. With ``--quick``:
+a toy. Without a GPU: the toy on two CPU ranks, whose losses are compared; there is no memory of a
+GPU to measure, and the seconds are the CPU's.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ LAYERS, LENGTH = 12, 2048
 # Of the cases whose time counts: the first steps compile kernels and fill caches.
 TIMED = {"steps": 7, "warmup": 2}
 GIB = 2**30
+# In a table: was not measured, or there is no such figure for this case.
+NOT_THERE = "-"
 LARGEST = ("load_s", "load_peak", "after_load", "wrap_peak", "after_wrap", "train_peak")
 LARGEST += ("step_s", "offloaded_blocks", "planned_peak", "shards")
 
@@ -38,7 +41,7 @@ def merged_row(group: Group, index: int, found: List[dict]) -> dict:
     case = {key: value for key, value in group.cases[index].items() if key != "checkpoint"}
     row: Dict[str, object] = {"who": group.mode, "world": group.world, "case": case}
     for key in LARGEST:
-        row[key] = max((f[key] for f in found if key in f), default = None)
+        row[key] = max((f[key] for f in found if f.get(key) is not None), default = None)
     errors = [f["error"] for f in found if "error" in f]
     reached = len(found) == group.world
     row["error"] = errors[0] if errors else ("" if reached else "no result in time")
@@ -61,12 +64,32 @@ def show(title: str, rows: List[dict]) -> None:
         keys = ("load_s", "load_peak", "after_load", "wrap_peak", "train_peak", "planned_peak")
         values = [row[key] for key in keys] + [row["step_s"], row["tokens_per_s"]]
         said = row["error"][:60] or losses
-        table.append([row["who"], row["world"], row["case"]["name"], *values, said])
+        cells = [row["who"], row["world"], row["case"]["name"], *values, said]
+        table.append([NOT_THERE if cell is None else cell for cell in cells])
     print_table(title, columns, table)
 
 
-def _cases(checkpoint: Path, shape: dict, layers: int, length: int) -> List[tuple]:
-    """(mode, one GPU only?, case) in the order in which they run: both sides alternate."""
+def say_without_gpu(name: str, shown: str) -> None:
+    """Before a benchmark of a toy on CPU ranks: what its table shows there, and what it cannot."""
+    print(
+        f"bench {name}: torch sees no CUDA GPU. A toy trains on two CPU ranks (gloo): {shown}. Not "
+        f"measured: memory of a GPU ({NOT_THERE} in the table); the seconds are this CPU's and say "
+        "nothing of a GPU."
+    )
+
+
+def _cases(
+    checkpoint: Path,
+    shape: dict,
+    layers: int,
+    length: int,
+    emulated: bool = True,
+    gpu: bool = True,
+) -> List[tuple]:
+    """(mode, one GPU only?, case) in the order in which they run: both sides alternate.
+
+    emulated: cards by a memory fraction, for a model that has the size for it.
+    """
 
     def case(name: str, **options) -> dict:
         given = {"name": name, "checkpoint": str(checkpoint), "shape": shape, "layers": layers}
@@ -75,18 +98,25 @@ def _cases(checkpoint: Path, shape: dict, layers: int, length: int) -> List[tupl
     # A card that cannot hold the whole 4-bit weights: there the load and the offload are decided.
     gib = round(0.985 * whole_frozen(shape, layers) / GIB, 3)
     card = {"card_gib": gib, "length": length // 8, "steps": 3}
+    on_card = f"card of {gib} GiB"
+    if not emulated:
+        card, on_card = {**card, "card_gib": None, "steps": 2}, "short, no card"
     auto = {"load": "auto", "offload": "auto"}
     stock = {"layout": "sharded"}
     return [
         ("ours", False, case("sharded", **TIMED)),
         ("upstream", False, case("stock, sharded layout", **stock, **TIMED)),
         ("upstream", False, case("stock layout", **TIMED)),
-        ("ours", False, case(f"auto, card of {gib} GiB", **auto, **card)),
-        ("upstream", False, case(f"stock, card of {gib} GiB", **stock, **card)),
+        ("ours", False, case(f"auto, {on_card}", **auto, **card)),
+        ("upstream", False, case(f"stock, {on_card}", **stock, **card)),
         ("ours", False, case("auto", load = "auto", **TIMED)),
         ("ours", False, case("half of blocks offloaded", offload = f"blocks:{layers // 2}", **TIMED)),
-        ("ours", True, case("one GPU", **TIMED)),
+        ("ours", True, case("one GPU" if gpu else "one rank", **TIMED)),
     ]
+
+
+def units(gpus: int) -> str:
+    return "GiB of the fullest rank" if gpus else "a toy on CPU ranks; planned: GiB, computed"
 
 
 def run(out: Path, quick: bool = False) -> int:
@@ -95,6 +125,8 @@ def run(out: Path, quick: bool = False) -> int:
 
     gpus = torch.cuda.device_count()
     quick = quick or gpus == 0
+    if gpus == 0:
+        say_without_gpu("fsdp2", "load, wrap and training of each layout, and that losses agree")
     if gpus == 1:
         print("bench: one GPU: two ranks share it; their memory counts, their times do not.")
     work = Path(tempfile.mkdtemp(prefix = "fsdp2-", dir = None if quick else fast_folder()))
@@ -105,19 +137,17 @@ def run(out: Path, quick: bool = False) -> int:
         for group in groups:
             group.end()
         shutil.rmtree(work, ignore_errors = True)
-    show("QLoRA under FSDP2, GiB of the fullest rank", rows)
+    show(f"QLoRA under FSDP2, {units(gpus)}", rows)
     return 1 if any(row["error"] for row in rows if row["who"] == "ours") else 0
 
 
 def _measure(out: Path, work: Path, quick: bool, gpus: int, groups: List[Group]) -> List[dict]:
     shape, layers, length = (TOY, 2, 32) if quick else (SHAPE, LAYERS, LENGTH)
     world = max(gpus, 2)
-    order = _cases(work / "llama", shape, layers, length)
+    order = _cases(work / "llama", shape, layers, length, emulated = not quick, gpu = gpus > 0)
     for _, alone, case in order:
         if alone:
             case["micro_batches"] = world  # the batch that all ranks have together
-        if quick and "card_gib" in case:  # no card to emulate
-            case.update(card_gib = None, steps = 2)
     places = []
     for key in dict.fromkeys((mode, alone) for mode, alone, _ in order):
         mode, alone = key

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Dict, List
 
 from . import fsdp2_cells
-from .fsdp2 import merged_row, show
+from .fsdp2 import merged_row, say_without_gpu, show, units
 from .fsdp2_checkpoint import fast_folder, make_checkpoint
 from .fsdp2_launch import Group
 from .fsdp2_plot import plot_plan
@@ -31,6 +31,8 @@ def run(out: Path, quick: bool = False) -> int:
 
     gpus = torch.cuda.device_count()
     quick = quick or gpus == 0
+    if gpus == 0:
+        say_without_gpu("fsdp2-plan", "that they load, offload and train, beside the planned peak")
     work = Path(tempfile.mkdtemp(prefix = "fsdp2-plan-", dir = None if quick else fast_folder()))
     groups: List[Group] = []
     try:
@@ -47,7 +49,7 @@ def run(out: Path, quick: bool = False) -> int:
     pairs = [(row["train_peak"], row["planned_peak"]) for row in rows if row["train_peak"]]
     if pairs:
         plot_plan(pairs, Path(out) / f"{name}.png")
-    show("Offload plan, GiB of the fullest rank", rows)
+    show(f"Offload plan, {units(gpus)}", rows)
     return 1 if any(row["error"] for row in rows) else 0
 
 

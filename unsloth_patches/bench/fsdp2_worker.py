@@ -18,17 +18,20 @@ import os
 import resource
 import sys
 import time
+from typing import Optional
 
 STEPS = 4
 WARMUP = 1  # steps of a case that its time leaves out
 
 
-def _gib(count: float) -> float:
-    return round(count / 2**30, 4)
+def _gib(count: Optional[float]) -> Optional[float]:
+    return None if count is None else round(count / 2**30, 4)
 
 
 class Memory:
-    """Peak of torch's allocator on this rank since the last `reset`; zeros without a GPU."""
+    """Peak of torch's allocator on this rank since the last `reset`; None without a GPU, where torch
+    counts nothing.
+    """
 
     def __init__(self, torch):
         self.cuda = torch.cuda if torch.cuda.is_available() else None
@@ -38,14 +41,14 @@ class Memory:
             self.cuda.synchronize()
             self.cuda.reset_peak_memory_stats()
 
-    def peak(self) -> int:
+    def peak(self) -> Optional[int]:
         if not self.cuda:
-            return 0
+            return None
         self.cuda.synchronize()
         return self.cuda.max_memory_allocated()
 
-    def now(self) -> int:
-        return self.cuda.memory_allocated() if self.cuda else 0
+    def now(self) -> Optional[int]:
+        return self.cuda.memory_allocated() if self.cuda else None
 
 
 def _environment(case: dict, mode: str) -> None:

@@ -189,9 +189,9 @@ def _show(
     out: Path,
 ) -> None:
     import unsloth_patches
-    from unsloth_patches.cli import status_table
+    from unsloth_patches.cli import status_listing
 
-    console.print(status_table(unsloth_patches.status()))
+    console.print(status_listing(unsloth_patches.status()))
     console.print(report.settings_table(settings))
     if losses:
         width = min(console.width, 100)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""Environment variables whose value can be mistyped, read as training reads them.
+
+Training reads each one late (a model's blocks are compiled, a loss is computed, a model is wrapped),
+and on a machine without a GPU some are never read. ``status`` and ``doctor`` say before what they say.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Callable, Dict, Iterator, NamedTuple
+
+
+class Switch(NamedTuple):
+    """patch: whose behaviour it changes. read: raises ValueError for a value that it does not know."""
+
+    patch: str
+    read: Callable[[], None]
+
+
+class Value(NamedTuple):
+    """One variable that is set; ``problem`` names value and choices, and is empty for a known value."""
+
+    variable: str
+    patch: str
+    text: str
+    problem: str
+
+
+def _read_chunk_rows() -> None:
+    import torch
+
+    from .kernels.chunk_rows import choose_chunk_rows
+
+    choose_chunk_rows(1, 1, 2, torch.device("cpu"))
+
+
+def _read_offload() -> None:
+    from .models.fsdp2_offload_plan import offload_override
+
+    offload_override()
+
+
+def _read_fullgraph() -> None:
+    from .models.compile_modes import fullgraph_mode
+
+    fullgraph_mode()
+
+
+def _read_compile_report() -> None:
+    from .models.compile_callback import report_switch
+
+    report_switch()
+
+
+SWITCHES: Dict[str, Switch] = {
+    "UNSLOTH_LOSS_CHUNK_ROWS": Switch("linear-loss", _read_chunk_rows),
+    "UNSLOTH_PATCHES_OFFLOAD": Switch("fsdp2-offload-plan", _read_offload),
+    "UNSLOTH_PATCHES_FULLGRAPH": Switch("fullgraph-report", _read_fullgraph),
+    "UNSLOTH_COMPILE_REPORT": Switch("fullgraph-report", _read_compile_report),
+}
+
+
+def set_values() -> Iterator[Value]:
+    """The variables that are set. Imports torch, so never before Unsloth, which wants to be first."""
+    for variable, switch in SWITCHES.items():
+        text = os.environ.get(variable)
+        if not text:
+            continue
+        problem = ""
+        try:
+            switch.read()
+        except ValueError as error:
+            problem = str(error)
+        except Exception:  # torch or transformers is missing or broken, which doctor has rows for
+            continue
+        yield Value(variable, switch.patch, text, problem)
