@@ -2,6 +2,7 @@
 # Copyright 2026 the unsloth_patches authors
 """Compiled code kept in a folder: a later run finds it; what cannot be trusted is left alone."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -37,12 +38,15 @@ def files():
 
 @pytest.fixture
 def new_machine(monkeypatch, tmp_path_factory):
-    """new_machine() forgets all that was compiled, in memory and in PyTorch's own cache folder."""
+    """new_machine() forgets all that was compiled, in memory and in PyTorch's and Triton's folders."""
     from torch.compiler._cache import CacheArtifactManager
+    from unsloth.models import compile_cache_triton
 
     def forget():
         folder = tmp_path_factory.mktemp("inductor")
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(folder / "triton"))
+        monkeypatch.setattr(compile_cache_triton, "_used", set())
         torch._dynamo.reset()
         CacheArtifactManager.clear()
         counters.clear()
@@ -210,7 +214,7 @@ def test_a_damaged_file_is_ignored_with_a_message(cache, saved, capsys, change):
 def test_artifacts_that_pytorch_cannot_read_are_ignored(cache, files, saved, capsys):
     """A file that is whole but holds something else: a message, no error."""
     saved.unlink()
-    files.write_cache(saved.parent, b"not torch's", frozenset(["inductor_artifacts:x"]))
+    files.write_cache(saved.parent, b"not torch's", b"", frozenset(["inductor_artifacts:x"]))
     assert cache.load_compile_cache(saved.parent) == 0
     assert "is ignored: " in capsys.readouterr().out
 
@@ -360,6 +364,116 @@ def test_the_environment_variable_loads_before_and_saves_after_training(
     assert len(caches(folder)) == 1
     said = capsys.readouterr().out
     assert "saved the compile cache" in said and "loaded" in said
+
+
+# ------------------------------------------------------------------------------ Triton's kernels
+
+
+@pytest.fixture
+def triton_kernel(monkeypatch, tmp_path):
+    """triton_kernel() compiles a kernel for sm_90, on any machine: whether Triton's cache had it."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising = False)
+    source = tmp_path / "a_kernel.py"
+    source.write_text(
+        "import triton\nimport triton.language as tl\n\n@triton.jit\ndef copy_one(x, y):\n"
+        "    tl.store(y, tl.load(x))\n"
+    )
+    spec = importlib.util.spec_from_file_location("a_kernel", source)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = []
+    listener = lambda *, cache_hit, **_: found.append(cache_hit)  # noqa: E731
+    monkeypatch.setattr(triton.knobs.compilation, "listener", listener)
+
+    def compile_it():
+        from triton.compiler import ASTSource
+
+        target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+        signature = {"x": "*fp32", "y": "*fp32"}
+        kernel = triton.compile(ASTSource(module.copy_one, signature), target = target)
+        assert kernel.asm["cubin"] and ".target sm_90" in kernel.asm["ptx"]
+        return found.pop()
+
+    return compile_it
+
+
+@pytest.fixture
+def watching(monkeypatch):
+    """As before any load: Triton's own manager; put back afterwards."""
+    knobs = pytest.importorskip("triton").knobs
+    before = knobs.cache.manager_class
+    knobs.cache.manager_class = None
+    yield knobs
+    knobs.cache.manager_class = before
+
+
+def test_kernels_of_triton_are_kept_too(
+    cache, new_machine, watching, triton_kernel, tmp_path, monkeypatch
+):
+    """What Triton compiled by itself: found on a machine with empty caches, in another folder."""
+    folder = tmp_path / "cache"
+    assert cache.load_compile_cache(folder) == 0
+    assert not triton_kernel() and triton_kernel()
+    trained()
+    assert cache.save_compile_cache(folder) is not None
+    new_machine()
+    assert not triton_kernel(), "the control: without the folder, not found"
+    new_machine()
+    assert cache.load_compile_cache(folder) >= 2
+    assert triton_kernel()
+    trained()
+    assert cache.save_compile_cache(folder) is None, "nothing new"
+
+
+def test_a_kernel_that_is_there_is_left(cache, new_machine, watching, triton_kernel, tmp_path):
+    """Another process may be using it."""
+    from pathlib import Path
+
+    cache.load_compile_cache(tmp_path / "cache")
+    triton_kernel()
+    trained()
+    cache.save_compile_cache(tmp_path / "cache")
+    new_machine()
+    assert not triton_kernel()
+    files = {path: path.stat().st_mtime_ns for path in Path(watching.cache.dir).rglob("*.*")}
+    cache.load_compile_cache(tmp_path / "cache")
+    assert files and all(path.stat().st_mtime_ns == time for path, time in files.items())
+    assert triton_kernel()
+
+
+def test_names_that_lead_out_of_the_folder_are_refused(new_machine, watching, tmp_path):
+    """An archive may say where its files go; not here."""
+    import io
+    import tarfile
+
+    from unsloth.models import compile_cache_triton
+
+    for name in ("../key/file", "key/../../file", "/key/file", "key", "key/a/b", "key/.."):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj = buffer, mode = "w") as archive:
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+        with pytest.raises(ValueError, match = "no plain name"):
+            compile_cache_triton.unpack(buffer.getvalue())
+    with pytest.raises(ValueError, match = "cannot be read"):
+        compile_cache_triton.unpack(b"not an archive")
+
+
+def test_somebody_elses_cache_manager_stays(cache, new_machine, watching, tmp_path):
+    """A remote cache, say: it keeps Triton's kernels where it wants."""
+    from triton.runtime.cache import FileCacheManager
+    from unsloth.models import compile_cache_triton
+
+    class Remote(FileCacheManager):
+        pass
+
+    watching.cache.manager_class = Remote
+    assert not compile_cache_triton.watch()
+    trained()
+    cache.save_compile_cache(tmp_path)
+    new_machine()
+    assert cache.load_compile_cache(tmp_path) >= 1
+    assert watching.cache.manager_class is Remote
 
 
 def test_a_folder_that_cannot_be_used_stops_training_before_its_first_step(

@@ -227,7 +227,7 @@ PATCHES: Tuple[Patch, ...] = (
     ),
     Patch(
         name = "checkpoint-recompute",
-        title = "Leave out the down projection when a checkpointed block is recomputed",
+        title = "Run a checkpointed block by one graph, and leave out its down projection in the recompute",
         targets = (
             Target(
                 attribute = "unsloth.kernels.fast_lora:LoRA_MLP",
@@ -252,7 +252,11 @@ PATCHES: Tuple[Patch, ...] = (
                 fingerprints = frozenset({"dbf509ead6fcfe32", "1a15d9c39b96959f"}),
             ),
         ),
-        modules = ("kernels/lora_mlp_unread.py", "models/checkpoint_recompute.py"),
+        modules = (
+            "kernels/lora_mlp_unread.py",
+            "models/checkpoint_one_graph.py",
+            "models/checkpoint_recompute.py",
+        ),
         tests = {"tests/test_checkpoint_recompute.py": "interpreter"},
     ),
     Patch(
@@ -439,7 +443,11 @@ PATCHES: Tuple[Patch, ...] = (
                 fingerprints = frozenset({"cbe892e347d670cf"}),
             ),
         ),
-        modules = ("models/compile_cache.py", "models/compile_cache_files.py"),
+        modules = (
+            "models/compile_cache.py",
+            "models/compile_cache_files.py",
+            "models/compile_cache_triton.py",
+        ),
         tests = {"tests/test_compile_cache.py": "cpu"},
         since = "2026.10.9",
     ),

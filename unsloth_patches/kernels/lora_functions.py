@@ -9,7 +9,7 @@ dropout, a LoRA bias, or a base weight that is neither dense in X's dtype nor bi
 from __future__ import annotations
 
 import sys
-from typing import Any, Callable, List, Sequence, Tuple
+from typing import Any, Callable, List, Sequence, Tuple, Union
 
 import torch
 
@@ -89,12 +89,15 @@ def _mlp_forward(
     ctx: Any,
     X: torch.Tensor,
     inplace: bool,
-    unread: bool,
+    needed: Union[bool, torch.Tensor],
     activation: Callable,
     activation_backward: Callable,
     *arguments: Any,
 ) -> torch.Tensor:
-    """X (batch, length, K) -> down(activation(gate(X), up(X))); zeros instead if unread."""
+    """X (batch, length, K) -> down(activation(gate(X), up(X))); zeros if not ``needed``.
+
+    needed as a tensor, in a graph of SwiGLU: see ``lora_mlp_unread.output_if_needed``.
+    """
     gate, up, down = projections = _projections(arguments)
     x = _rows(X)
     XA = x @ stacked_A((gate, up), X.dtype).t()
@@ -102,11 +105,24 @@ def _mlp_forward(
     e, g = project(x, gate_XA, gate), project(x, up_XA, up)
     _save(ctx, projections, X, XA, e, g)
     ctx.inplace, ctx.activation_backward = inplace, activation_backward
-    if unread:
-        return X.new_zeros(()).expand(*X.shape[:-1], down.B.shape[0])
     batch, length = X.shape[:2]
+    if needed is False:
+        return X.new_zeros(()).expand(batch, length, down.B.shape[0])
+    if needed is not True:
+        return lora_mlp_unread.output_if_needed(e, g, needed, *down).view(batch, length, -1)
     h = _rows(activation(e.view(batch, length, -1), g.view(batch, length, -1)))
     return project(h, h @ down.A.to(X.dtype).t(), down).view(batch, length, -1)
+
+
+def _down_(
+    out: torch.Tensor,
+    h: torch.Tensor,
+    W: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    S: float,
+) -> None:
+    lora_products._products_(out, h @ A.t(), B.t(), S, 0.0, h, W.t())
 
 
 def _mlp_backward(ctx: Any, dY: torch.Tensor) -> Tuple[Any, ...]:
@@ -209,16 +225,21 @@ def replace_LoRA_MLP(stock: type) -> type:
     3 biases). The function of lora_mlp_unread.py, which leaves out the output, is replaced too."""
     _attach(stock)
 
-    def variant(unread: bool, otherwise: type) -> type:
+    def variant(otherwise: type, unread: bool = False) -> type:
         class LoRA_MLP:
             @staticmethod
             def apply(X, *arguments):
                 parameters, functions, rest = arguments[:15], arguments[15:17], arguments[17:]
-                if not _handles(X, _projections(parameters), rest[1:]):
+                # Where stock has the dropout, the other function has its tensor, or None.
+                needed, extras = (rest[1], rest[2:]) if unread else (None, rest[1:])
+                if not _handles(X, _projections(parameters), extras):
                     return otherwise.apply(X, *arguments)
-                return _LoRAMLP.apply(X, _inplace(X, rest), unread, *functions, *parameters)
+                if needed is None:
+                    needed = not unread
+                return _LoRAMLP.apply(X, _inplace(X, rest), needed, *functions, *parameters)
 
         return LoRA_MLP
 
-    lora_mlp_unread.function = variant(True, lora_mlp_unread.function)
-    return variant(False, stock)
+    lora_mlp_unread.function = variant(lora_mlp_unread.function, unread = True)
+    lora_mlp_unread.down_ = _down_
+    return variant(stock)

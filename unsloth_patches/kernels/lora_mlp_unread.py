@@ -6,24 +6,111 @@ Gradient checkpointing runs a block a second time to rebuild what the backward p
 comes last, and nothing in the backward pass reads the value of its down projection: a third of the
 MLP's products is spent on a tensor that is dropped. ``models/checkpoint_recompute.py`` says when
 that is so, by an attribute of the MLP; here the product is left out. Gradients keep every bit.
+
+A compiled block has one graph for both runs (``models/checkpoint_one_graph.py``). There the
+attribute is a tensor, an input of the graph, and the product stands in an operator that reads it.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import torch
 
-__all__ = ["OUTPUT_UNREAD", "replace_LoRA_MLP", "replace_apply_lora_mlp_swiglu"]
+__all__ = [
+    "OUTPUT_NEEDED",
+    "OUTPUT_UNREAD",
+    "output_if_needed",
+    "replace_LoRA_MLP",
+    "replace_apply_lora_mlp_swiglu",
+]
 
 # Attribute of an MLP module: True while a block runs whose output nobody reads.
 OUTPUT_UNREAD = "_unsloth_output_unread"
+# The same for compiled code: a bool tensor of no dimensions on the CPU, False while nobody reads.
+OUTPUT_NEEDED = "_unsloth_output_needed"
 
 # Set when the patch is applied. Globals, because Dynamo traces what reads them.
 _fast_lora: Any = None  # unsloth.kernels.fast_lora
 function: Any = None  # LoRA_MLP with _forward; lora_functions.py puts its own in front of it
+
+
+# ------------------------------------------------------- the output, or nothing, in a graph
+
+
+def _down_(
+    out: torch.Tensor,
+    h: torch.Tensor,
+    W: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    S: float,
+) -> None:
+    """out = h W^T + S (h A^T) B^T, in the order of ``matmul_lora``."""
+    torch.mm(h, W.t(), out = out)
+    out.addmm_(h @ A.t(), B.t(), alpha = S)
+
+
+down_: Callable = _down_  # lora_functions.py puts its own order in its place
+
+
+def _output_if_needed_(
+    out: torch.Tensor,
+    e: torch.Tensor,
+    g: torch.Tensor,
+    needed: torch.Tensor,
+    W: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    S: float,
+) -> None:
+    """Operator unsloth::swiglu_down_: down(silu(e) * g) into out; nothing unless ``needed``."""
+    if needed.item():
+        down_(out, _fast_lora.swiglu_fg_kernel(e.unsqueeze(0), g.unsqueeze(0))[0], W, A, B, S)
+
+
+_library: Any = None  # a Library takes its operators with it when it is collected
+
+
+def _register() -> None:
+    # torch.library.Library: in a compiled block a call of a custom_op costs the host 20 us.
+    global _library
+    _library = torch.library.Library("unsloth", "FRAGMENT")
+    schema = torch.library.infer_schema(_output_if_needed_, mutates_args = ("out",))
+    _library.define("swiglu_down_" + schema)
+    _library.impl("swiglu_down_", _output_if_needed_, "CompositeExplicitAutograd")
+    torch.library.register_fake("unsloth::swiglu_down_", lambda *_: None, lib = _library)
+
+
+_register()
+
+
+def output_if_needed(
+    e: torch.Tensor,
+    g: torch.Tensor,
+    needed: torch.Tensor,
+    W: Any,
+    W_quant: Any,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    S: float,
+) -> torch.Tensor:
+    """(rows, H): the SwiGLU MLP's output from e = gate(X) and g = up(X), (rows, N) both.
+
+    needed: as OUTPUT_NEEDED; where it is False when the graph runs, nothing is computed and the
+    result holds whatever its memory held. W: (H, N), or 4-bit with its quant state; A: (r, N); B:
+    (H, r); S: LoRA's scale.
+    """
+    dtype, rows = e.dtype, (e.shape[0], B.shape[0])
+    W = _fast_lora.fast_dequantize(W, W_quant, use_global_buffer = True, dtype = dtype)
+    out = e.new_empty(rows)
+    torch.ops.unsloth.swiglu_down_(out, e, g, needed, W, A.to(dtype), B.to(dtype), S)
+    return out
+
+
+# ------------------------------------------------------------------------------ the Function
 
 
 def _forward(
@@ -47,9 +134,13 @@ def _forward(
     activation: Callable,
     activation_backward: Callable,
     inplace: bool = True,
-    *no_dropout_no_biases: None,
+    needed: Optional[torch.Tensor] = None,
+    *no_biases: None,
 ) -> torch.Tensor:
-    """Saves what LoRA_MLP.backward reads; returns zeros shaped as the output, of one element."""
+    """Saves what LoRA_MLP.backward reads; returns zeros shaped as the output, of one element.
+
+    With ``needed``, which stands where LoRA_MLP takes its dropout: what output_if_needed returns.
+    """
     e = _fast_lora.matmul_lora(X, gateW, gateW_quant, gateA, gateB, gateS)
     g = _fast_lora.matmul_lora(X, upW, upW_quant, upA, upB, upS)
     ctx.custom_saved_tensors = (
@@ -70,7 +161,11 @@ def _forward(
         not _fast_lora._rms_layernorm._SAVE_OUTPUT or _fast_lora._may_overwrite_input(X)
     )
     ctx.dropout_p, ctx.biases, ctx.global_buffer = (0.0, 0.0, 0.0), (False, False, False), True
-    return X.new_zeros(()).expand(*X.shape[:-1], downB.shape[0])
+    shape = (*X.shape[:-1], downB.shape[0])
+    if needed is None:
+        return X.new_zeros(()).expand(shape)
+    e, g = e.view(-1, e.shape[-1]), g.view(-1, g.shape[-1])
+    return output_if_needed(e, g, needed, downW, downW_quant, downA, downB, downS).view(shape)
 
 
 def replace_LoRA_MLP(stock: type) -> type:
@@ -109,14 +204,17 @@ def replace_apply_lora_mlp_swiglu(stock: Callable) -> Callable:
         inplace = True,
     ):
         # Grad mode first: without it nothing is recomputed, and no graph guards on the flag.
-        if not torch.is_grad_enabled() or not self.__dict__.get(OUTPUT_UNREAD, False):
+        if not torch.is_grad_enabled():
+            return stock(self, X, inplace)
+        needed = self.__dict__.get(OUTPUT_NEEDED) if torch.compiler.is_compiling() else None
+        if needed is None and not self.__dict__.get(OUTPUT_UNREAD, False):
             return stock(self, X, inplace)
         projections = (self.gate_proj, self.up_proj, self.down_proj)
         if not _is_plain(projections, X):
             return stock(self, X, inplace)
         arguments = [p for proj in projections for p in _fast_lora.get_lora_parameters(proj)]
         arguments += [_fast_lora.swiglu_fg_kernel, _fast_lora.swiglu_DWf_DW_dfg_kernel, inplace]
-        arguments += [None] * 4  # dropout and biases: LoRA_MLP.backward has a gradient for each
+        arguments += [needed, None, None, None]  # LoRA_MLP's dropout and biases
         return _fast_lora._apply(function, X, *arguments)
 
     return apply_lora_mlp_swiglu

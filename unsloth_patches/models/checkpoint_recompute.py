@@ -6,53 +6,32 @@ Reentrant gradient checkpointing runs a block twice: without grad for its output
 backward pass with grad for what the block saves. The second output is handed to
 ``torch.autograd.backward``, which reads its graph and never its values. In a Llama block the MLP's
 output only enters the last residual addition, which saves nothing, so the MLP may leave it out
-(``kernels/lora_mlp_unread.py``).
+(``kernels/lora_mlp_unread.py``). A compiled block takes one graph for both runs
+(``checkpoint_one_graph.py``), to which the MLP tells it by a tensor.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable
 
 import torch
 import torch.utils.checkpoint
 from torch.nn.modules import module as torch_module
 
-from ..kernels.lora_mlp_unread import OUTPUT_UNREAD
+from ..kernels.lora_mlp_unread import OUTPUT_NEEDED, OUTPUT_UNREAD
+from .checkpoint_one_graph import compiling_once, one_graph_wanted, runs_without_grad
 
 __all__ = ["output_unread", "replace_LlamaDecoderLayer_fast_forward", "replace_wrap"]
 
 _MARKS = "_unsloth_marks_unread_output"
 
 
-@functools.lru_cache(maxsize = 64)
-def _runs_without_grad(checkpoint: Callable) -> bool:
-    """True if ``checkpoint(function, x)`` is reentrant: it runs function without grad at first, and
-    with grad in the recompute only. Asked of the function itself, for a layer may hold Unsloth's,
-    torch's (reentrant or not, by an argument or by default) or a partial of either."""
-    seen = []
-
-    def function(x: torch.Tensor) -> torch.Tensor:
-        seen.append(torch.is_grad_enabled())
-        return x
-
-    def ask() -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            checkpoint(function, torch.zeros(()))  # wants no grad: nothing is saved or offloaded
-
-    # In a thread: grad mode and hooks are as by default there, whatever this is called inside of.
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(ask).result()
-    return seen == [False]
-
-
 def _reentrant(layer: torch.nn.Module) -> bool:
     try:
         checkpoint = layer._gradient_checkpointing_func
-        return _tells_of_its_recompute(checkpoint) and _runs_without_grad(checkpoint)
+        return _tells_of_its_recompute(checkpoint) and runs_without_grad(checkpoint)
     except Exception:  # unhashable, or it wants other arguments: unknown, so nothing is left out
         return False
 
@@ -123,17 +102,44 @@ def replace_LlamaDecoderLayer_fast_forward(stock: Callable) -> Callable:
     return _marking(stock)
 
 
-def replace_wrap(stock: Callable) -> Callable:
-    """Block compile of a class: the compiled forward runs inside the marking too.
+def _telling_the_graph(forward: Callable) -> Callable:
+    """``forward`` of a compiled block, with its MLP's OUTPUT_NEEDED False where nobody reads it.
 
-    The mark is made outside the graph, where the checkpoint's thread-local state can be read.
+    The tensor stays and is True at all other times, so that no graph has to guard on it.
+    """
+
+    @functools.wraps(forward)
+    def told(self, hidden_states, *args, **kwargs):
+        if torch.compiler.is_compiling() or not self.training:
+            return forward(self, hidden_states, *args, **kwargs)
+        needed = self.mlp.__dict__.get(OUTPUT_NEEDED)
+        if needed is None:
+            needed = self.mlp.__dict__[OUTPUT_NEEDED] = torch.tensor(True, device = "cpu")
+        if not torch.is_grad_enabled() or not output_unread(self):
+            return forward(self, hidden_states, *args, **kwargs)
+        needed.fill_(False)
+        try:
+            return forward(self, hidden_states, *args, **kwargs)
+        finally:
+            needed.fill_(True)
+
+    return told
+
+
+def replace_wrap(stock: Callable) -> Callable:
+    """Block compile of a class: one graph for both runs of a checkpoint, and its MLP told in which
+    of them it is. That is done outside the graph, where the checkpoint's thread-local state can be
+    read. Blocks with CUDA graphs keep a graph for each run.
     """
 
     @functools.wraps(stock)
-    def _wrap(cls: type, *args: Any, **kwargs: Any) -> Any:
-        result = stock(cls, *args, **kwargs)
-        if getattr(cls.forward, _MARKS, False):
-            cls.forward = _marking(cls.forward)
+    def _wrap(cls: type, compile_options: Any, *args: Any, **kwargs: Any) -> Any:
+        marks = getattr(cls.forward, _MARKS, False)
+        once = one_graph_wanted(compile_options)
+        with compiling_once() if once else contextlib.nullcontext():
+            result = stock(cls, compile_options, *args, **kwargs)
+        if marks:
+            cls.forward = (_telling_the_graph if once else _marking)(cls.forward)
         return result
 
     return _wrap

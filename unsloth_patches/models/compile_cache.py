@@ -5,7 +5,8 @@
 ``UNSLOTH_COMPILE_CACHE_DIR=folder`` loads it when a model is set up for LoRA training, before
 anything compiles, and saves at the end of training and of the process. ``load_compile_cache`` and
 ``save_compile_cache`` do the same by hand. The contents are those of
-``torch.compiler.save_cache_artifacts``: graphs, kernels and their tuning. They let a new machine
+``torch.compiler.save_cache_artifacts``, graphs, kernels and their tuning, and the kernels that
+Triton compiled by itself since the cache was loaded (``compile_cache_triton.py``). They let a new machine
 with the same software and the same GPU model start warm; on one machine PyTorch's own temporary
 folder does so too while it lasts.
 
@@ -24,6 +25,7 @@ from typing import Any, Callable, Dict, FrozenSet, Optional, Union
 
 import torch
 
+from . import compile_cache_triton
 from .compile_cache_files import CompileCacheError, check_folder, read_caches, write_cache
 
 __all__ = [
@@ -66,20 +68,22 @@ def load_compile_cache(folder: Folder) -> int:
     if folder.exists() and not folder.is_dir():
         raise CompileCacheError(f"compile cache {str(folder)!r} is no folder; give a folder.")
     began = time.perf_counter()
+    triton_watched = compile_cache_triton.watch()
     loaded: FrozenSet[str] = frozenset()
     size = 0
-    for path, data in read_caches(folder, _say):
+    for path, artifacts, kernels in read_caches(folder, _say):
         try:
-            info = torch.compiler.load_cache_artifacts(data)
+            info = torch.compiler.load_cache_artifacts(artifacts)
+            if info is None:
+                raise ValueError("PyTorch cannot read it")
+            loaded |= _names(info)
+            if triton_watched:
+                loaded |= compile_cache_triton.unpack(kernels)
         except Exception as error:
-            info, reason = None, f"{type(error).__name__}: {error}"
-        else:
-            reason = "PyTorch cannot read it"
-        if info is None:
-            _say(f"compile cache {path} is ignored: {reason}.")
+            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+            _say(f"compile cache {path} is ignored: {kind}{error}.")
             continue
-        loaded |= _names(info)
-        size += len(data)
+        size += len(artifacts) + len(kernels)
     _held[folder.resolve()] = _held.get(folder.resolve(), frozenset()) | loaded
     if loaded:
         seconds = time.perf_counter() - began
@@ -92,7 +96,7 @@ def load_compile_cache(folder: Folder) -> int:
 
 def save_compile_cache(folder: Folder) -> Optional[Path]:
     """Save what torch.compile made or used in this process to ``folder``, for
-    ``load_compile_cache``.
+    ``load_compile_cache``; Triton's own kernels only since that was called.
 
     The folder is made if it is missing, for its owner alone. The file appears whole or not at all;
     files of this environment that hold nothing more are removed. Returns its path, or None if there
@@ -105,11 +109,11 @@ def save_compile_cache(folder: Folder) -> Optional[Path]:
     if made is None:
         return None
     data, info = made
-    names = _names(info)
+    names = _names(info) | compile_cache_triton.used()
     home = folder.resolve()
     if names <= _held.get(home, frozenset()):
         return None
-    path = write_cache(folder, data, names)
+    path = write_cache(folder, data, compile_cache_triton.pack(), names)
     _held[home] = _held.get(home, frozenset()) | names
     return path
 

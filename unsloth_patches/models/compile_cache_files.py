@@ -3,7 +3,7 @@
 """The files of a compile cache: whole or absent, of one environment, from nobody else.
 
 ``<environment>-<content>.compiled``: a line of JSON with the environment, the artifacts' names,
-length and SHA-256 of what follows, then torch's artifacts. The checksum finds damage; it is no
+lengths and SHA-256 of what follows, then torch's artifacts and Triton's kernels. The checksum finds damage; it is no
 signature. Who may write to a file decides whether it is read at all.
 """
 
@@ -25,7 +25,7 @@ import torch
 __all__ = ["CompileCacheError", "check_folder", "environment", "read_caches", "write_cache"]
 
 SUFFIX = ".compiled"
-FORMAT = "unsloth compile cache 1"
+FORMAT = "unsloth compile cache 2"
 _PACKAGES = ("triton", "unsloth", "unsloth_zoo", "transformers", "peft", "bitsandbytes")
 
 
@@ -41,6 +41,7 @@ def environment() -> Dict[str, str]:
         "cuda": str(torch.version.cuda or torch.version.hip),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "libc": " ".join(platform.libc_ver()),
         "gpu": "none",
     }
     if torch.cuda.is_available():
@@ -86,8 +87,9 @@ def check_folder(folder: Path) -> None:
         raise CompileCacheError(f"compile cache folder {str(folder)!r} is refused: {reason}.")
 
 
-def read_caches(folder: Path, say: Callable[[str], None]) -> Iterator[Tuple[Path, bytes]]:
-    """(path, artifacts) of the files for this environment; says what it leaves out."""
+def read_caches(folder: Path, say: Callable[[str], None]) -> Iterator[Tuple[Path, bytes, bytes]]:
+    """(path, torch's artifacts, Triton's kernels) of the files for this environment; says what it
+    leaves out."""
     if not folder.is_dir():
         return
     reason = _distrust(folder.stat())
@@ -107,7 +109,8 @@ def read_caches(folder: Path, say: Callable[[str], None]) -> Iterator[Tuple[Path
         if header["environment"] != environment():
             foreign += 1
             continue
-        yield path, data
+        split = header["torch_bytes"]
+        yield path, data[:split], data[split:]
     if foreign:
         say(
             f"{foreign} of the compile caches in {folder} are of other versions or another GPU and "
@@ -116,7 +119,7 @@ def read_caches(folder: Path, say: Callable[[str], None]) -> Iterator[Tuple[Path
 
 
 def _read(path: Path) -> Tuple[Dict[str, Any], bytes]:
-    """(header, artifacts); ValueError with the reason if it is damaged or not to be trusted."""
+    """(header, what follows it); ValueError with the reason if it is damaged or not to be trusted."""
     # Not through a link, and not waiting for a pipe: what is checked is what is read.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with os.fdopen(os.open(path, flags | getattr(os, "O_BINARY", 0)), "rb") as file:
@@ -130,6 +133,7 @@ def _read(path: Path) -> Tuple[Dict[str, Any], bytes]:
         wanted = {"format": FORMAT, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         whole = {name: header.get(name) for name in wanted} == wanted
         whole = whole and isinstance(header["artifacts"], list) and "environment" in header
+        whole = whole and isinstance(header["torch_bytes"], int)
     except (ValueError, KeyError, AttributeError):
         whole = False
     if not whole:
@@ -137,16 +141,18 @@ def _read(path: Path) -> Tuple[Dict[str, Any], bytes]:
     return header, data
 
 
-def write_cache(folder: Path, data: bytes, artifacts: FrozenSet[str]) -> Path:
-    """Write ``data`` under its content's name, then remove this environment's files that hold no
-    more.
+def write_cache(folder: Path, torchs: bytes, tritons: bytes, artifacts: FrozenSet[str]) -> Path:
+    """Write torch's artifacts and Triton's kernels under their content's name, then remove this
+    environment's files that hold no more.
 
     Raises CompileCacheError if the disk does not take it.
     """
+    data = torchs + tritons
     digest = hashlib.sha256(data).hexdigest()
     header = {
         "format": FORMAT,
         "bytes": len(data),
+        "torch_bytes": len(torchs),
         "sha256": digest,
         "environment": environment(),
         "artifacts": sorted(artifacts),
