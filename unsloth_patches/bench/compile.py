@@ -4,8 +4,9 @@
 
 Eight layers of Llama-3.1-8B's shape with random weights, 4-bit, LoRA of rank 16, gradient
 checkpointing "unsloth", batch 4. Each run is a process of its own, measured in the order of RUNS;
-"patched" has all patches in, in strict mode. "cold" begins with empty caches; "saved" too, but for
-the cache that the run before it saved. Steps without compiling are taken at the end of stock's run.
+"patched" has all patches in, in strict mode; "two graphs" too, but for a block's one graph. "cold"
+begins with empty caches; "saved" too, but for the cache that an earlier run saved. Steps without
+compiling are taken at the end of stock's first run.
 """
 
 from __future__ import annotations
@@ -42,41 +43,51 @@ class Run(NamedTuple):
 RUNS = (
     Run("stock", "cold", uncompiled = True),
     Run("patched", "cold", cache = "save"),
+    Run("two graphs", "cold"),
+    Run("patched", "saved", cache = "load"),
+    # Again, for the first steps: processes of one kind differ by a quarter.
+    Run("stock", "cold"),
+    Run("patched", "cold"),
     Run("patched", "saved", cache = "load"),
 )
 ENVIRONMENTS: Dict[str, Dict[str, str]] = {
     "stock": {"UNSLOTH_PATCHES_DISABLE": "all"},
     "patched": {"UNSLOTH_PATCHES_FULLGRAPH": "strict"},
+    "two graphs": {"UNSLOTH_PATCHES_FULLGRAPH": "strict", "UNSLOTH_CHECKPOINT_ONE_GRAPH": "0"},
 }
 MEMORY = ("peak_mib", "above_weights_mib", "reserved_mib")
-COLORS = {"uncompiled": "baseline", "stock": "upstream", "patched": "ours"}
+COLORS = {
+    "uncompiled": "baseline",
+    "stock": "upstream",
+    "two graphs": "peer",
+    "patched": "ours",
+}
 
 
-def environment(chosen: Run, folder: Path) -> Dict[str, str]:
-    """This process's environment, with caches on disk that only this variant's runs share."""
-    caches = folder / ("caches-saved" if chosen.phase == "saved" else f"caches-{chosen.variant}")
-    (caches / "tmp").mkdir(parents = True, exist_ok = True)
+def environment(chosen: Run, home: Path) -> Dict[str, str]:
+    """This process's environment, with caches on disk of its own, empty."""
+    caches = home / "caches"
+    (caches / "tmp").mkdir(parents = True)
     return {
         **os.environ,
         # Unsloth removes TORCHINDUCTOR_CACHE_DIR; without it Inductor's folder is below TMPDIR.
         "TMPDIR": str(caches / "tmp"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
-        "UNSLOTH_COMPILE_LOCATION": str(folder / f"unsloth-{chosen.variant}-{chosen.phase}"),
+        "UNSLOTH_COMPILE_LOCATION": str(caches / "unsloth"),
         **ENVIRONMENTS[chosen.variant],
     }
 
 
 class Worker:
-    """A process of compile_worker. It loads its model at once, and measures when it is told to."""
+    """A process of compile_worker. It imports Unsloth at once; it loads and measures when told to."""
 
-    def __init__(self, chosen: Run, folder: Path):
+    def __init__(self, number: int, chosen: Run, folder: Path):
         self.name = f"{chosen.variant}, {chosen.phase}"
-        self._home = folder / f"run-{chosen.variant}-{chosen.phase}"
+        self._home = folder / f"run-{number}"
         self._home.mkdir()
         job = {
             **chosen._asdict(),
             "checkpoint": str(folder / "model"),
-            "made": str(folder / "made"),
             "batch": MODELS["llama-8b-8-layers"].batch,
             "length": FIRST_LENGTH,
             "lengths": LENGTHS,
@@ -92,17 +103,17 @@ class Worker:
         with (self._home / "log.txt").open("w", encoding = "utf-8") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, str(described), str(self._result)],
-                env = environment(chosen, folder),
+                env = environment(chosen, self._home),
                 stdout = log,
                 stderr = subprocess.STDOUT,
             )
 
     def wait_until_ready(self) -> None:
-        """Until its model is loaded. Raises RuntimeError if it ends before, or takes too long."""
+        """Until it has imported. Raises RuntimeError if it ends before, or takes too long."""
         end = time.monotonic() + LIMIT_S
         while not (self._home / "ready").exists():
             if self._process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(self._failure("did not load its model"))
+                raise RuntimeError(self._failure("did not import Unsloth"))
             time.sleep(0.2)
 
     def measure(self) -> dict:
@@ -130,16 +141,15 @@ class Worker:
 def measure(runs) -> Iterator[dict]:
     """What every run in turn saw; one that fails is reported and left out.
 
-    All processes load their models first, side by side, and then measure one after the other, so
-    that the minutes of importing are spent once and nothing else runs while one measures.
+    All processes import Unsloth first, side by side, and then load and measure one after the other,
+    so that the minutes of importing are spent once and nothing else runs while one measures.
     """
     model = MODELS["llama-8b-8-layers"]
     with tempfile.TemporaryDirectory(prefix = "bench-compile-", dir = fast_folder()) as scratch:
         folder, workers = Path(scratch), []
         try:
-            workers += [Worker(chosen, folder) for chosen in runs]
+            workers += [Worker(number, chosen, folder) for number, chosen in enumerate(runs)]
             make_checkpoint(folder / "model", model.shape, model.layers, model.tied)
-            (folder / "made").touch()
             _free_gpu()
             ready = [worker for worker in workers if _is_ready(worker)]
             for worker in ready:
@@ -195,13 +205,14 @@ def run(out: Path, quick: bool = False) -> int:
     ``compile_attention_<gpu>.json``.
 
     Without a GPU: graphs, breaks and recompilations of a toy block, traced with aot_eager.
-    quick: one cold run of each variant, no attention.
+    quick: one cold run of stock and of the patches, no attention.
     """
     import torch
 
     if not torch.cuda.is_available():
         return on_cpu(Path(out))
-    chosen = [r._replace(cache = "") for r in RUNS if r.phase == "cold"] if quick else RUNS
+    chosen = [run._replace(cache = "") for run in RUNS[:2]] if quick else RUNS
+    compared = quick or attention(Path(out))
     path = Path(out) / f"compile_{slug()}.json"
     payload = {"title": MODELS["llama-8b-8-layers"].title, "complete": False, "runs": []}
     for seen in measure(chosen):
@@ -214,7 +225,6 @@ def run(out: Path, quick: bool = False) -> int:
             plot(payload, path.with_suffix(".png"))
         except ImportError:
             print("bench compile: no matplotlib here; the figures are in the JSON file.")
-    compared = quick or attention(Path(out))
     return DONE if compared and payload["complete"] else FAILED
 
 
@@ -264,10 +274,10 @@ def plot(payload: dict, path: Path) -> None:
     for variant in variants:
         found = [at(payload, variant, n) for n in lengths]
         medians[variant] = [harness.quantile(sum((f["ms"] for f in fs), []), 0.5) for fs in found]
-        peaks[variant] = [max(f.get("peak_mib", 0.0) for f in fs) for fs in found]
+        peaks[variant] = [max(f.get("peak_mib", 0.0) for f in fs) / 1024 for fs in found]
     with harness.plot_style() as plt:
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize = (12, 3.4))
-        names = [f"{r['variant']}\n{r['phase']}" for r in payload["runs"]]
+        figure, (left, middle, right) = plt.subplots(1, 3, figsize = (13, 3.4))
+        names = [f"{r['variant']}, {r['phase']}".replace(" ", "\n") for r in payload["runs"]]
         two = [r["seconds"]["first_step"] + r["seconds"]["second_step"] for r in payload["runs"]]
         colors = [harness.COLORS[COLORS[r["variant"]]] for r in payload["runs"]]
         bars = left.bar(range(len(names)), two, color = colors)
@@ -276,7 +286,7 @@ def plot(payload: dict, path: Path) -> None:
         left.set_title("First two steps, seconds, by caches found")
         harness.grouped_bars(middle, lengths, medians, "ms", COLORS, "{:.0f}")
         middle.set_title("Step time by length, batch 4")
-        harness.grouped_bars(right, lengths, peaks, "MiB", COLORS, "{:.0f}")
+        harness.grouped_bars(right, lengths, peaks, "GiB", COLORS, "{:.1f}")
         right.set_title("Peak memory by length")
         figure.savefig(path)
 

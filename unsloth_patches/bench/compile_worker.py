@@ -98,6 +98,14 @@ def found_in_caches() -> Dict[str, int]:
     }
 
 
+def stages() -> Dict[str, float]:
+    """PyTorch's own account of its seconds in the compiler: each stage holds those inside it."""
+    from torch._dynamo.utils import compilation_time_metrics
+
+    found = {name: sum(seconds) for name, seconds in compilation_time_metrics.items()}
+    return {name: round(seconds, 2) for name, seconds in found.items() if seconds >= 0.1}
+
+
 def _use_cache(folder: str, action: str) -> float:
     """Seconds that loading or saving the compile cache took."""
     from unsloth.models import compile_cache
@@ -129,19 +137,19 @@ def run(job: dict) -> dict:
     gpu, seconds = Gpu(), {"import": time.perf_counter() - begin}
     events = CompileEvents()
     events.start()
-    _wait_for(job["made"])
+    Path(job["ready"]).touch()
+    _wait_for(job["go"])  # only one process loads and measures at a time
     loading = time.perf_counter()
     # The step with the longest sequence must not outgrow what the model was made for.
     model, _ = load({**job, "length": max(job["lengths"])})
     model.train()
     seconds["load"] = time.perf_counter() - loading
-    Path(job["ready"]).touch()
-    _wait_for(job["go"])  # only one process measures at a time
-    if job["cache"] == "load":
+    if job["cache"]:  # to save, too: what Triton compiles is noted from here on
         seconds["load_cache"] = _use_cache(job["cache_folder"], "load")
     steps = Steps(model, job, gpu)
     first = [steps(job["length"]) for _ in range(3)]
     seconds["first_step"], seconds["second_step"] = first[0]["seconds"], first[1]["seconds"]
+    in_compiler = stages()
     lengths = {n: at_length(steps, n, gpu, job["rounds"]) for n in job["lengths"]}
     events.stop()
     if job["cache"] == "save":
@@ -155,6 +163,7 @@ def run(job: dict) -> dict:
         "phase": job["phase"],
         "seconds": seconds,
         "losses": [entry["loss"] for entry in first],
+        "stages": in_compiler,
         "caches": found_in_caches(),
         "all_lengths": told(events),
         "lengths": lengths,
