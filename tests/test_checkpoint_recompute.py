@@ -159,11 +159,11 @@ def same_bits(a, b):
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
 
 
-def without_checkpoint(blocks, counting = True):
+def without_checkpoint(blocks, **options):
     """The same step with every activation kept: what a recompute has to reproduce."""
     for block in blocks:
         block.gradient_checkpointing = False
-    result, _ = train_step(blocks, counting = counting)
+    result, _ = train_step(blocks, **options)
     for block in blocks:
         block.gradient_checkpointing = True
     return result
@@ -418,6 +418,29 @@ def test_a_compiled_block_has_one_graph(llama, fast_lora, checkpointing, traced)
             torch.testing.assert_close(result, reference)
 
 
+def test_rows_and_lengths_that_change(llama, fast_lora, checkpointing, traced):
+    """One graph for a batch of one row and one for more, whatever the lengths."""
+    blocks = make_blocks(llama, fast_lora, checkpointing.unsloth_gradient_checkpoint)
+    with compiled(blocks) as counters:
+        for rows in ((4, 10), (3, 17), (1, 7), (2, 5), (1, 23), (4, 31), (1, 10)):
+            result, _ = train_step(blocks, rows = rows, counting = False)
+            expected = without_checkpoint(blocks, rows = rows)
+            for value, reference in zip(result, expected):
+                torch.testing.assert_close(value, reference)
+        assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 2
+
+
+def test_sizes_marked_as_dynamic_stay_marked(llama):
+    """The mark is on the tensor object that block compile was given, not on what is run instead: a
+    graph compiled in a first run was of one length."""
+    one_graph = importlib.import_module("unsloth.models.checkpoint_one_graph")
+    marked = torch.randn(2, 5, HIDDEN, device = DEVICE, requires_grad = True) * 1
+    torch._dynamo.mark_dynamic(marked, 1)
+    leaf = one_graph._leaf_of(marked)
+    assert leaf._dynamo_dynamic_indices == {1}
+    assert leaf.is_leaf and leaf.requires_grad and torch.equal(leaf, marked)
+
+
 def test_a_compiled_block_whose_output_is_looked_at(llama, fast_lora, checkpointing, traced):
     """The same graph computes all of it: for a hook, and outside a checkpoint."""
     blocks = make_blocks(llama, fast_lora, checkpointing.unsloth_gradient_checkpoint, count = 1)
@@ -511,7 +534,7 @@ def test_needed_is_true_outside_a_recompute(llama, fast_lora, checkpointing, tra
 def test_swiglu_down_operator(llama, fast_lora, dtype):
     """As the eager MLP's last product, from any weights; nothing is written where it is not needed;
     schema, fake and functionalization hold (opcheck)."""
-    unread = importlib.import_module("unsloth.kernels.lora_mlp_unread")
+    importlib.import_module("unsloth.kernels.lora_mlp_unread")  # the operator's home
     torch.manual_seed(0)
     for rows, width, hidden, rank in ((1, 1, 1, 1), (7, 33, 10, 3), (64, 48, 96, 16)):
         make = functools.partial(torch.randn, device = DEVICE, dtype = dtype)

@@ -563,7 +563,8 @@ def test_forty_steps_with_an_evaluation_need_few_graphs(
 ):
     """Batches of 1 to 4 rows, 5 to 200 tokens, four LoRA scales, an evaluation after step 20.
 
-    One graph for one row and one for more, twice that under checkpointing (with and without grad).
+    One graph for one row and one for more; twice that under checkpointing where a block has a graph
+    for each of its two runs.
     Packed, every batch is one row, with position ids. Qwen2's q, k and v, which have biases, run
     PEFT's forward: the first scale's graph comes on top.
     """
@@ -576,7 +577,8 @@ def test_forty_steps_with_an_evaluation_need_few_graphs(
         backend = backend,
         alpha_pattern = SCALES,
     )
-    most = (2 if family == "qwen2" else 1) * (2 if checkpointing else 1) * (1 if packing else 2)
+    runs = 2 if checkpointing and not _one_graph_for_both_runs() else 1
+    most = (2 if family == "qwen2" else 1) * runs * (1 if packing else 2)
     make = torch.Generator().manual_seed(0)
     for index in range(40):
         rows = 1 + (index + 1) % 4
@@ -593,6 +595,14 @@ def test_forty_steps_with_an_evaluation_need_few_graphs(
         if index in (0, 9) and DEVICE == "cpu":
             assert torch.equal(loss, eager(model, rows, length, index, documents)[0])
     assert all(x.__dict__["_unsloth_block_mode"] == 1 for x in _layers(model)), "demoted"
+
+
+def _one_graph_for_both_runs():
+    try:
+        from unsloth.models import checkpoint_one_graph  # noqa: F401
+    except ImportError:  # that patch is not in
+        return False
+    return True
 
 
 def test_disabled_adapters_add_one_graph_a_kind(build):

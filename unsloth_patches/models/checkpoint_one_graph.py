@@ -88,6 +88,16 @@ def _is_first_run(layer: torch.nn.Module, hidden_states: torch.Tensor) -> bool:
     )
 
 
+def _leaf_of(hidden_states: torch.Tensor) -> torch.Tensor:
+    """A leaf that wants grad, as in the second run: the graph is guarded on that. Block compile has
+    marked sizes as dynamic, on the tensor object."""
+    leaf = hidden_states.detach().requires_grad_()
+    for name, mark in vars(hidden_states).items():
+        if name.startswith("_dynamo_"):
+            setattr(leaf, name, mark)
+    return leaf
+
+
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, torch.Tensor) else value
 
@@ -98,8 +108,7 @@ def _first_run_with_grad(compiled: Callable) -> Callable:
         if not _is_first_run(self, hidden_states):
             return compiled(self, hidden_states, *args, **kwargs)
         with torch.enable_grad():
-            # A leaf, as in the second run: the graph is guarded on that.
-            out = compiled(self, hidden_states.detach().requires_grad_(), *args, **kwargs)
+            out = compiled(self, _leaf_of(hidden_states), *args, **kwargs)
         return pytree.tree_map(_detached, out)
 
     return run
