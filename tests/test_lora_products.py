@@ -345,6 +345,40 @@ def test_fullgraph(fast_lora, kind):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("rank", (3, 8))
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_show_no_product_that_padding_could_change(fast_lora, kind, rank):
+    """Inductor guards on the number of rows where it considers to pad a product: one whose width is
+    no multiple of 8. Of other ranks it sees the products, and may fuse."""
+    if not fast_lora.TRACE_LORA_FUNCTIONS:
+        pytest.skip("this torch does not trace fused LoRA")
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    widths = []
+
+    def seen(graph, example_inputs):
+        for node in graph.graph.nodes:
+            if node.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                widths.append(node.meta["val"].shape[-1])
+        return make_boxed_func(graph.forward)
+
+    projections = make_projections(kind, torch.float32, ranks = (rank,) * 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: call(fast_lora, kind, x, projections),
+        backend = aot_autograd(fw_compiler = seen, bw_compiler = seen),
+        fullgraph = True,
+        dynamic = True,
+    )
+    X = make_X(torch.float32)
+    result = backward(compiled, X, projections)
+    assert all(width % 8 == 0 for width in widths) and bool(widths) == (rank == 8)
+    eager = backward(lambda x: call(fast_lora, kind, x, projections), X, projections)
+    torch.testing.assert_close(result, eager, rtol = 1e-4, atol = 1e-4)
+    torch._dynamo.reset()
+
+
 def test_non_reentrant_checkpoint(fast_lora):
     """torch's own checkpoint unpacks what was saved once only."""
     from torch.utils import checkpoint

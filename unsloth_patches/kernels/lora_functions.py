@@ -19,6 +19,7 @@ from .lora_products import (
     gradient_A,
     gradient_B,
     gradients,
+    narrow,
     project,
     project_back,
     split_ranks,
@@ -68,7 +69,7 @@ def _parallel_forward(ctx: Any, X: torch.Tensor, inplace: bool, *arguments: Any)
     """X (batch, length, K) -> Y (batch, length, N) of each projection of X."""
     projections = _projections(arguments)
     x = _rows(X)
-    XA = x @ stacked_A(projections, X.dtype).t()
+    XA = narrow(x, stacked_A(projections, X.dtype).t())
     _save(ctx, projections, X, XA)
     ctx.inplace = inplace
     return tuple(
@@ -100,7 +101,7 @@ def _mlp_forward(
     """
     gate, up, down = projections = _projections(arguments)
     x = _rows(X)
-    XA = x @ stacked_A((gate, up), X.dtype).t()
+    XA = narrow(x, stacked_A((gate, up), X.dtype).t())
     gate_XA, up_XA = split_ranks(XA, (gate, up), 1)
     e, g = project(x, gate_XA, gate), project(x, up_XA, up)
     _save(ctx, projections, X, XA, e, g)
@@ -111,7 +112,7 @@ def _mlp_forward(
     if needed is not True:
         return lora_mlp_unread.output_if_needed(e, g, needed, *down).view(batch, length, -1)
     h = _rows(activation(e.view(batch, length, -1), g.view(batch, length, -1)))
-    return project(h, h @ down.A.to(X.dtype).t(), down).view(batch, length, -1)
+    return project(h, narrow(h, down.A.to(X.dtype).t()), down).view(batch, length, -1)
 
 
 def _down_(
@@ -128,10 +129,11 @@ def _down_(
 def _mlp_backward(ctx: Any, dY: torch.Tensor) -> Tuple[Any, ...]:
     (X, XA, e, g), (gate, up, down) = _saved(ctx)
     dY, x, dtype = _rows(dY), _rows(X), X.dtype
-    dYB = dY @ down.B.to(dtype)
+    dYB = narrow(dY, down.B.to(dtype))
     # The activation's backward gives h again, so nothing of width N was kept for it.
     h, df, de = ctx.activation_backward(project_back(dY, dYB, down), e, g)
-    d_down = gradient_A(dYB, h, down.S), gradient_B(dY, h @ down.A.to(dtype).t(), down.S)
+    hA = narrow(h, down.A.to(dtype).t())
+    d_down = gradient_A(dYB, h, down.S), gradient_B(dY, hA, down.S)
     dX = _buffer_for_dX(x, ctx.inplace)
     found = gradients([de, df], x, XA, (gate, up), dX)
     return (dX.view(X.shape), None, None, None, None, *_per_argument([*found, *d_down]))

@@ -21,7 +21,7 @@ from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
-__all__ = ["Projection", "project", "project_back", "stacked_A"]
+__all__ = ["Projection", "narrow", "project", "project_back", "stacked_A"]
 
 fast_lora: Any = None  # unsloth.kernels.fast_lora, set by lora_functions; a global for Dynamo
 
@@ -87,6 +87,18 @@ def _into(
     return out
 
 
+def narrow(X: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """X b, (M, r), of X (M, K) and b (K, r), r being a rank or a sum of ranks.
+
+    Traced, a width that is no multiple of 8 is kept from Inductor: it asks of such a product whether
+    padding pays, compares M with K for that, and guards on the answer. Batches of other lengths
+    then got a graph for each range of M between the layer's widths.
+    """
+    if b.shape[1] % 8 == 0 or not torch.compiler.is_compiling():
+        return X @ b
+    return _into(X.new_empty(X.shape[0], b.shape[1]), X, b, 1.0, 0.0)
+
+
 def _base(W: torch.Tensor, W_quant: Any, dtype: torch.dtype) -> torch.Tensor:
     """W^T, dequantized into the buffer that all forward products share."""
     return fast_lora.fast_dequantize(W, W_quant, use_global_buffer = True, dtype = dtype).t()
@@ -150,7 +162,7 @@ def gradients(
     dYs: (M, N) of each. XA: (M, sum of ranks). dX: (M, K), holds anything, and may be X itself.
     """
     dtype = X.dtype
-    dYB = torch.cat([dY @ p.B.to(dtype) for dY, p in zip(dYs, projections)], 1)
+    dYB = torch.cat([narrow(dY, p.B.to(dtype)) for dY, p in zip(dYs, projections)], 1)
     A = stacked_A(projections, dtype)
     groups = _scale_groups(projections)
     dAs = [gradient_A(dYB[:, start:end], X, S) for start, end, S in groups]
