@@ -9,8 +9,8 @@ python=.venv/bin/python
 # Two threads of torch on a shared machine cost more than they bring at the sizes of these tests.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
 summaries=()
 failed=()
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
@@ -20,10 +20,10 @@ run() {
   local name=$1 code started=$SECONDS
   shift
   say "$name"
-  "$@" 2>&1 | tee "$log"
+  "$@" 2>&1 | tee "$logs/shown"
   code=${PIPESTATUS[0]}
   while IFS= read -r line; do summaries+=("$line"); done < <(
-    sed -E 's/\x1b\[[0-9;]*m//g; s/^=+ //; s/ =+$//' "$log" |
+    sed -E 's/\x1b\[[0-9;]*m//g; s/^=+ //; s/ =+$//' "$logs/shown" |
       grep -E '^((import|fork|stock) / [a-z]+: )?[0-9]+ (passed|failed|skipped|errors?|deselected|xfailed).* in [0-9.]+s' |
       { if [ "$name" = "own tests" ]; then sed 's/^/own tests: /'; else grep -E '^(import|fork|stock) / '; fi; }
   )
@@ -31,11 +31,26 @@ run() {
   echo "$name: $((SECONDS - started)) s"
 }
 
-run "own tests" "$python" -m pytest tests/unsloth_patches -q --color=no
-for form in stock fork import; do
-  run "form: $form" "$python" scripts/patches.py test --form "$form"
-done
+# beside NAME COMMAND...: start it and go on; the next `catch_up` shows its output from the beginning.
+beside() {
+  name_beside=$1
+  shift
+  say "$name_beside: started, shown below"
+  "$@" > "$logs/beside" 2>&1 &
+  pid_beside=$!
+}
+catch_up() {
+  run "$name_beside" tail --pid="$pid_beside" -f -n +1 "$logs/beside"
+  wait "$pid_beside" || failed+=("$name_beside (exit code $?)")
+}
 
+# Two at a time: each is one process after another, on one core.
+beside "form: stock" "$python" scripts/patches.py test --form stock
+run "own tests" "$python" -m pytest tests/unsloth_patches -q --color=no
+catch_up
+beside "form: fork" "$python" scripts/patches.py test --form fork
+run "form: import" "$python" scripts/patches.py test --form import
+catch_up
 run "rebase on the other supported releases" "$python" scripts/patches.py rebase
 
 say "summary after $SECONDS s"
