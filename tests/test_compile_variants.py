@@ -417,7 +417,7 @@ def test_a_scale_that_is_no_power_of_two_is_as_exact_as_eager(build):
     patterns = {rf".*layers\.{layer}\..*": RANK * (1.3 + layer / 7) for layer in range(LAYERS)}
     model = build(alpha_pattern = patterns)
     off, eager_off = [0.0, 0.0], [0.0, 0.0]  # of the loss and of the gradients
-    for seed in range(12):
+    for seed in range(48):
         ours = step(model, 2, 24, seed)
         assert graphs() == 1
         reference = eager(model, 2, 24, seed)
@@ -425,9 +425,9 @@ def test_a_scale_that_is_no_power_of_two_is_as_exact_as_eager(build):
         for kind, of in enumerate((lambda found: [found[0]], lambda found: found[1])):
             off[kind] += sum(_distance(a, c) for a, c in zip(of(ours), of(exact)))
             eager_off[kind] += sum(_distance(b, c) for b, c in zip(of(reference), of(exact)))
-    # The gradients are thousands of samples of the error. The losses are twelve, whose sum scatters
-    # by a fifth of itself: twice the other's is as far apart as chance puts them.
-    assert off[0] <= 2 * eager_off[0] and off[1] <= 1.05 * eager_off[1], (off, eager_off)
+    # The gradients are thousands of samples of the error. The losses are 48, and the ratio of two
+    # such sums scatters by 0.16 (over 200 seeds it is 1.10, with the gradients' 1.007).
+    assert off[0] <= 1.5 * eager_off[0] and off[1] <= 1.05 * eager_off[1], (off, eager_off)
 
 
 def _distance(value, exact):
