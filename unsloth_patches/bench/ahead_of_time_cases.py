@@ -111,7 +111,7 @@ def _cross_entropy_case(name: str, half_logits: bool, options: bool) -> Case:
     def constants(capability: int) -> dict:
         flags = {f"HAS_{option}": options for option in _OPTIONS}
         flags.update(HAS_GRADS = True, HAS_ROW_SCALE = options, HAS_FACTOR = options)
-        flags.update(LABEL_HIDDEN = not options, NARROW = not half_logits)
+        flags.update(NARROW = not half_logits, FROM_END = half_logits)
         return {**flags, **_rows(half_logits)[1]}
 
     logits = "*T" if half_logits else "*fp32"

@@ -43,14 +43,21 @@ def _transform(
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
+    HALF: tl.constexpr = x.dtype != tl.float32
     x = x.to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias_ptr + columns, mask = mask, other = 0.0).to(tl.float32)
     if HAS_SCALE:
         x *= logit_scale
     if HAS_SOFTCAP:
-        # softcap tanh(x / softcap), with exp2 and one division; saturates without overflow.
-        x = softcap - 2.0 * softcap / (1.0 + tl.exp2(x * (2.0 * LOG2_E / softcap)))
+        # softcap tanh(x / softcap), with exp2 and one reciprocal; saturates without overflow.
+        x = 1.0 + tl.exp2(x * (2.0 * LOG2_E / softcap))
+        if HALF:
+            # 1 / x as rsqrt(x)^2: off by twice a division's last bit, at half its instructions.
+            root = tl.rsqrt(x)
+            x = softcap - 2.0 * softcap * root * root
+        else:
+            x = softcap - 2.0 * softcap / x
     return x
 
 
@@ -87,9 +94,22 @@ def _read(
 
 
 @triton.jit
+def _class_weights(weight_ptr, columns, VOCAB, HAS_WEIGHT: tl.constexpr, TAIL: tl.constexpr):
+    # Weights of the classes in a block, or 1 for all of them.
+    weight = 1.0
+    if HAS_WEIGHT:
+        if TAIL:
+            weight = tl.load(weight_ptr + columns, mask = columns < VOCAB, other = 0.0)
+        else:
+            weight = tl.load(weight_ptr + columns)
+    return weight
+
+
+@triton.jit
 def _sum_exponentials(
     x,
     columns,
+    start,
     index,
     top,
     total,
@@ -98,18 +118,19 @@ def _sum_exponentials(
     VOCAB,
     HAS_WEIGHT: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
-    LABEL_HIDDEN: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     # Each lane's running maximum (in units of log 2), sum of exp2 below it without the label,
     # and weighted sum of logits.
     if HAS_SMOOTHING:
-        valid = columns < VOCAB
-        if HAS_WEIGHT:
-            weight = tl.load(weight_ptr + columns, mask = valid, other = 0.0)
-            linear += tl.sum(tl.where(valid, weight * x, 0.0), 1)
-        else:
-            linear += tl.sum(tl.where(valid, x, 0.0), 1)
-    if not LABEL_HIDDEN:
+        weighted = x * _class_weights(weight_ptr, columns, VOCAB, HAS_WEIGHT, TAIL)
+        if TAIL:
+            weighted = tl.where(columns < VOCAB, weighted, 0.0)
+        linear += tl.sum(weighted, 1)
+    # Only the label's block compares its columns; float32 logits have no registers for the branch.
+    if TAIL or not HALF or (index >= start) & (index < start + BLOCK):
         x = tl.where(columns != index, x, float("-inf"))
     higher = tl.maximum(top, tl.max(x, 1) * LOG2_E)
     total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(x * LOG2_E - higher[:, None]), 1)
@@ -118,34 +139,21 @@ def _sum_exponentials(
 
 @triton.jit
 def _gradient(
+    gradient,
     x,
-    columns,
-    index,
-    at_label,
-    top,
-    factor,
+    weight,
     soft_each,
     scale,
-    weight_ptr,
     logit_scale,
     softcap,
-    VOCAB,
     HAS_FACTOR: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    LABEL_HIDDEN: tl.constexpr,
-    TAIL: tl.constexpr,
 ):
-    gradient = tl.exp2(x * LOG2_E - top) * factor
-    if not LABEL_HIDDEN:
-        gradient = tl.where(columns == index, at_label, gradient)
+    # From the hard label's gradient by the transformed logits x to all of it by the raw logits.
     if HAS_SMOOTHING:
-        if HAS_WEIGHT:
-            gradient -= soft_each * tl.load(weight_ptr + columns, mask = columns < VOCAB, other = 0.0)
-        else:
-            gradient -= soft_each
+        gradient -= soft_each * weight
     if HAS_SOFTCAP:
         part = x * (1.0 / softcap)
         gradient *= 1.0 - part * part
@@ -153,8 +161,6 @@ def _gradient(
         gradient *= logit_scale
     if HAS_FACTOR:
         gradient *= scale
-    if TAIL:
-        gradient = tl.where(columns < VOCAB, gradient, 0.0)
     return gradient
 
 
@@ -187,7 +193,6 @@ def _cross_entropy_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_Z_LOSS: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
-    LABEL_HIDDEN: tl.constexpr,
     FROM_END: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -205,13 +210,10 @@ def _cross_entropy_kernel(
     target = _transform(
         target, bias_ptr, index, True, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP
     )
-    if LABEL_HIDDEN:
-        # The buffer is scratch: with -inf in the label's place, the loops need no test for it.
-        tl.debug_barrier()
-        tl.store(logits_ptr + index, float("-inf"), mask = in_range)
-        tl.debug_barrier()
     tile = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     BLOCK: tl.constexpr = LANES * WIDTH
+    HALF: tl.constexpr = logits_ptr.dtype.element_ty != tl.float32
+    SOFT_WEIGHT: tl.constexpr = HAS_WEIGHT and HAS_SMOOTHING
     full = VOCAB // BLOCK * BLOCK
 
     # A finite floor: exp2(-inf - floor) is 0 where exp2(-inf + inf) would be NaN.
@@ -225,8 +227,8 @@ def _cross_entropy_kernel(
             HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, False,
         )  # fmt: skip
         top, total, linear = _sum_exponentials(
-            x, columns, index, top, total, linear, weight_ptr, VOCAB,
-            HAS_WEIGHT, HAS_SMOOTHING, LABEL_HIDDEN,
+            x, columns, start, index, top, total, linear, weight_ptr, VOCAB,
+            HAS_WEIGHT, HAS_SMOOTHING, HALF, BLOCK, False,
         )  # fmt: skip
     columns = full + tile
     x = _read(
@@ -234,8 +236,8 @@ def _cross_entropy_kernel(
         HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, True,
     )  # fmt: skip
     top, total, linear = _sum_exponentials(
-        x, columns, index, top, total, linear, weight_ptr, VOCAB,
-        HAS_WEIGHT, HAS_SMOOTHING, LABEL_HIDDEN,
+        x, columns, full, index, top, total, linear, weight_ptr, VOCAB,
+        HAS_WEIGHT, HAS_SMOOTHING, HALF, BLOCK, True,
     )  # fmt: skip
     row_top = tl.max(top, 0)
     row_total = tl.sum(total * tl.exp2(top - row_top), 0)
@@ -244,9 +246,10 @@ def _cross_entropy_kernel(
     margin = others - target
     nll = _softplus(margin)
     lse = target + nll
-    hard = 1.0 - smoothing
+    label_weight = 1.0
     if HAS_WEIGHT:
-        hard *= tl.load(weight_ptr + index)
+        label_weight = tl.load(weight_ptr + index)
+    hard = (1.0 - smoothing) * label_weight
     soft_each = smoothing / VOCAB
     spread = 0.0
     loss = hard * nll
@@ -282,10 +285,11 @@ def _cross_entropy_kernel(
                 logits_ptr, columns, VOCAB, COLUMNS, bias_ptr, logit_scale, softcap,
                 HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, False,
             )  # fmt: skip
+            gradient = tl.exp2(x * LOG2_E - row_top) * factor
             gradient = _gradient(
-                x, columns, index, at_label, row_top, factor, soft_each, scale, weight_ptr,
-                logit_scale, softcap, VOCAB,
-                HAS_FACTOR, HAS_WEIGHT, HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, LABEL_HIDDEN, False,
+                gradient, x, _class_weights(weight_ptr, columns, VOCAB, SOFT_WEIGHT, False),
+                soft_each, scale, logit_scale, softcap,
+                HAS_FACTOR, HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP,
             )  # fmt: skip
             if NARROW:
                 # The narrower gradients of this block lie over logits of earlier blocks:
@@ -297,22 +301,25 @@ def _cross_entropy_kernel(
             logits_ptr, columns, VOCAB, COLUMNS, bias_ptr, logit_scale, softcap,
             HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, True,
         )  # fmt: skip
+        gradient = tl.exp2(x * LOG2_E - row_top) * factor
         gradient = _gradient(
-            x, columns, index, at_label, row_top, factor, soft_each, scale, weight_ptr,
-            logit_scale, softcap, VOCAB,
-            HAS_FACTOR, HAS_WEIGHT, HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, LABEL_HIDDEN, True,
+            gradient, x, _class_weights(weight_ptr, columns, VOCAB, SOFT_WEIGHT, True),
+            soft_each, scale, logit_scale, softcap,
+            HAS_FACTOR, HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP,
         )  # fmt: skip
+        gradient = tl.where(columns < VOCAB, gradient, 0.0)
         if NARROW:
             tl.debug_barrier()
         tl.store(
             grads_ptr + columns, gradient.to(grads_ptr.dtype.element_ty), mask = columns < COLUMNS
         )
-        if LABEL_HIDDEN:
-            tl.debug_barrier()
-            if HAS_SCALE:
-                at_label *= logit_scale
-            at_label *= scale
-            tl.store(grads_ptr + index, at_label.to(grads_ptr.dtype.element_ty), mask = in_range)
+        # The label's own gradient replaces what its block wrote.
+        at_label = _gradient(
+            at_label, target, label_weight, soft_each, scale, logit_scale,
+            softcap, HAS_FACTOR, HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP,
+        )  # fmt: skip
+        tl.debug_barrier()
+        tl.store(grads_ptr + index, at_label.to(grads_ptr.dtype.element_ty))
 
 
 def launch_shape(columns: int, dtype: torch.dtype):
@@ -380,10 +387,6 @@ def triton_rows(logits, labels, spec, losses, grads, row_scale, bias, scratch) -
             row_scale is not None or weight is not None or spec.label_smoothing or spec.z_loss
         )
         or not scratch,
-        LABEL_HIDDEN = scratch
-        and not spec.softcap
-        and not spec.label_smoothing
-        and spec.logit_scale > 0,
         # What the first pass read last is still in L2. Narrow gradients lie over logits before them.
         FROM_END = not narrow,
         LANES = lanes,
