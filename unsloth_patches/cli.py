@@ -192,6 +192,9 @@ def bench(
     ),
     quick: bool = typer.Option(False, help = "Fewer shapes and repeats: does it run here?"),
     model: Optional[str] = typer.Option(None, help = "Of `train`: one of its models, not all."),
+    float32: bool = typer.Option(
+        False, help = "Of `train`: add float32's losses to the results of an earlier run."
+    ),
 ) -> None:
     """Measure stock Unsloth, peers and the patches side by side on this machine."""
     import importlib
@@ -201,8 +204,11 @@ def bench(
     if name != "all" and name not in BENCHMARKS:
         console.print(f"[red]no benchmark {name!r}[/]; there are: {', '.join(BENCHMARKS)}, all")
         raise typer.Exit(2)
-    if model is not None and name != "train":
-        console.print(f"[red]bench {name} has no --model[/]; `bench train` has")
+    chosen = {"model": model} if model is not None else {}
+    chosen.update({"float32": True} if float32 else {})
+    if chosen and name != "train":
+        option = next(iter(chosen))
+        console.print(f"[red]bench {name} has no --{option}[/]; `bench train` has")
         raise typer.Exit(2)
     out = out or Path("bench_results")
     try:
@@ -217,7 +223,6 @@ def bench(
 
         raise typer.Exit(run_all(out, quick))
     module = importlib.import_module(f"{__package__}.bench.{BENCHMARKS[name].module}")
-    chosen = {} if model is None else {"model": model}
     code = module.run(out, quick = quick, **chosen)
     if any(out.iterdir()):
         console.print(f"results: {out.resolve()}")

@@ -26,6 +26,7 @@ from .train_turns import Worker
 
 FORMS = ("stock", "patched")
 CONTROL = "stock again"  # how far two runs of stock lie apart, at the first share
+FLOAT32 = "float32"  # the same training written out in float32, see train_float32
 SHARES = {"half": (0.5, 60), "a third": (1 / 3, 60), "none": (0.0, 60)}  # ignored share, steps
 QUICK_SHARES = {name: (ignored, 6) for name, (ignored, _) in SHARES.items()}
 PROFILED = "half"
@@ -239,10 +240,12 @@ def run(
     out: Path,
     quick: bool = False,
     model: Optional[str] = None,
+    float32: bool = False,
 ) -> int:
     """Compares each model, or the one named, and writes JSON and a plot under out.
 
     Without a GPU a toy trains on Unsloth's CPU backend: losses are compared, times mean nothing.
+    float32: instead, adds the losses of float32 to what an earlier run wrote there.
     """
     if model is not None and model not in MODELS:
         print(f"bench train: no model {model!r}; there are: {', '.join(MODELS)}", file = sys.stderr)
@@ -254,17 +257,49 @@ def run(
         quick = True
     chosen = {"toy": TOY} if quick else {name: MODELS[name] for name in [model] if name} or MODELS
     for name, shape in chosen.items():
+        path = Path(out) / f"train_{slug()}_{name}.json"
         try:
+            if float32:
+                _add_float32(path, name, shape)
+                continue
             payload = compare(name, shape, QUICK_SHARES if quick else SHARES)
         except RuntimeError as error:
             print(error, file = sys.stderr)
             return 1
-        path = Path(out) / f"train_{slug()}_{name}.json"
         harness.save_json(path, payload, command(name))
         show(payload)
     if not quick:
         draw(Path(out), slug())
     return 0
+
+
+def _add_float32(path: Path, name: str, model: Model) -> None:
+    """Adds the losses of float32 to a results file, share by share. Raises RuntimeError without it."""
+    from .train_float32 import distances, reference
+
+    if not path.exists():
+        raise RuntimeError(f"bench train --float32: no {path}; run `{command(name)}` first")
+    payload = json.loads(path.read_text(encoding = "utf-8"))
+    shares = {
+        share: (SHARES[share][0], len(found["stock"]["losses"]))
+        for share, found in payload["shares"].items()
+    }
+    job = lambda folder: job_for(FLOAT32, name, model, folder, shares)  # noqa: E731
+    make = lambda folder: make_checkpoint(folder, model.shape, model.layers, model.tied)  # noqa: E731
+    with tempfile.TemporaryDirectory(prefix = "bench-train-") as caches:
+        for share, losses in reference(job, _environment(FLOAT32, Path(caches)), make):
+            found = payload["shares"][share]
+            found[FLOAT32] = distances(losses, {form: found[form]["losses"] for form in FORMS})
+            path.write_text(json.dumps(payload, indent = 1) + "\n", encoding = "utf-8")
+            print(_float32_line(share, found[FLOAT32]), flush = True)
+
+
+def _float32_line(share: str, found: dict) -> str:
+    far = ", ".join(
+        f"{form} {found[form]['largest']:.1e} (mean {found[form]['mean']:.1e})" for form in FORMS
+    )
+    near = f"patched is nearer at {found['patched_nearer']} of {len(found['losses'])} steps"
+    return f"{share} ignored, from float32 at most: {far}; {near}"
 
 
 def show(payload: dict) -> None:
@@ -293,6 +328,9 @@ def show(payload: dict) -> None:
     if measured:
         columns += ["step ms", "quartiles", "tokens/s", "peak MiB", "speedup"]
     harness.print_table(f"{payload['title']}, QLoRA rank 16", columns, rows)
+    for share, result in payload["shares"].items():
+        if FLOAT32 in result:
+            print(_float32_line(share, result[FLOAT32]))
     if not measured:
         return
     for form, found in payload["runs"].items():

@@ -85,8 +85,13 @@ def _differences(axes, payload: dict, bound: float) -> None:
         if again is not None:
             apart = [max(d, 1e-9) for d in again["relative_difference"]]
             axes.semilogy(apart, color = color, ls = "--", lw = 0.9, label = f"{name}, {CONTROL}")
+    for number, share in enumerate(s for s in payload["shares"].values() if "float32" in s):
+        exact, stock = share["float32"]["losses"], share["stock"]["losses"]
+        far = [max(abs(a - b) / abs(b), 1e-9) for a, b in zip(stock, exact)]
+        label = None if number else "stock to float32"
+        axes.semilogy(far, color = "#111827", ls = "-.", lw = 0.9, label = label)
     axes.axhline(bound, color = "black", lw = 0.8, ls = ":")
     axes.set_title("Losses: stock to patched, relative")
     axes.set_xlabel(f"step; dotted: {bound:g}", fontsize = 8)
-    axes.set_ylim(5e-10, 1e3 * bound)  # room for the legend above the bound
+    axes.set_ylim(5e-10, 1e5 * bound)  # room for the legend above the bound
     axes.legend(fontsize = 7, loc = "upper left")
