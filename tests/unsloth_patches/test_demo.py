@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from unsloth_patches import demo
-from unsloth_patches.demo import data, model, phrases, report, tools, train
+from unsloth_patches.demo import checks, data, model, phrases, report, tools, train
 from unsloth_patches.demo.checks import DemoError, check_model, check_numbers, check_out
 from unsloth_patches.demo.evaluate import Answer, count_right, run_calls
 
@@ -350,6 +350,13 @@ def test_wrong_arguments_give_one_line_and_exit_code_2(tmp_path, capsys):
     ):
         assert demo.run(**arguments) == 2
         assert reason in capsys.readouterr().out
+
+
+def test_a_library_that_is_missing_stops_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checks, "LIBRARIES", ("matplotlib", "no_such_plotter"))
+    assert demo.run(out = tmp_path) == 2
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "no_such_plotter not installed" in printed and "pip install no_such_plotter" in printed
 
 
 def test_out_is_made_and_left_empty(tmp_path):

@@ -27,7 +27,7 @@ def run(
     seed: order of the training data and its generated part. Held-out prompts are always the same.
     prompts: how many held-out prompts need one call (1 to 240); half as many more need two at once.
 
-    Exit codes: 0 done, 2 an argument is wrong (one line says which and what to do), 130 Ctrl-C
+    Exit codes: 0 done, 2 an argument is wrong or a library is missing (one line says which and what to do), 130 Ctrl-C
     outside training. Ctrl-C during training ends it after the running step: the adapter is saved,
     the report is shown, and the code is 0. A second Ctrl-C leaves at once; the adapter is kept.
 
@@ -41,7 +41,7 @@ def run(
     """
     from rich.console import Console
 
-    from .checks import DemoError, check_model, check_numbers, check_out
+    from .checks import DemoError, check_libraries, check_model, check_numbers, check_out
 
     console = Console()
     try:
@@ -49,6 +49,7 @@ def run(
         if model is not None:
             check_model(model)
         check_out(out)
+        check_libraries()
         from .job import fine_tune
 
         fine_tune(console, model, out, steps, seed, prompts)

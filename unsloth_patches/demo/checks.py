@@ -1,20 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Everything that can be wrong with the demo's arguments, found before anything slow starts."""
+"""Everything that can be wrong with the demo's arguments and libraries, found before anything slow starts."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
 from pathlib import Path
 from typing import Optional
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+# What the report is drawn with, after training: too late to find that it is missing.
+LIBRARIES = ("matplotlib", "plotext")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 class DemoError(Exception):
     """What is wrong with an argument, in one sentence, and what to do about it."""
+
+
+def check_libraries() -> None:
+    """Raise DemoError where a library that draws the report is not installed."""
+    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DemoError(
+            f"{' and '.join(missing)} not installed, and the report is drawn with it. "
+            f"`pip install {' '.join(missing)}`."
+        )
 
 
 def check_model(folder: Path) -> None:
