@@ -2,6 +2,7 @@
 # Copyright 2026 the unsloth_patches authors
 """The float32 reference of `bench train` against transformers and PEFT, and how it is reported."""
 
+import json
 import os
 from types import SimpleNamespace
 
@@ -82,6 +83,27 @@ def test_distances():
     assert found["stock"] == pytest.approx({"largest": 0.01, "mean": 0.005})
     assert found["patched"]["largest"] == pytest.approx(0.005)
     assert found["patched_nearer"] == 1
+
+
+def test_losses_are_added_to_the_earlier_results(tmp_path, monkeypatch, capsys):
+    """Share by share, so that Ctrl-C keeps what is there; nothing else in the file changes."""
+    share = {"stock": {"losses": [4.0, 2.02]}, "patched": {"losses": [4.0, 1.99]}, "speedup": 1.1}
+    path = tmp_path / "train_cpu_toy.json"
+    path.write_text(json.dumps({"title": "toy", "shares": {"half": share, "none": share}}))
+
+    def reference(job, environment, make):
+        assert job(tmp_path)["shares"] == {"half": (0.5, 2), "none": (0.0, 2)}
+        yield "half", [4.0, 2.0]
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(train_float32, "reference", reference)
+    assert train.run(tmp_path, quick = True, float32 = True) == 1
+    written = json.loads(path.read_text())
+    added = written["shares"]["half"].pop("float32")
+    assert added["losses"] == [4.0, 2.0] and added["patched_nearer"] == 1
+    assert written.pop("float32_environment")["command"].endswith("--quick --float32")
+    assert written == {"title": "toy", "shares": {"half": share, "none": share}}
+    assert "patched is nearer at 1 of 2 steps" in capsys.readouterr().out
 
 
 def test_results_of_an_earlier_run_are_needed(tmp_path, capsys):

@@ -290,6 +290,7 @@ def _add_float32(path: Path, name: str, model: Model) -> None:
         for share, losses in reference(job, _environment(FLOAT32, Path(caches)), make):
             found = payload["shares"][share]
             found[FLOAT32] = distances(losses, {form: found[form]["losses"] for form in FORMS})
+            payload[f"{FLOAT32}_environment"] = harness.environment(f"{command(name)} --float32")
             path.write_text(json.dumps(payload, indent = 1) + "\n", encoding = "utf-8")
             print(_float32_line(share, found[FLOAT32]), flush = True)
 

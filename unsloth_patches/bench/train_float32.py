@@ -39,7 +39,9 @@ class Linear(torch.nn.Module):
         self.lora_B = _copy(layer.lora_B[adapter].weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+        return (
+            F.linear(x, self.weight) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+        )
 
 
 def _copy(parameter: torch.Tensor) -> torch.nn.Parameter:
@@ -52,7 +54,9 @@ def _decoded(weight: torch.Tensor) -> torch.Tensor:
         return weight.detach().float()
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(weight.data, state).to(torch.bfloat16).float()  # what training decodes to
+    return (
+        dequantize_4bit(weight.data, state).to(torch.bfloat16).float()
+    )  # what training decodes to
 
 
 class Block(torch.nn.Module):
