@@ -12,7 +12,17 @@ import sys
 from typing import Iterator, List, NamedTuple
 
 from .importing import imported_late
-from .patching import FAILED, LATE, LATE_MEANS, OFF, PENDING, SKIPPED, disabled_names, status
+from .patching import (
+    FAILED,
+    LATE,
+    LATE_MEANS,
+    OFF,
+    PENDING,
+    SKIPPED,
+    disabled_names,
+    serves_cpu,
+    status,
+)
 from .registry import PATCHES, SUPPORTED_UPSTREAM
 from .switches import set_values
 
@@ -144,6 +154,14 @@ def _order() -> Finding:
     return Finding("import order", "unsloth was imported first", "note", LATE_MEANS)
 
 
+def _sees_gpu() -> bool:
+    try:
+        import torch
+    except Exception:  # the row of the device says so
+        return True
+    return torch.cuda.is_available()
+
+
 def _switches() -> Iterator[Finding]:
     unknown = disabled_names() - {patch.name for patch in PATCHES}
     if unknown:
@@ -157,6 +175,7 @@ def _switches() -> Iterator[Finding]:
 
 
 def _patches() -> Iterator[Finding]:
+    for_gpus = set() if _sees_gpu() else {p.name for p in PATCHES if not serves_cpu(p)}
     for row in status():
         if row.state == LATE:  # the import order has its own row
             continue
@@ -164,6 +183,9 @@ def _patches() -> Iterator[Finding]:
             # What it waits for is for `status`; here it only matters whether it will fit.
             outlook = row.reason.partition("; waits for ")[0]
             fits = outlook == "will apply"
+            if fits and row.name in for_gpus:
+                yield Finding(row.name, "for GPUs, not in use here", "ok")
+                continue
             remedy = "" if fits else "stock functions stay; see CONTRIBUTING, refreshing a patch"
             yield Finding(row.name, outlook, "ok" if fits else "note", remedy)
         elif row.state in (SKIPPED, FAILED):

@@ -47,6 +47,11 @@ LATE_MEANS = (
 )
 HOME = __package__
 
+_SWITCHED_OFF = "switched off by UNSLOTH_PATCHES_DISABLE"
+_FOR_GPUS = "for GPUs: "
+# What Unsloth runs on its CPU backend beside unsloth_zoo.cpu.
+_CPU_MODULES = ("unsloth._cpu_init", "unsloth.chat_templates", "unsloth.ollama_template_mappers")
+
 
 class PatchStatus(NamedTuple):
     """One row of ``status()``."""
@@ -56,6 +61,9 @@ class PatchStatus(NamedTuple):
     replaces: Tuple[str, ...]
     state: str
     reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.state}" + (f" ({self.reason})" if self.reason else "")
 
 
 class _Unsupported(Exception):
@@ -103,7 +111,7 @@ def _records() -> Dict[str, _Record]:
     records = {patch.name: _Record(patch) for patch in PATCHES}
     for name in disabled & set(records):
         records[name].state = SKIPPED
-        records[name].reason = "switched off by UNSLOTH_PATCHES_DISABLE"
+        records[name].reason = _SWITCHED_OFF
     for name in sorted(disabled - set(records)):
         known = ", ".join(records)
         _say(f"UNSLOTH_PATCHES_DISABLE names {name!r}, which is no patch. Known: {known}, all.")
@@ -400,13 +408,20 @@ def _status_of(record: _Record) -> PatchStatus:
         misfit = patch_misfit(record.patch)
         outlook = f"will be skipped: {misfit}" if misfit else "will apply"
         reason = f"{outlook}; waits for {', '.join(waiting)}"
-        if _on_cpu_backend():
-            reason = f"for GPUs: Unsloth's CPU backend has not imported {', '.join(waiting)}"
+        if _on_cpu_backend() and not serves_cpu(record.patch):
+            reason = f"{_FOR_GPUS}Unsloth's CPU backend has not imported {', '.join(waiting)}"
     elif state == APPLIED and waiting:
         total = len(record.patch.targets)
         reason = f"{len(done)} of {total} targets; not imported: {', '.join(waiting)}"
     replaces = tuple(target.attribute for target in record.patch.targets)
     return PatchStatus(record.patch.name, record.patch.title, replaces, state, reason)
+
+
+def serves_cpu(patch: Patch) -> bool:
+    """Unsloth's CPU backend imports a module that the patch replaces something in, or leaves that to
+    the script, as it does with the chat templates."""
+    modules = [target.module for target in patch.targets]
+    return any(m in _CPU_MODULES or m.startswith("unsloth_zoo.cpu.") for m in modules)
 
 
 def _on_cpu_backend() -> bool:
@@ -419,11 +434,16 @@ def _summarise() -> None:
     if os.environ.get("UNSLOTH_PATCHES_QUIET") == "1":
         return
     rows = status()
+    for_gpus = [r for r in rows if r.state == PENDING and r.reason.startswith(_FOR_GPUS)]
     counts = [
-        (state, [r for r in rows if r.state == state]) for state in (APPLIED, PENDING, UPSTREAMED)
+        (state, [r for r in rows if r.state == state and r not in for_gpus])
+        for state in (APPLIED, PENDING, UPSTREAMED)
     ]
-    names = {PENDING: "for GPUs, not in use here"} if _on_cpu_backend() else {}
-    parts = [f"{len(found)} {names.get(state, state)}" for state, found in counts if found]
+    counts.append(("for GPUs, not in use here", for_gpus))
+    parts = [f"{len(found)} {state}" for state, found in counts if found]
+    off = [r for r in rows if r.state == SKIPPED and r.reason == _SWITCHED_OFF]
+    if len(off) == len(rows):
+        parts, rows = [f"all {len(off)} {_SWITCHED_OFF}"], []
     parts += [f"{r.name} {r.state} ({r.reason})" for r in rows if r.state in (SKIPPED, FAILED)]
     for row in rows:
         if row.state == LATE:

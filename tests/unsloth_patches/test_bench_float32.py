@@ -109,7 +109,7 @@ def test_losses_are_added_to_the_earlier_results(tmp_path, monkeypatch, capsys):
 def test_results_of_an_earlier_run_are_needed(tmp_path, capsys):
     assert train.run(tmp_path, quick = True, float32 = True) == 1
     error = capsys.readouterr().err
-    assert "train_cpu_toy.json" in error and "bench train --quick` first" in error
+    assert "train_cpu_toy.json" in error and f"bench train --quick --out {tmp_path}` first" in error
     done = CliRunner().invoke(app, ["bench", "loss", "--float32"], env = {"COLUMNS": "300"})
     assert done.exit_code == 2 and "bench loss has no --float32" in done.output
 

@@ -199,6 +199,20 @@ def test_patches(machine, monkeypatch, state, reason, verdict, remedy):
     assert remedy in finding.remedy and "waits for" not in finding.found
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_patches_for_gpus_say_so_without_one(machine, monkeypatch, gpu):
+    """The kernels are not in use without a GPU; the chat templates are."""
+    monkeypatch.setattr(doctor, "_sees_gpu", lambda: gpu)
+    reason = "will apply; waits for unsloth.kernels.utils"
+    names = ("nf4-dequantize", "llama-chat-templates")
+    rows = [types.SimpleNamespace(name = name, state = "pending", reason = reason) for name in names]
+    monkeypatch.setattr(doctor, "status", lambda: rows)
+    assert found("nf4-dequantize", "ok").found == (
+        "will apply" if gpu else "for GPUs, not in use here"
+    )
+    assert found("llama-chat-templates", "ok").found == "will apply"
+
+
 def test_command_line():
     """The exit code is 1 with a problem; --json says the same as the table; Unsloth stays out."""
     command = [sys.executable, "-X", "importtime", "-m", "unsloth_patches", "doctor", "--json"]

@@ -272,6 +272,26 @@ def test_a_patch_for_gpus_says_so_on_the_cpu_backend(fake):
     )
 
 
+def test_what_the_cpu_backend_leaves_to_the_script_is_not_for_gpus(fake):
+    """The chat templates are imported by the script, there as elsewhere."""
+    run(
+        """
+        import unsloth_patches.patching as patching
+        patching._CPU_MODULES = ("unsloth.late",)
+        catalogue(
+            Patch("templates", "t", (T("unsloth.late:slow", "replace_slow"),)),
+            Patch("kernels", "t", (T("unsloth.other:slow", "replace_slow"),)),
+        )
+        sys.modules["unsloth_zoo"] = types.SimpleNamespace(_IS_CPU_BACKEND = True)
+        import unsloth
+        templates, kernels = unsloth_patches.status()
+        assert templates.reason.startswith("will apply; waits for unsloth.late"), templates
+        assert str(kernels).startswith("kernels: pending (for GPUs: "), kernels
+        """,
+        fake,
+    )
+
+
 def test_the_command_line_names_what_it_lacks():
     """Without typer: one line with a remedy, not a traceback."""
     code = "import runpy, sys; sys.modules['typer'] = None; "
@@ -376,8 +396,10 @@ def test_disabled_one_all_and_a_misspelt_name(fake):
         """
     one = run(body, fake, {"UNSLOTH_PATCHES_DISABLE": "fast"})
     assert one.stdout.split() == ["stock", "patched", "skipped", "applied"]
-    all_of_them = run(body, fake, {"UNSLOTH_PATCHES_DISABLE": "all"})
+    spoken = {"UNSLOTH_PATCHES_DISABLE": "all", "UNSLOTH_PATCHES_QUIET": "0"}
+    all_of_them = run(body, fake, spoken)
     assert all_of_them.stdout.split() == ["stock", "stock", "skipped", "skipped"]
+    assert "unsloth_patches: all 2 switched off by UNSLOTH_PATCHES_DISABLE" in all_of_them.stderr
     misspelt = run(body, fake, {"UNSLOTH_PATCHES_DISABLE": "fsat"})
     assert misspelt.stdout.split() == ["patched", "patched", "applied", "applied"]
     assert "'fsat', which is no patch. Known: fast, slow, all." in misspelt.stderr

@@ -140,6 +140,7 @@ def sweep(shape: Shape, rounds: int) -> dict:
 def run(out: Path, quick: bool = False) -> int:
     """Sweeps, prints, stores the choice, and writes ``chunk_size_<gpu>.json`` and ``.png`` under out."""
     if not harness.gpu_available("the chunk size sweep"):
+        print("What can be had without one is computed from published figures; nothing is stored:")
         _print_model(_modelled())
         return 0
     import torch
@@ -251,18 +252,20 @@ def _print_check(payload: dict) -> None:
 
 
 def _print_model(model: List[dict]) -> None:
+    best = [min(part["seconds"].values()) for part in model]
     rows = [
         [
-            part["gpu"],
-            part["choice_mib"],
-            *(f"{t / min(part['seconds'].values()):.3f}" for t in part["seconds"].values()),
+            b,
+            *(
+                f"{p['seconds'][b] / t:.3f}" if b in p["seconds"] else ""
+                for p, t in zip(model, best)
+            ),
         ]
-        for part in model
+        for b in BUDGETS_MIB
     ]
-    widest = max(len(part["seconds"]) for part in model)
-    rows = [row + [""] * (widest + 2 - len(row)) for row in rows]
-    columns = ["computed", "chosen MiB", *(str(b) for b in BUDGETS_MIB[:widest])]
-    harness.print_table("modelled time over the best, by MiB of logits", columns, rows)
+    rows.append(["chosen MiB", *(part["choice_mib"] for part in model)])
+    columns = ["logits MiB", *(part["gpu"] for part in model)]
+    harness.print_table("computed, not measured: time over the best", columns, rows)
 
 
 def plot(payload: dict, path: Path) -> None:
@@ -296,6 +299,6 @@ def plot(payload: dict, path: Path) -> None:
         for axis in (left, middle, right):
             axis.set_xscale("log", base = 2)
             axis.set_xlabel("logits held at once, MiB")
-        left.legend(fontsize = 7)
+        left.legend(fontsize = 7, frameon = True, framealpha = 1, edgecolor = "white")
         right.legend(fontsize = 7)
         figure.savefig(path)

@@ -278,7 +278,9 @@ def _add_float32(path: Path, name: str, model: Model) -> None:
     from .train_float32 import distances, reference
 
     if not path.exists():
-        raise RuntimeError(f"bench train --float32: no {path}; run `{command(name)}` first")
+        raise RuntimeError(
+            f"bench train --float32: no {path}; run `{command(name)} --out {path.parent}` first"
+        )
     payload = json.loads(path.read_text(encoding = "utf-8"))
     shares = {
         share: (SHARES[share][0], len(found["stock"]["losses"]))
