@@ -17,6 +17,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from . import __version__
+from .bench import BENCHMARKS
 
 app = typer.Typer(
     name = "unsloth-patches",
@@ -186,7 +187,7 @@ def plan(
 
 @app.command()
 def bench(
-    name: str = typer.Argument(help = "Which benchmark; `all` runs each in turn."),
+    name: str = typer.Argument(help = f"{', '.join(BENCHMARKS)}, or all: each in turn."),
     out: Optional[Path] = typer.Option(
         None, help = "Folder for JSON and plots. Default: bench_results in this folder."
     ),
@@ -198,8 +199,6 @@ def bench(
 ) -> None:
     """Measure stock Unsloth, peers and the patches side by side on this machine."""
     import importlib
-
-    from .bench import BENCHMARKS
 
     if name != "all" and name not in BENCHMARKS:
         console.print(f"[red]no benchmark {name!r}[/]; there are: {', '.join(BENCHMARKS)}, all")

@@ -80,6 +80,17 @@ def print_tables(payload: dict) -> None:
     )
 
 
+def _short(mib: float) -> str:
+    """A number that fits over a bar."""
+    return (
+        f"{mib:.0f}"
+        if mib < 1000
+        else f"{mib / 1024:.1f}k"
+        if mib < 10000
+        else f"{mib / 1024:.0f}k"
+    )
+
+
 def plot(payload: dict, path: Path) -> None:
     """Draws a results file's figures."""
     look = {
@@ -107,7 +118,7 @@ def plot(payload: dict, path: Path) -> None:
                     heights.append(min(time, 4.0) if kind == "time" else peak)
                     where.append(place + (number - (len(names) - 1) / 2) * width)
                 bars = axis.bar(where, heights, width * 0.92, color = look[name], label = name)
-                text = [f"{v:.2f}" if kind == "time" else f"{v:.0f}" for v in values]
+                text = [f"{v:.2f}" if kind == "time" else _short(v) for v in values]
                 axis.bar_label(bars, text, fontsize = 6, padding = 1)
             axis.set_xticks(
                 range(len(rows)), [row["shape"].replace(", ", "\n", 1) for row in rows], fontsize = 7
@@ -123,7 +134,7 @@ def plot(payload: dict, path: Path) -> None:
                 axis.set_ylim(0, 5.2)
             else:
                 axis.set_yscale("log")
-                axis.set_title("Peak memory above inputs, MiB (lower is better)")
+                axis.set_title("Peak memory above inputs, MiB; k: 1024 (lower is better)")
                 axis.set_ylim(10, 3e5)
             axis.legend(ncols = 7, fontsize = 7, loc = "upper left")
         axis = axes[2]
