@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Optional
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 # What the report is drawn with, after training: too late to find that it is missing.
 LIBRARIES = ("matplotlib", "plotext")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 class DemoError(Exception):
