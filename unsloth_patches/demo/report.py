@@ -152,7 +152,7 @@ def files_table(out: Path, model: Path) -> Table:
         (model, "base model"),
         (out / "adapter", "the trained adapter and its tokenizer"),
         (out / "loss.png", "loss curve and scores"),
-        (out / "report.json", "settings, losses, every held-out prompt with its reply"),
+        (out / "report.json", "settings, losses, held-out prompts and replies"),
     ):
         table.add_row(what, Text(str(path)))
     return table
