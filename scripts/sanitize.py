@@ -51,7 +51,7 @@ def _quantized(shape, dtype, **options):
     import torch
     from bitsandbytes.functional import quantize_4bit
 
-    from unsloth_patches.kernels.nf4_dequantize import dequantize_4bit
+    from unsloth_patches.unsloth.kernels.nf4_dequantize import dequantize_4bit
 
     packed, state = quantize_4bit(torch.randn(shape, dtype = dtype), **options)
     expected = dequantize_4bit(packed, state).view(shape)
@@ -63,7 +63,7 @@ def dequantize() -> int:
     """Single weights of every format, then several of them in one launch."""
     import torch
 
-    from unsloth_patches.kernels.nf4_dequantize import dequantize_4bit, dequantize_4bit_many
+    from unsloth_patches.unsloth.kernels.nf4_dequantize import dequantize_4bit, dequantize_4bit_many
 
     shapes = ((1, 2), (5, 7), (3, 2047), (33, 77), (64, 64), (1, 2079), (97, 129))
     formats = itertools.product(
@@ -90,7 +90,7 @@ def _rows(vocab: int, dtype):
     """Rows of logits as training holds them: each as long as the next multiple of 16."""
     import torch
 
-    from unsloth_patches.kernels.cross_entropy_rows import padded_columns
+    from unsloth_patches.unsloth.kernels.cross_entropy_rows import padded_columns
 
     buffer = torch.full((ROWS, padded_columns(vocab)), float("nan"), dtype = dtype, device = "cuda")
     buffer[:, :vocab] = torch.randn(ROWS, vocab, device = "cuda").mul_(3)
@@ -107,7 +107,7 @@ def _labels(vocab: int, ignored: int):
 def _specs(vocab: int):
     import torch
 
-    from unsloth_patches.kernels.cross_entropy_rows import RowLoss
+    from unsloth_patches.unsloth.kernels.cross_entropy_rows import RowLoss
 
     weight = torch.rand(vocab, device = "cuda") + 0.5
     everything = RowLoss(weight, -100, 0.1, 1.25, 20.0, 1e-2)
@@ -118,8 +118,8 @@ def cross_entropy() -> int:
     """Losses alone, gradients in place, and narrower gradients laid over float32 logits."""
     import torch
 
-    from unsloth_patches.kernels.cross_entropy_rows import cross_entropy_rows, narrow_view
-    from unsloth_patches.kernels.cross_entropy_torch import torch_rows
+    from unsloth_patches.unsloth.kernels.cross_entropy_rows import cross_entropy_rows, narrow_view
+    from unsloth_patches.unsloth.kernels.cross_entropy_torch import torch_rows
 
     count = 0
     for vocab, dtype in itertools.product(VOCABS, (torch.bfloat16, torch.float32)):
@@ -152,7 +152,7 @@ def log_probs() -> int:
     """Log-probability, logsumexp, entropy and top class of rows, and the gradients through them."""
     import torch
 
-    from unsloth_patches.kernels.log_probs_kernel import log_prob_gradients, log_prob_rows
+    from unsloth_patches.unsloth.kernels.log_probs_kernel import log_prob_gradients, log_prob_rows
 
     count = 0
     for vocab, dtype in itertools.product(VOCABS, (torch.bfloat16, torch.float32)):
@@ -177,7 +177,7 @@ def swiglu_backward() -> int:
     """The three gradients of silu(e) * g, one of them in the place of the incoming one."""
     import torch
 
-    from unsloth_patches.kernels.swiglu_backward import swiglu_backward_
+    from unsloth_patches.unsloth.kernels.swiglu_backward import swiglu_backward_
 
     shapes, dtypes = ((1, 1), (3, 341), (1, 1024), (5, 411)), (torch.bfloat16, torch.float32)
     for shape, dtype in itertools.product(shapes, dtypes):
@@ -196,7 +196,7 @@ def scaling() -> int:
     """Gradients scaled in place, at sizes around a block."""
     import torch
 
-    from unsloth_patches.kernels.linear_chunks import scale_
+    from unsloth_patches.unsloth.kernels.linear_chunks import scale_
 
     sizes, dtypes = (1, 4095, 4096, 4097, 12289), (torch.bfloat16, torch.float32)
     for size, dtype in itertools.product(sizes, dtypes):

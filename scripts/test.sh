@@ -46,7 +46,7 @@ catch_up() {
 
 # Two at a time: each is one process after another, on one core.
 beside "form: stock" "$python" scripts/patches.py test --form stock
-run "own tests" "$python" -m pytest tests/unsloth_patches -q --color=no
+run "own tests" "$python" -m pytest tests/project -q --color=no
 catch_up
 beside "form: fork" "$python" scripts/patches.py test --form fork
 run "form: import" "$python" scripts/patches.py test --form import

@@ -18,6 +18,10 @@ FORM = os.environ.get("UNSLOTH_PATCHES_FORM", "import")
 HOME = os.environ.get("UNSLOTH_PATCHES_HOME")
 
 
+# As in Unsloth's own conftest: helpers of several test files, no package.
+sys.path.insert(0, str(ROOT / "tests" / "_shared"))
+
+
 class _RefusePatches:
     """Import finder that hides unsloth_patches, which may be installed in this environment."""
 

@@ -17,7 +17,7 @@ Importing this package imports nothing of Unsloth, torch or transformers: it pla
 __version__ = "0.1.0"
 __all__ = ["status", "stock", "undo", "install", "__version__"]
 
-from .importing import install
+from .hooks import install
 
 
 def status():
@@ -40,7 +40,7 @@ def stock():
 
 def undo():
     """Give every module its own functions back and remove the hooks; see ``install()``."""
-    from .importing import uninstall
+    from .hooks import uninstall
 
     uninstall()
 

@@ -11,7 +11,7 @@ import shutil
 import sys
 from typing import Iterator, List, NamedTuple
 
-from .importing import imported_late
+from .hooks import imported_late
 from .patching import (
     FAILED,
     LATE,
@@ -24,7 +24,7 @@ from .patching import (
     status,
 )
 from .registry import PATCHES, SUPPORTED_UPSTREAM
-from .switches import set_values
+from .settings import set_values
 
 
 class Finding(NamedTuple):

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, List, NamedTuple, Set, Tuple
 
 from .fingerprints import fingerprint_live
-from .importing import imported_late, installed
+from .hooks import imported_late, installed
 from .registry import PATCHES, Patch, Target
 from .upstream_source import forget, is_upstreamed, patch_misfit
 
@@ -45,7 +45,7 @@ LATE_MEANS = (
     "and trainers made before keep stock functions; in a new process, put `import unsloth_patches` "
     "before `from unsloth import …`"
 )
-HOME = __package__
+HOME = f"{__package__}.unsloth"
 
 _SWITCHED_OFF = "switched off by UNSLOTH_PATCHES_DISABLE"
 _FOR_GPUS = "for GPUs: "
@@ -383,7 +383,7 @@ def _switch_problems() -> Dict[str, List[str]]:
     before it is imported nothing is told, since Unsloth wants to be first."""
     found: Dict[str, List[str]] = {}
     if "torch" in sys.modules:
-        from .switches import set_values
+        from .settings import set_values
 
         for value in set_values():
             if value.problem:

@@ -71,7 +71,7 @@ def plan(
     table: bool = False,
 ) -> int:
     """Prints the plan; see the module's docstring for arguments and the returned exit code."""
-    from .models.fsdp2_offload_plan import plan_offload
+    from .unsloth.models.fsdp2_offload_plan import plan_offload
 
     def plan_on(source: Any, count: int) -> Any:
         return plan_offload(
@@ -140,7 +140,7 @@ def _check_counts(
 
 def _of_options(message: str) -> str:
     """plan_offload's messages name a function and a variable; who runs the command gave options."""
-    from .models.fsdp2_offload_plan import OFFLOAD_ENV
+    from .unsloth.models.fsdp2_offload_plan import OFFLOAD_ENV
 
     return message.replace("plan_offload: ", "plan: ").replace(OFFLOAD_ENV, "--offload")
 
@@ -151,8 +151,8 @@ def _label() -> str:
 
 def _whole_gib(source: Any, plan: Any, tokens: int, rank: int, checkpointing: str) -> float:
     """GiB that a GPU needs with the whole 4-bit model on every one."""
-    from .models import fsdp2_memory_count as count
-    from .models.fsdp2_model_shape import read_shape
+    from .unsloth.models import fsdp2_memory_count as count
+    from .unsloth.models.fsdp2_model_shape import read_shape
 
     job = count.Training(
         plan.world, tokens, rank, count.LORA_TARGETS, checkpointing = CHECKPOINTING[checkpointing]

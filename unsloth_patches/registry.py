@@ -2,7 +2,7 @@
 # Copyright 2026 the unsloth_patches authors
 """The one catalogue of patches: what each replaces, with what, and how it is tested.
 
-Everything else reads it: the import hooks (``importing.py``), the command line, and
+Everything else reads it: the import hooks (``hooks.py``), the command line, and
 ``scripts/patches.py``, which writes the git form from the same entries.
 """
 
@@ -19,7 +19,7 @@ class Target:
     """One attribute of Unsloth (or unsloth_zoo) and what replaces it.
 
     attribute: ``"package.module:name"``, on the leaf module that defines the name.
-    replacement: ``"path.below.the.package:function"``, a function ``stock -> new object``.
+    replacement: ``"path.below.unsloth:function"``, a function ``stock -> new object``.
     fingerprints: accepted AST hashes of the stock function; empty where the replacement checks
         the stock object itself (a table of templates has no AST).
     wired_in: the fork's file that gets the line ``name = replacement(name)``; by default the file of
@@ -46,10 +46,11 @@ class Target:
 class Patch:
     """A focused change that is one pull request in the git form.
 
-    modules: files it adds, relative to ``unsloth_patches/`` here and to ``unsloth/`` in the fork.
+    modules: files it adds, relative to ``unsloth_patches/unsloth/`` here and to ``unsloth/`` in the fork.
     tests: test file -> world it runs in, ``"cpu"`` (Unsloth's CPU backend) or ``"interpreter"``
         (GPU code paths, Triton kernels in the interpreter) or ``"gloo"`` (the CPU backend, in a process
         that does nothing but fork ranks: a fork after a backward pass would hang).
+    shared: files of ``tests/_shared/`` that it brings for its tests and those of the patches that require it.
     requires: names of patches that have to be in before this one; they stand earlier in ``PATCHES``.
     since: the oldest release that has what it builds on; with an older one it is skipped.
     """
@@ -59,11 +60,19 @@ class Patch:
     targets: Tuple[Target, ...]
     modules: Tuple[str, ...] = ()
     tests: Dict[str, str] = field(default_factory = dict)
+    shared: Tuple[str, ...] = ()
     requires: Tuple[str, ...] = ()
     since: str = ""
 
 
 PATCHES: Tuple[Patch, ...] = (
+    Patch(
+        name = "test-backends",
+        title = "Let a test file say which backend of Unsloth it needs",
+        targets = (),
+        shared = ("backend.py",),
+        tests = {"tests/test_shared_backend.py": "cpu"},
+    ),
     Patch(
         name = "llama-chat-templates",
         title = "Render Llama 3.1, 3.2 and 3.3 chat templates as Meta publishes them",

@@ -79,6 +79,11 @@ def run_form(
     if jobs < 1:
         raise PatchesError(f"{jobs} processes cannot run anything", "--jobs takes 1 or more")
     chosen = _choose(project, wanted)
+    if (
+        form == "stock"
+    ):  # what a patch without targets brings, such as test helpers, needs no change of Unsloth
+        changes = {test for patch in project.patches if patch.targets for test in patch.tests}
+        chosen = {file: world for file, world in chosen.items() if file in changes}
     home = project.root if form == "import" else _make_home(project, form, scratch)
     result = FormResult(form, [], [])
 
@@ -141,7 +146,7 @@ def _make_home(project: Project, form: str, scratch: Path) -> Path:
     else:
         build_base(project.pinned_unsloth(), home)
     # All tests, whatever was chosen: one may import helpers of another.
-    for file in (*project.worlds(), "tests/conftest.py"):
+    for file in (*project.worlds(), *project.shared_files(), "tests/conftest.py"):
         if (project.root / file).is_file():
             (home / file).parent.mkdir(parents = True, exist_ok = True)
             shutil.copyfile(project.root / file, home / file)

@@ -14,21 +14,6 @@ from .project import MESSAGE_PARTS, WORLDS, Project, read_text
 
 LICENCE = "# SPDX-License-Identifier: Apache-2.0"
 OLDEST_PYTHON = (3, 9)
-# Files of unsloth_patches/ that are the import form's machinery and land nowhere.
-PROJECT_ONLY = {
-    "__init__.py",
-    "__main__.py",
-    "cli.py",
-    "registry.py",
-    "upstream_source.py",
-    "importing.py",
-    "patching.py",
-    "fingerprints.py",
-    "doctor.py",
-    "switches.py",
-    "plan.py",
-}
-PROJECT_FOLDERS = {"bench", "demo"}
 # Lines of a message that git am would take for the end of it or for a mail header.
 UNMAILABLE = re.compile(r"^(---|diff -|Index: |>?From |From:|Subject:|Date:)")
 
@@ -140,10 +125,8 @@ def _replacements(project: Project, patch: Any) -> Iterator[str]:
         file = path.replace(".", "/") + ".py"
         if file not in modules:
             yield f"{patch.name}: {target.replacement} is in no module of the patch ({file})"
-        elif (project.package / file).is_file() and function not in _defined(
-            project.package / file
-        ):
-            yield f"{patch.name}: unsloth_patches/{file} defines no {function}"
+        elif (project.mirror / file).is_file() and function not in _defined(project.mirror / file):
+            yield f"{patch.name}: unsloth_patches/unsloth/{file} defines no {function}"
 
 
 def _defined(path: Path) -> set:
@@ -157,11 +140,14 @@ def _defined(path: Path) -> set:
 def orphans(project: Project) -> Iterator[str]:
     """Modules and tests at a place where files land that no patch adds: nothing would run them."""
     listed = {name for patch in project.patches for name in patch.modules}
-    for path in sorted(project.package.rglob("*.py")):
-        name = path.relative_to(project.package).as_posix()
-        ours = path.name == "__init__.py" or name in PROJECT_ONLY
-        if not ours and name.split("/")[0] not in PROJECT_FOLDERS and name not in listed:
-            yield f"unsloth_patches/{name} belongs to no patch: add it to an entry's modules"
+    for path in sorted(project.mirror.rglob("*.py")):
+        name = path.relative_to(project.mirror).as_posix()
+        # An empty __init__.py only makes a folder of Unsloth's importable here.
+        if name not in listed and name != "__init__.py" and read_text(path).strip():
+            yield f"unsloth_patches/unsloth/{name} belongs to no patch: add it to an entry's modules"
     for path in sorted((project.root / "tests").glob("test_*.py")):
         if f"tests/{path.name}" not in project.worlds():
             yield f"tests/{path.name} belongs to no patch: add it, with its world, to an entry's tests"
+    for path in sorted(project.shared.glob("*.py")):
+        if f"tests/_shared/{path.name}" not in project.shared_files():
+            yield f"tests/_shared/{path.name} belongs to no patch: add it to an entry's shared"

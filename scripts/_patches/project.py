@@ -26,6 +26,8 @@ class Project:
     def __init__(self, root: Path = ROOT):
         self.root = root
         self.package = root / "unsloth_patches"
+        self.mirror = self.package / "unsloth"  # what lands, at the path that it has in the fork
+        self.shared = root / "tests" / "_shared"
         self.folder = root / "patches"
         registry = _load(self.package / "registry.py")
         self.patches: Tuple[Any, ...] = registry.PATCHES
@@ -47,9 +49,10 @@ class Project:
 
     def lands(self, patch: Any) -> Dict[str, Path]:
         """Path in the fork -> file here, for everything that a patch adds whole."""
-        modules = {f"unsloth/{name}": self.package / name for name in patch.modules}
+        modules = {f"unsloth/{name}": self.mirror / name for name in patch.modules}
         tests = {name: self.root / name for name in patch.tests}
-        return {**modules, **tests}
+        shared = {f"tests/_shared/{name}": self.shared / name for name in patch.shared}
+        return {**modules, **tests, **shared}
 
     def message_file(self, patch: Any) -> Path:
         return self.folder / "messages" / f"{patch.name}.md"
@@ -83,6 +86,9 @@ class Project:
             found[name] = by_name[name]
             waiting += by_name[name].requires
         return list(found.values())
+
+    def shared_files(self) -> List[str]:
+        return [f"tests/_shared/{name}" for patch in self.patches for name in patch.shared]
 
     def worlds(self) -> Dict[str, str]:
         """Test file -> world, over all patches."""

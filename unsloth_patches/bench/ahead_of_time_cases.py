@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Dict, List, Set, Tuple
 
-KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+KERNELS = Path(__file__).resolve().parents[1] / "unsloth" / "kernels"
 VOCAB = 128256  # Llama 3's; the launch shape of the loss kernels depends on it
 
 
@@ -34,7 +34,7 @@ class Case:
 
     def function(self):
         return getattr(
-            importlib.import_module(f"unsloth_patches.kernels.{self.module}"), self.kernel
+            importlib.import_module(f"unsloth_patches.unsloth.kernels.{self.module}"), self.kernel
         )
 
 
@@ -47,7 +47,10 @@ def half(capability: int) -> str:
 
 
 def _nf4_settings(capability: int) -> Tuple[int, int]:
-    from unsloth_patches.kernels.nf4_dequantize_kernel import DEFAULT_SETTINGS, LAUNCH_SETTINGS
+    from unsloth_patches.unsloth.kernels.nf4_dequantize_kernel import (
+        DEFAULT_SETTINGS,
+        LAUNCH_SETTINGS,
+    )
 
     return LAUNCH_SETTINGS.get(divmod(capability, 10), DEFAULT_SETTINGS)
 
@@ -84,7 +87,7 @@ def _rows(half_logits: bool) -> Tuple[int, dict]:
     """(warps, LANES and WIDTH) of the row kernels for VOCAB columns."""
     import torch
 
-    from unsloth_patches.kernels.cross_entropy_kernel import launch_shape
+    from unsloth_patches.unsloth.kernels.cross_entropy_kernel import launch_shape
 
     warps, lanes, width = launch_shape(VOCAB, torch.bfloat16 if half_logits else torch.float32)
     return warps, {"LANES": lanes, "WIDTH": width}

@@ -62,14 +62,14 @@ LAUNCH_SECONDS = 6e-6
 
 def rows_of(shape: Shape, budget_mib: int) -> int:
     """The rows that this budget of logits gives, by the rule that training uses."""
-    from unsloth_patches.kernels.chunk_rows import fit_rows
+    from unsloth_patches.unsloth.kernels.chunk_rows import fit_rows
 
     return min(fit_rows((budget_mib << 20) // (shape.vocab * 2)), shape.active)
 
 
 def training_mib(shape: Shape, budget_mib: int) -> int:
     """MiB of logits that training takes for this head where the GPU's budget is ``budget_mib``."""
-    from unsloth_patches.kernels.chunk_rows import TRAINED_BUDGET_MIB
+    from unsloth_patches.unsloth.kernels.chunk_rows import TRAINED_BUDGET_MIB
 
     gradient = shape.vocab * shape.hidden * 2 >> 20 if shape.trained else 0
     return max(budget_mib, min(gradient, TRAINED_BUDGET_MIB))
@@ -145,7 +145,11 @@ def run(out: Path, quick: bool = False) -> int:
         return 0
     import torch
 
-    from unsloth_patches.kernels.chunk_rows import BUDGET_MIB, DEFAULT_BUDGET_MIB, store_budget
+    from unsloth_patches.unsloth.kernels.chunk_rows import (
+        BUDGET_MIB,
+        DEFAULT_BUDGET_MIB,
+        store_budget,
+    )
 
     shapes, rounds = (QUICK, 3) if quick else (SHAPES, 6)
     swept = [sweep(shape, rounds) for shape in shapes]

@@ -77,7 +77,7 @@ def measure() -> dict:
     """Per length, forward and backward in microseconds; and what each implementation compiled."""
     import torch
 
-    from unsloth_patches.models.compile_events import CompileEvents
+    from unsloth_patches.unsloth.models.compile_events import CompileEvents
 
     chosen = {"SDPA": _sdpa, **_flex()}
     compiled: Dict[str, dict] = {}

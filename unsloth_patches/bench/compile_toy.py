@@ -41,7 +41,7 @@ def graphs_of_a_toy() -> Dict[str, dict]:
 def _graphs(function: Callable, scale: Callable[[int], float]) -> dict:
     import torch
 
-    from unsloth_patches.models.compile_events import CompileEvents
+    from unsloth_patches.unsloth.models.compile_events import CompileEvents
 
     from .compile_worker import told
 

@@ -130,7 +130,7 @@ def run(job: dict) -> dict:
     import unsloth  # noqa: F401  (first, as Unsloth wants it)
     from torch._inductor import async_compile
 
-    from unsloth_patches.models.compile_events import CompileEvents
+    from unsloth_patches.unsloth.models.compile_events import CompileEvents
 
     from .train_worker import Gpu, load
 

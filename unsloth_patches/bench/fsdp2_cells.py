@@ -74,7 +74,7 @@ def _config(case: dict) -> dict:
 
 def planned_peak(case: dict, world: int) -> float:
     """The offload plan's training peak for a case that keeps frozen weights sharded, in GiB."""
-    from unsloth_patches.models.fsdp2_offload_plan import plan_offload
+    from unsloth_patches.unsloth.models.fsdp2_offload_plan import plan_offload
 
     plan = plan_offload(
         _config(case),
@@ -91,8 +91,8 @@ def planned_peak(case: dict, world: int) -> float:
 
 def whole_frozen(shape: dict, layers: int) -> int:
     """Bytes of the frozen weights of a model, 4-bit blocks and 16-bit embedding and head."""
-    from unsloth_patches.models.fsdp2_memory_count import weight_bytes
-    from unsloth_patches.models.fsdp2_model_shape import read_shape
+    from unsloth_patches.unsloth.models.fsdp2_memory_count import weight_bytes
+    from unsloth_patches.unsloth.models.fsdp2_model_shape import read_shape
 
     sizes = read_shape(_config({"shape": shape, "layers": layers}))
     tables = sizes.parameters - layers * (sizes.block_parameters + 2 * sizes.hidden)

@@ -116,7 +116,7 @@ def _load(case: dict, found: dict, memory: Memory):
 
 def _shards(model) -> int:
     """4-bit weights of which this rank holds a shard only; 0 in a stock process."""
-    sharding = sys.modules.get("unsloth_patches.models.fsdp2_sharded_params")
+    sharding = sys.modules.get("unsloth_patches.unsloth.models.fsdp2_sharded_params")
     if sharding is None:
         return 0
     return sum(sharding.shard_of(module) is not None for module in model.modules())

@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
-RESULTS = Path(__file__).resolve().parent / "results"
 _PACKAGES = ("unsloth_patches", "unsloth", "unsloth_zoo", "torch", "triton", "bitsandbytes")
 _PACKAGES += ("transformers", "trl", "peft", "liger-kernel", "cut_cross_entropy")
 FLUSH_BYTES = 256 << 20  # several times the L2 of any current GPU

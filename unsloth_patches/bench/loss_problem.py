@@ -87,7 +87,7 @@ class Problem:
 
 
 def ours(**options) -> Callable:
-    from unsloth_patches.kernels.linear_cross_entropy import linear_cross_entropy
+    from unsloth_patches.unsloth.kernels.linear_cross_entropy import linear_cross_entropy
 
     return lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels, **options)
 
@@ -147,7 +147,7 @@ def products_alone(problem: "Problem") -> Callable:
     """
     import torch
 
-    from unsloth_patches.kernels.linear_chunks import multiply_, project
+    from unsloth_patches.unsloth.kernels.linear_chunks import multiply_, project
 
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     active, vocab = problem.shape.active, problem.shape.vocab

@@ -232,7 +232,7 @@ def _patches() -> dict:
     states = {row.name: row.state for row in status()}
     calls = {}
     if states.get("linear-loss") == "applied":
-        from unsloth_patches.fused_loss import calls as count
+        from unsloth_patches.unsloth.fused_loss import calls as count
 
         calls = count()
     return {"states": states, "loss_calls": calls}

@@ -14,7 +14,7 @@ from toy_project import ROOT
 
 from unsloth_patches import doctor
 from unsloth_patches.registry import PATCHES, SUPPORTED_UPSTREAM
-from unsloth_patches.switches import SWITCHES
+from unsloth_patches.settings import SWITCHES
 
 NEWEST = SUPPORTED_UPSTREAM[-1]
 VERSIONS = {**dict.fromkeys(doctor.NEEDED, "1.0"), "unsloth": NEWEST, "unsloth_zoo": NEWEST}

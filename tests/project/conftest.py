@@ -50,8 +50,8 @@ def root(tmp_path, cache, monkeypatch):
         folder,
         {
             "unsloth_patches/__init__.py": PACKAGE,
-            "unsloth_patches/sub/__init__.py": "",
-            "unsloth_patches/sub/double.py": MODULE,
+            "unsloth_patches/unsloth/sub/__init__.py": "",
+            "unsloth_patches/unsloth/sub/double.py": MODULE,
             "tests/test_area.py": TEST,
             "patches/messages/double-area.md": MESSAGE,
         },

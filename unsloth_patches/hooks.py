@@ -47,7 +47,7 @@ class _PatchingLoader:
 
 
 class _AliasLoader:
-    """``unsloth.kernels.x`` as the same module object as ``unsloth_patches.kernels.x``: one copy of
+    """``unsloth.kernels.x`` as the same module object as ``unsloth_patches.unsloth.kernels.x``: one copy of
     its state, and one registration of its custom operators."""
 
     def __init__(self, home):

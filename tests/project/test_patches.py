@@ -144,7 +144,7 @@ def test_callsite_hunks(root, tmp_path):
     "file, old, new, message",
     [
         (
-            "unsloth_patches/sub/double.py",
+            "unsloth_patches/unsloth/sub/double.py",
             "2 * stock(x)",
             "3 * stock(x)",
             "double-area.patch is out of date",
@@ -152,35 +152,40 @@ def test_callsite_hunks(root, tmp_path):
         ("patches/double-area.patch", "+    assert", "+     assert", "out of date from line"),
         ("patches/series", "double-area.patch\n", "", "series does not list"),
         ("patches/orphan.patch", "", "x", "orphan.patch belongs to no patch"),
-        ("unsloth_patches/sub/new.py", "", HEADER, "sub/new.py belongs to no patch"),
+        ("unsloth_patches/unsloth/sub/new.py", "", HEADER, "sub/new.py belongs to no patch"),
         ("tests/test_new.py", "", HEADER, "tests/test_new.py belongs to no patch"),
         (
-            "unsloth_patches/sub/double.py",
+            "unsloth_patches/unsloth/sub/double.py",
             '"""\n\n',
             '"""\nimport unsloth_patches\n',
             "names unsloth_patches",
         ),
         (
-            "unsloth_patches/sub/double.py",
+            "unsloth_patches/unsloth/sub/double.py",
             '"""\n\n',
             '"""\nimport unsloth\n',
             "imports unsloth at its top",
         ),
-        ("unsloth_patches/sub/double.py", '"""\n\n', '"""\nfrom .c import d\n', "imports .sub.c"),
         (
-            "unsloth_patches/sub/double.py",
+            "unsloth_patches/unsloth/sub/double.py",
+            '"""\n\n',
+            '"""\nfrom .c import d\n',
+            "imports .sub.c",
+        ),
+        (
+            "unsloth_patches/unsloth/sub/double.py",
             '"""\n\n',
             '"""\nmatch 1:\n    case 1: pass\n',
             "not Python 3.9",
         ),
         (
-            "unsloth_patches/sub/double.py",
+            "unsloth_patches/unsloth/sub/double.py",
             "def replace_area",
             "def replaced_area",
             "defines no replace_area",
         ),
-        ("unsloth_patches/sub/double.py", HEADER, "", "does not start with"),
-        ("unsloth_patches/sub/double.py", "\n", "\r\n", "carriage returns"),
+        ("unsloth_patches/unsloth/sub/double.py", HEADER, "", "does not start with"),
+        ("unsloth_patches/unsloth/sub/double.py", "\n", "\r\n", "carriage returns"),
         ("patches/messages/double-area.md", "Motivation:", "Motive:", "no line 'Motivation:'"),
         ("patches/messages/double-area.md", "Why.", "diff --git a b", "git am would cut"),
         ("tests/test_area.py", "import unsloth", "import unsloth_patches", "names unsloth_patches"),
@@ -218,10 +223,13 @@ def test_relative_imports_of_own_modules_are_fine(root, tmp_path):
         root, entry = ENTRY.replace("modules = (", 'modules = ("top.py", "sub/other.py", ')
     )
     lines = "from . import other\nfrom .other import x\nfrom .. import top\nfrom ..top import x\n"
-    module = root / "unsloth_patches/sub/double.py"
+    module = root / "unsloth_patches/unsloth/sub/double.py"
     module.write_text(module.read_text() + lines)
-    write(root / "unsloth_patches", {"sub/other.py": HEADER + "x = 1\n"})
-    write(root / "unsloth_patches", {"top.py": HEADER + "from .sub import other\n\nx = other.x\n"})
+    write(root / "unsloth_patches/unsloth", {"sub/other.py": HEADER + "x = 1\n"})
+    write(
+        root / "unsloth_patches/unsloth",
+        {"top.py": HEADER + "from .sub import other\n\nx = other.x\n"},
+    )
     export_all(root, tmp_path / "fork")
     assert check_all(root, tmp_path / "check") == []
 

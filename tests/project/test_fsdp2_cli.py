@@ -259,7 +259,7 @@ def test_plan_table_is_computed_markdown(config, capsys):
     """--table prints the same figures as the plan, for both Llamas on 2 to 64 GPUs, and says that
     they are computed.
     """
-    from unsloth_patches.models.fsdp2_offload_plan import plan_offload
+    from unsloth_patches.unsloth.models.fsdp2_offload_plan import plan_offload
     from unsloth_patches.plan import LLAMAS, RESERVED_GIB, plan
 
     assert plan(table = True, memory = 79) == 0
@@ -283,7 +283,7 @@ def test_plan_table_is_computed_markdown(config, capsys):
         assert ("does not fit" in row[6]) == (not found.fits)
     assert "Computed, not measured" in text
     # What is published is what the command prints now.
-    published = ROOT / "unsloth_patches/bench/results/fsdp2_plan_table.md"
+    published = ROOT / "docs/results/fsdp2_plan_table.md"
     assert published.read_text(encoding = "utf-8") == text
     assert plan(model = config, gpus = 4, memory = 79, table = True) == 0
     assert plan(gpus = 4) == 2 and "--table" in capsys.readouterr().err

@@ -31,25 +31,25 @@ class Value(NamedTuple):
 def _read_chunk_rows() -> None:
     import torch
 
-    from .kernels.chunk_rows import choose_chunk_rows
+    from .unsloth.kernels.chunk_rows import choose_chunk_rows
 
     choose_chunk_rows(1, 1, 2, torch.device("cpu"))
 
 
 def _read_offload() -> None:
-    from .models.fsdp2_offload_plan import offload_override
+    from .unsloth.models.fsdp2_offload_plan import offload_override
 
     offload_override()
 
 
 def _read_fullgraph() -> None:
-    from .models.compile_modes import fullgraph_mode
+    from .unsloth.models.compile_modes import fullgraph_mode
 
     fullgraph_mode()
 
 
 def _read_compile_report() -> None:
-    from .models.compile_callback import report_switch
+    from .unsloth.models.compile_callback import report_switch
 
     report_switch()
 

@@ -98,19 +98,21 @@ def fake(tmp_path):
     ours.mkdir()
     for name in (
         "__init__",
-        "importing",
+        "hooks",
         "patching",
-        "switches",
+        "settings",
         "registry",
         "upstream_source",
         "fingerprints",
     ):
         source = (ROOT / "unsloth_patches" / f"{name}.py").read_text(encoding = "utf-8")
         (ours / f"{name}.py").write_text(source, encoding = "utf-8")
-    (ours / "repl.py").write_text(textwrap.dedent(REPLACEMENTS), encoding = "utf-8")
-    (ours / "kernels").mkdir()
-    (ours / "kernels" / "__init__.py").write_text("", encoding = "utf-8")
-    (ours / "kernels" / "fresh.py").write_text("value = object()\n", encoding = "utf-8")
+    (ours / "unsloth").mkdir()
+    (ours / "unsloth" / "__init__.py").write_text("", encoding = "utf-8")
+    (ours / "unsloth" / "repl.py").write_text(textwrap.dedent(REPLACEMENTS), encoding = "utf-8")
+    (ours / "unsloth" / "kernels").mkdir()
+    (ours / "unsloth" / "kernels" / "__init__.py").write_text("", encoding = "utf-8")
+    (ours / "unsloth" / "kernels" / "fresh.py").write_text("value = object()\n", encoding = "utf-8")
     return tmp_path
 
 
@@ -644,8 +646,8 @@ def test_new_modules_are_published_at_their_upstream_path(fake):
     run(
         """
         catalogue(Patch("new", "t", FAST.targets, modules = ("kernels/fresh.py",)))
-        import unsloth.kernels.fresh as theirs, unsloth_patches.kernels.fresh as ours
-        assert theirs is ours and ours.__spec__.name == "unsloth_patches.kernels.fresh"
+        import unsloth.kernels.fresh as theirs, unsloth_patches.unsloth.kernels.fresh as ours
+        assert theirs is ours and ours.__spec__.name == "unsloth_patches.unsloth.kernels.fresh"
         from unsloth.kernels.fresh import value
         assert value is ours.value
         """,
