@@ -11,6 +11,7 @@ block at the end of every module with a target, the hand-edited hunks in patches
 from __future__ import annotations
 
 import shutil
+import statistics
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from _patches import PatchesError
-from _patches.build import build_fork
+from _patches.build import build_fork, build_patches
 from _patches.check import check as run_checks
 from _patches.check import export as write_patches
 from _patches.forms import FORMS, FormResult, run_form
@@ -60,25 +61,36 @@ def export() -> None:
     project = Project()
     _fail_on(problems(project))
     with _scratch() as scratch:
-        outcome = write_patches(project, build_fork(project, scratch / "fork"))
+        outcome = write_patches(project, build_patches(project, scratch / "patches")[1])
     for name, what in outcome:
         console.print(f"patches/{name}: {what}")
 
 
 @app.command()
-def check() -> None:
-    """Check that patches/ is up to date, applies to the pinned Unsloth and compiles there."""
+def check(
+    any_size: bool = typer.Option(
+        False, "--any-size", help = "do not fail for a patch that is too large"
+    ),
+) -> None:
+    """Check that patches/ is up to date, that each patch applies alone and all in order, and their sizes."""
+    failed = []
 
     def report(what: str, found: List[str]) -> None:
         console.print(f"[red]FAILED[/] {what}" if found else f"[green]ok[/]     {what}")
         for problem in found:
             console.print(f"       [red]{escape(problem)}[/]")
+        if found and not (any_size and "lines" in what):
+            failed.append(what)
 
     project = Project()
     with _scratch() as scratch:
-        clean = run_checks(project, scratch, report)
-    console.print(f"{len(project.patches)} patches: " + ("clean" if clean else "[red]not clean[/]"))
-    raise typer.Exit(0 if clean else 1)
+        built = run_checks(project, scratch, report)
+    for each in sorted(built, key = lambda each: -sum(each.size)):
+        console.print(f"{each.patch.name:32} {each.size[0]:5} + {each.size[1]:5} of tests")
+    middle = statistics.median(sum(each.size) for each in built) if built else 0
+    clean = "[red]not clean[/]" if failed else "clean"
+    console.print(f"{len(project.patches)} patches, half of them up to {middle:.0f} lines: {clean}")
+    raise typer.Exit(1 if failed else 0)
 
 
 @app.command()
@@ -100,7 +112,7 @@ def fork(directory: Path = typer.Argument(..., metavar = "DIR", help = "absent o
                 f"cannot write {directory}: {error}", "name a folder that you may write to"
             )
     for patch in built:
-        console.print(f"{patch.name}: {', '.join(patch.files)}")
+        console.print(f"{patch.patch.name}: {', '.join(patch.lines)}")
     console.print(
         f"Run it with PYTHONPATH={directory.resolve()}; `git log` there shows one commit a patch."
     )
@@ -161,7 +173,7 @@ def test(
 
 def _print_results(result: FormResult) -> None:
     table = Table(title = f"Form: {result.form}", title_justify = "left")
-    for column in ("test file", "world", "passed", "failed", "skipped", "verdict"):
+    for column in ("test file", "backend", "passed", "failed", "skipped", "verdict"):
         table.add_column(column, overflow = "fold")
     for row in result.files:
         good = "ok"
@@ -171,7 +183,7 @@ def _print_results(result: FormResult) -> None:
             )
         verdict = f"[red]{escape(row.verdict)}[/]" if row.verdict else f"[green]{good}[/]"
         table.add_row(
-            row.file, row.world, str(row.passed), str(row.failed), str(row.skipped), verdict
+            row.file, row.backend, str(row.passed), str(row.failed), str(row.skipped), verdict
         )
     Console(highlight = False).print(table)
     for line in result.summaries:

@@ -19,11 +19,13 @@ class Target:
     """One attribute of Unsloth (or unsloth_zoo) and what replaces it.
 
     attribute: ``"package.module:name"``, on the leaf module that defines the name.
-    replacement: ``"path.below.unsloth:function"``, a function ``stock -> new object``.
+    replacement: ``"path.below.unsloth:decorator"``, a function ``stock -> new object``. In the fork it stands
+        as ``@decorator`` above the definition, or as ``name = decorator(name)`` after an import or assignment.
     fingerprints: accepted AST hashes of the stock function; empty where the replacement checks
         the stock object itself (a table of templates has no AST).
-    wired_in: the fork's file that gets the line ``name = replacement(name)``; by default the file of
-        ``attribute``'s module. Needed for names of unsloth_zoo, which a patch to Unsloth cannot edit.
+    wired_in: the fork's file that is edited; by default the file of ``attribute``'s module. Needed for
+        names of unsloth_zoo, which a patch to Unsloth cannot edit.
+    import_after: the line of that file that the decorator's import follows; by default its sorted place.
     optional: a supported release lacks the module or the name; the rest of the patch holds without it.
     """
 
@@ -32,6 +34,7 @@ class Target:
     fingerprints: FrozenSet[str] = frozenset()
     wired_in: str = ""
     optional: bool = False
+    import_after: str = ""
 
     @property
     def module(self) -> str:
@@ -47,7 +50,7 @@ class Patch:
     """A focused change that is one pull request in the git form.
 
     modules: files it adds, relative to ``unsloth_patches/unsloth/`` here and to ``unsloth/`` in the fork.
-    tests: test file -> world it runs in, ``"cpu"`` (Unsloth's CPU backend) or ``"interpreter"``
+    tests: test file -> backend it needs, ``"cpu"`` (Unsloth's CPU backend) or ``"interpreter"``
         (GPU code paths, Triton kernels in the interpreter) or ``"gloo"`` (the CPU backend, in a process
         that does nothing but fork ranks: a fork after a backward pass would hang).
     shared: files of ``tests/_shared/`` that it brings for its tests and those of the patches that require it.
@@ -121,6 +124,7 @@ PATCHES: Tuple[Patch, ...] = (
                 attribute = "unsloth._cpu_init:standardize_data_formats",
                 replacement = "tool_call_datasets:replace_standardize_data_formats",
                 optional = True,
+                import_after = "import os",
             ),
         ),
         modules = (
@@ -152,6 +156,7 @@ PATCHES: Tuple[Patch, ...] = (
                     "1454833d36486569 317cbc886535aa9f 6362d349d6e3df04 d01b9c70a43e6aa4 "
                     "1929688413cf077a 5996de1656b594d5 a796198c099dfb75 dd96aa49b3577ea4".split()
                 ),
+                import_after = "from .nvfp4 import NVFP4QuantState, nvfp4_dequantize, nvfp4_linear",
             ),
         ),
         modules = (
@@ -380,11 +385,13 @@ PATCHES: Tuple[Patch, ...] = (
                 attribute = "unsloth.kernels.utils:get_lora_parameters",
                 replacement = "kernels.lora_scale_inputs:replace_get_lora_parameters",
                 fingerprints = frozenset({"a6b2704a01310d5d"}),
+                import_after = "from ..bnb_availability import native_kernels_ready",
             ),
             Target(
                 attribute = "unsloth.models._block_compile:patch_block_compile",
                 replacement = "models.compile_variants:replace_patch_block_compile",
                 fingerprints = frozenset({"cbe892e347d670cf"}),
+                import_after = "import types",
             ),
             Target(
                 attribute = "unsloth.models._block_compile:_mark_seq_dynamic",
@@ -458,6 +465,7 @@ PATCHES: Tuple[Patch, ...] = (
             "models/compile_cache_triton.py",
         ),
         tests = {"tests/test_compile_cache.py": "cpu"},
+        requires = ("compile-variants",),
         since = "2026.10.9",
     ),
     Patch(
@@ -485,6 +493,7 @@ PATCHES: Tuple[Patch, ...] = (
             "models/compile_table.py",
         ),
         tests = {"tests/test_fullgraph_report.py": "interpreter"},
+        requires = ("checkpoint-recompute",),
         since = "2026.10.9",
     ),
 )

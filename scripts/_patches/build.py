@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Build the fork: a base commit with the wheel's ``unsloth/``, then one commit a patch."""
+"""Build the patches: each is a commit on the wheel's ``unsloth/`` and the patches that it requires."""
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, List
+from typing import Any, Dict, Iterable, List, Tuple
 
 from . import PatchesError
-from .git import Git
+from .git import Git, said
 from .project import Project
 from .upstream import Release, read_pins
 from .wiring import wire
@@ -18,16 +18,22 @@ from .wiring import wire
 
 @dataclass(frozen = True)
 class Built:
-    """One patch as it leaves here. ``files``: paths in the fork that it touches."""
+    """One patch as it leaves here; ``lines``: changed ones by file."""
 
-    name: str
+    patch: Any
     content: bytes
-    tree: str
-    files: List[str]
+    commit: str
+    lines: Dict[str, int]
+
+    @property
+    def size(self) -> Tuple[int, int]:
+        """Changed lines below unsloth/ and of tests."""
+        tests = sum(count for file, count in self.lines.items() if file.startswith("tests/"))
+        return sum(self.lines.values()) - tests, tests
 
 
 def build_base(release: Release, folder: Path) -> Git:
-    """A repository in ``folder`` whose only commit is the release's ``unsloth/``."""
+    """A repository in ``folder`` whose only commit, tagged ``base``, is the release's ``unsloth/``."""
     for name in release.files:
         target = folder / name
         target.parent.mkdir(parents = True, exist_ok = True)
@@ -35,11 +41,12 @@ def build_base(release: Release, folder: Path) -> Git:
     git = Git(folder)
     git.init(f"unsloth-{release.version}")
     git.commit_all(f"Unsloth {release.version}: unsloth/ as in its wheel\n")
+    git.run("tag", "base")
     return git
 
 
-def build_fork(project: Project, folder: Path) -> List[Built]:
-    """Base and patches from the working tree, in ``folder``. Raises PatchesError naming the patch."""
+def build_patches(project: Project, folder: Path) -> Tuple[Git, List[Built]]:
+    """Every patch from the working tree, in a repository in ``folder``. Raises PatchesError naming it."""
     release = project.pinned_unsloth()
     git = build_base(release, folder)
     pinned = read_pins(project.pin_file)["tree"]
@@ -48,7 +55,42 @@ def build_fork(project: Project, folder: Path) -> List[Built]:
             f"unsloth/ of {release.root} is tree {git.tree()}, patches/UPSTREAM pins {pinned}",
             "this is not the release that the patches are for; reinstall it, or check patches/UPSTREAM",
         )
-    return [_commit(project, patch, git) for patch in project.patches]
+    commits: Dict[Tuple[str, ...], str] = {(): "base"}
+    built: Dict[str, Built] = {}
+
+    def with_all(names: Tuple[str, ...]) -> str:
+        """The commit that has these patches."""
+        if names not in commits:
+            git.checkout(with_all(names[:-1]))
+            done = git.run("cherry-pick", built[names[-1]].commit, check = False)
+            if done.returncode:
+                raise PatchesError(
+                    f"{names[-1]} does not fit on {', '.join(names[:-1])}: {said(done)}",
+                    "let one of them require the other",
+                )
+            commits[names] = git.text("rev-parse", "HEAD")
+        return commits[names]
+
+    for patch in project.patches:
+        *below, last = (each.name for each in project.required(patch))
+        git.checkout(with_all(tuple(below)))
+        built[last] = _commit(project, patch, git)
+        commits[(*below, last)] = built[last].commit
+    return git, list(built.values())
+
+
+def build_fork(project: Project, folder: Path) -> List[Built]:
+    """A fork in ``folder``: the pinned release, then one commit a patch."""
+    git, built = build_patches(project, folder)
+    git.run("checkout", "--quiet", "--force", f"unsloth-{project.pinned_unsloth().version}")
+    reason = git.am(mails(built), "-3")
+    if reason:
+        raise PatchesError(f"the series does not apply: {reason}", "see `scripts/patches.py check`")
+    return built
+
+
+def mails(built: Iterable[Built]) -> bytes:
+    return b"\n".join(each.content for each in built)
 
 
 def _commit(project: Project, patch: Any, git: Git) -> Built:
@@ -56,43 +98,35 @@ def _commit(project: Project, patch: Any, git: Git) -> Built:
         _copy(patch, source, git.folder / landed)
     callsites = project.callsite_file(patch)
     if callsites.is_file():
-        _apply_callsites(callsites, git)
+        options = ("--recount", "--whitespace=nowarn", str(callsites.resolve()))
+        done = git.run("apply", *options, check = False)
+        if done.returncode:
+            raise PatchesError(
+                f"patches/callsites/{callsites.name} does not apply: {said(done)}",
+                "edit its hunks so that their context is what the pinned Unsloth says at that place",
+            )
     wire(patch, git.folder)
     if not git.text("status", "--porcelain"):
         raise PatchesError(f"{patch.name} changes nothing in Unsloth", "give it modules or targets")
-    git.commit_all(project.commit_message(patch))
-    files = git.changed_files()
-    outside = [name for name in files if not name.startswith(("unsloth/", "tests/"))]
+    commit = git.commit_all(project.commit_message(patch))
+    counts = git.text("show", "--format=", "--numstat", "--no-renames", "HEAD").splitlines()
+    rows = [line.split("\t") for line in counts]
+    lines = {name: int(added) + int(removed) for added, removed, name in rows}
+    outside = [name for name in lines if not name.startswith(("unsloth/", "tests/"))]
     if outside:
         raise PatchesError(
             f"{patch.name} touches {', '.join(outside)}",
             "a patch may change unsloth/ and tests/ alone",
         )
-    return Built(patch.name, git.format_patch(), git.tree(), files)
+    return Built(patch, git.format_patch(), commit, lines)
 
 
 def _copy(patch: Any, source: Path, target: Path) -> None:
-    try:
-        content = source.read_bytes()
-    except OSError as error:
-        raise PatchesError(
-            f"{patch.name}: cannot read {source}: {error.strerror}", "fix the registry"
-        )
-    # An earlier patch may have brought the same file; upstream's own is never overwritten.
-    if target.exists() and target.read_bytes() != content:
+    # A patch that it requires may have brought the same file; upstream's own is never overwritten.
+    if target.exists() and target.read_bytes() != source.read_bytes():
         raise PatchesError(
             f"{patch.name}: Unsloth already has a different {target.name} at that path",
             "rename the module, or put the change into patches/callsites/",
         )
     target.parent.mkdir(parents = True, exist_ok = True)
-    target.write_bytes(content)
-
-
-def _apply_callsites(path: Path, git: Git) -> None:
-    done = git.run("apply", "--recount", "--whitespace=nowarn", str(path.resolve()), check = False)
-    if done.returncode:
-        reason = done.stderr.decode(errors = "replace").strip().replace("\n", "; ")
-        raise PatchesError(
-            f"patches/callsites/{path.name} does not apply: {reason}",
-            "edit its hunks so that their context is what the pinned Unsloth says at that place",
-        )
+    target.write_bytes(source.read_bytes())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Is patches/ what the working tree exports, and does it hold on the pinned Unsloth?"""
+"""Is patches/ what the working tree exports, and does each patch hold on the pinned Unsloth, alone too?"""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, List, Tuple
 
 from . import PatchesError
-from .build import Built, build_base, build_fork
+from .build import Built, build_patches, mails
 from .git import Git
-from .lint import OLDEST_PYTHON, orphans, problems
+from .lint import OLDEST_PYTHON, clashes, orphans, problems
 from .project import Project, read_text
 
 REEXPORT = "run `python scripts/patches.py export`"
+LARGEST = (
+    800  # changed lines of a patch below unsloth/, and as many of tests; see docs of pull requests
+)
 
 
-def check(project: Project, scratch: Path, report: Callable[[str, List[str]], None]) -> bool:
-    """Run every check, calling ``report(what, problems)`` after each; True if all are clean."""
-    clean = True
-
-    def step(what: str, found: List[str]) -> None:
-        nonlocal clean
-        clean = clean and not found
-        report(what, found)
-
-    step("catalogue and files that land", problems(project))
-    step("fingerprints of the pinned Unsloth", stale_fingerprints(project))
-    if not clean:
-        return False  # no use in building from files that are known to be wrong
-    step("every module and test belongs to a patch", list(orphans(project)))
-    built = build_fork(project, scratch / "exported")
-    step("patches/ is what the working tree exports", list(differences(project, built)))
-    applied = build_base(project.pinned_unsloth(), scratch / "applied")
-    step("git am of the series on the pinned Unsloth", apply_series(project, built, applied))
-    step("every file compiles", list(syntax_errors(applied.folder, built)))
-    return clean
+def check(project: Project, scratch: Path, report: Callable[[str, List[str]], None]) -> List[Built]:
+    """Run every check, calling ``report(what, problems)`` after each; returns the patches for their sizes."""
+    before = problems(project) + stale_fingerprints(project)
+    report("catalogue, files that land, fingerprints of the pinned Unsloth", before)
+    if before:
+        return []  # no use in building from files that are known to be wrong
+    report("every module and test belongs to a patch", list(orphans(project)))
+    report("no two patches replace the same thing side by side", list(clashes(project)))
+    git, built = build_patches(project, scratch / "patches")
+    report("patches/ is what the working tree exports", list(differences(project, built)))
+    report("git am of each patch alone, with what it requires", list(_alone(project, git, built)))
+    report("git am of the series", list(_series(project, git, built)))
+    report("every file compiles", list(syntax_errors(git.folder, built)))
+    large = [each for each in built if max(each.size) > LARGEST]
+    names = (f"{each.patch.name}: {each.size[0]} + {each.size[1]}" for each in large)
+    report(f"no patch changes more than {LARGEST} lines + {LARGEST} of tests", list(names))
+    return built
 
 
 def export(project: Project, built: List[Built]) -> List[Tuple[str, str]]:
     """Write patches/*.patch and series; returns (file, what happened to it)."""
-    wanted = {f"{patch.name}.patch": patch.content for patch in built}
+    wanted = {f"{each.patch.name}.patch": each.content for each in built}
     wanted["series"] = project.series().encode()
     outcome = []
     for name, content in wanted.items():
@@ -50,9 +50,8 @@ def export(project: Project, built: List[Built]) -> List[Tuple[str, str]]:
         before = path.read_bytes() if path.is_file() else None
         if before != content:
             path.write_bytes(content)
-        outcome.append(
-            (name, "new" if before is None else "kept" if before == content else "changed")
-        )
+        state = "new" if before is None else "kept" if before == content else "changed"
+        outcome.append((name, state))
     for path in sorted(project.folder.glob("*.patch")):
         if path.name not in wanted:
             path.unlink()
@@ -62,55 +61,70 @@ def export(project: Project, built: List[Built]) -> List[Tuple[str, str]]:
 
 def differences(project: Project, built: List[Built]) -> Iterator[str]:
     """Where patches/ is not what would be exported now, and files there that nothing lists."""
-    for patch in built:
-        path = project.folder / f"{patch.name}.patch"
-        if not path.is_file():
-            yield f"patches/{path.name} is missing; {REEXPORT}"
-        elif path.read_bytes() != patch.content:
-            line = _first_difference(path.read_bytes(), patch.content)
-            yield f"patches/{path.name} is out of date from line {line}; {REEXPORT}"
-    series = project.folder / "series"
-    if not series.is_file() or series.read_bytes() != project.series().encode():
-        yield f"patches/series does not list the registry's patches in order; {REEXPORT}"
-    known = {"UPSTREAM", "series", "README.md"}
-    for patch in project.patches:
-        known |= {
-            f"{patch.name}.patch",
-            f"messages/{patch.name}.md",
-            f"callsites/{patch.name}.diff",
-        }
+    wanted = {f"{each.patch.name}.patch": each.content for each in built}
+    wanted["series"] = project.series().encode()
+    for name, content in wanted.items():
+        path = project.folder / name
+        old = path.read_bytes() if path.is_file() else b""
+        if old != content:
+            pairs = enumerate(zip(old.splitlines(), content.splitlines()), 1)
+            line = next((number for number, (a, b) in pairs if a != b), old.count(b"\n") + 1)
+            yield f"patches/{name} is out of date from line {line}; {REEXPORT}"
+    known = {"UPSTREAM", "README.md", *wanted}
+    known |= {f"messages/{patch.name}.md" for patch in project.patches}
+    known |= {f"callsites/{patch.name}.diff" for patch in project.patches}
     for path in sorted(project.folder.rglob("*")):
         name = path.relative_to(project.folder).as_posix()
         if path.is_file() and name not in known:
             yield f"patches/{name} belongs to no patch in the registry; remove it, or register its patch"
 
 
-def _first_difference(old: bytes, new: bytes) -> int:
-    pairs = zip(old.splitlines(), new.splitlines())
-    same = (number for number, (a, b) in enumerate(pairs, 1) if a != b)
-    return next(same, min(old.count(b"\n"), new.count(b"\n")) + 1)
+def _alone(project: Project, git: Git, built: List[Built]) -> Iterator[str]:
+    """Each patch on the pinned release and what it requires gives the tree that was exported."""
+    for each in built:
+        for option in ("--no-3way", "-3"):
+            reason = _apply(git, _with_required(project, built, [each]), option)
+            if not reason and git.tree() != git.tree(each.commit):
+                reason = "the tree is not the one that was exported"
+            if reason:
+                yield f"{each.patch.name} ({option}): {reason}"
 
 
-def apply_series(project: Project, built: List[Built], git: Git) -> List[str]:
-    """git am of the files in patches/ must give the commits that were exported, message and tree."""
-    for patch in built:
-        path = project.folder / f"{patch.name}.patch"
-        if not path.is_file():
-            return [f"{path.name} is missing"]
-        reason = git.am(path.read_bytes())
+def _series(project: Project, git: Git, built: List[Built]) -> Iterator[str]:
+    """The whole series in order; leaves it checked out. Names the pairs that do not go together."""
+    for option in ("-3", "--no-3way"):
+        reason = _apply(git, built, option)
         if reason:
-            return [f"{path.name}: {reason}"]
-        if git.tree() != patch.tree:
-            return [f"{path.name}: git am gives tree {git.tree()}, the export {patch.tree}"]
-        message = project.commit_message(next(p for p in project.patches if p.name == patch.name))
-        if git.text("log", "-1", "--format=%B") != message.strip():
-            return [f"{path.name}: git am changes the commit message"]
-    return []
+            pairs = _pairs_that_meet(project, git, built, option)
+            yield from (f"git am {option}: {each}" for each in [reason, *pairs])
+            return
+    for each, said in zip(reversed(built), git.text("log", "--format=%B%x00").split("\0")):
+        if said.strip() != project.commit_message(each.patch).strip():
+            yield f"{each.patch.name}: git am changes the commit message"
+
+
+def _pairs_that_meet(project: Project, git: Git, built: List[Built], option: str) -> Iterator[str]:
+    for number, later in enumerate(built):
+        for earlier in built[:number]:
+            files = sorted(set(earlier.lines) & set(later.lines))
+            if files and _apply(git, _with_required(project, built, [earlier, later]), option):
+                names = f"{earlier.patch.name} and {later.patch.name} meet in {', '.join(files)}"
+                yield f"{names}: let one require the other, or set a target's import_after"
+
+
+def _with_required(project: Project, built: List[Built], wanted: List[Built]) -> List[Built]:
+    names = {patch.name for each in wanted for patch in project.required(each.patch)}
+    return [each for each in built if each.patch.name in names]
+
+
+def _apply(git: Git, patches: List[Built], option: str) -> str:
+    git.checkout("base")
+    return git.am(mails(patches), option)
 
 
 def syntax_errors(folder: Path, built: List[Built]) -> Iterator[str]:
     """Compile the whole tree; files that a patch touches also have to parse as Python 3.9."""
-    touched = {name for patch in built for name in patch.files}
+    touched = {name for each in built for name in each.lines}
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder).as_posix()
         try:
@@ -125,9 +139,8 @@ def syntax_errors(folder: Path, built: List[Built]) -> Iterator[str]:
 
 def stale_fingerprints(project: Project) -> List[str]:
     """Targets whose definition in the pinned release is none that the registry accepts."""
-    unsloth = project.pinned_unsloth()
-    zoo = project.pinned_zoo() if project.needs_zoo() else None
-    rows = (stale_target(project, t, unsloth, zoo) for p in project.patches for t in p.targets)
+    releases = project.pinned_unsloth(), project.pinned_zoo() if project.needs_zoo() else None
+    rows = (stale_target(project, t, *releases) for p in project.patches for t in p.targets)
     return [row for row in rows if row]
 
 
@@ -139,18 +152,17 @@ def stale_target(project: Project, target: Any, unsloth: Any, zoo: Any) -> str:
         return "" if target.optional else f"{target.module} is not there"
     if not target.fingerprints:
         head = target.name.split(".")[0]
-        return "" if target.optional or head in release.text(path) else f"{path} has no {head}"
+        text = (release.root / path).read_text(encoding = "utf-8")
+        return "" if target.optional or head in text else f"{path} has no {head}"
     try:
         found = project.fingerprints(target, unsloth, zoo)
     except SyntaxError as error:
         raise PatchesError(
             f"{path} does not parse on this Python: {error}", "use Python 3.10 or newer"
         )
-    if not found:
-        return "" if target.optional else f"{path} defines no {target.name}"
-    if found & target.fingerprints:
+    if found & target.fingerprints or not found and target.optional:
         return ""
     return (
-        f"{target.attribute} has fingerprint {', '.join(sorted(found))}, "
+        f"{target.attribute} has fingerprint {', '.join(sorted(found)) or 'none: it is not defined'}, "
         f"the registry accepts {', '.join(sorted(target.fingerprints))}"
     )

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Run the patches' tests in one of three forms, one pytest process per world, or per file in parallel.
+"""Run the patches' tests in one of three forms, one pytest process per backend, or per file in parallel.
 
 import: stock Unsloth with ``import unsloth_patches`` first (tests/conftest.py does that).
 fork:   the patched Unsloth, without unsloth_patches.
 stock:  Unsloth as it is. Every test file has to fail here: one that passes proves nothing.
 
-The worlds are Unsloth's CPU backend, Triton's interpreter, and forked gloo ranks. Unsloth chooses its
+The backends are Unsloth's CPU backend, Triton's interpreter, and forked gloo ranks. Unsloth chooses its
 backend once, when it is imported, and a fork after a backward pass hangs, so they cannot share a process.
 """
 
@@ -41,7 +41,7 @@ class FileResult:
     """
 
     file: str
-    world: str
+    backend: str
     passed: int = 0
     failed: int = 0
     skipped: int = 0
@@ -83,7 +83,7 @@ def run_form(
         form == "stock"
     ):  # what a patch without targets brings, such as test helpers, needs no change of Unsloth
         changes = {test for patch in project.patches if patch.targets for test in patch.tests}
-        chosen = {file: world for file, world in chosen.items() if file in changes}
+        chosen = {file: backend for file, backend in chosen.items() if file in changes}
     home = project.root if form == "import" else _make_home(project, form, scratch)
     result = FormResult(form, [], [])
 
@@ -91,10 +91,10 @@ def run_form(
         name, files = part
         folder = scratch / name
         folder.mkdir()
-        world = chosen[files[0]]
+        backend = chosen[files[0]]
         quiet = form == "stock" or jobs > 1
         began = time.monotonic()
-        results = _run_process(form, world, files, home, folder, result.summaries, quiet)
+        results = _run_process(form, backend, files, home, folder, result.summaries, quiet)
         if jobs > 1:  # the table comes when all are done, which may be long after this one
             counts = ", ".join(f"{r.file}: {r.passed} passed, {r.failed} failed" for r in results)
             print(f"{form}: {counts} ({time.monotonic() - began:.0f} s)", flush = True)
@@ -111,30 +111,31 @@ def run_form(
 
 
 def _processes(chosen: Dict[str, str], jobs: int) -> Dict[str, List[str]]:
-    """name -> the test files of one process: those of a world, or one file where jobs are many."""
+    """name -> the test files of one process: those of a backend, or one file where jobs are many."""
     if jobs > 1:
         return {f"process-{Path(file).stem}": [file] for file in chosen}
-    worlds = sorted(set(chosen.values()))
+    backends = sorted(set(chosen.values()))
     return {
-        f"process-{world}": [file for file in chosen if chosen[file] == world] for world in worlds
+        f"process-{backend}": [file for file in chosen if chosen[file] == backend]
+        for backend in backends
     }
 
 
 def _choose(project: Project, wanted: Sequence[str]) -> Dict[str, str]:
-    worlds = project.worlds()
+    backends = project.backends()
     if not wanted:
-        return worlds
+        return backends
     chosen = {}
     for name in wanted:
         # A path from wherever the user stands, or one below the project's root.
         path = Path(name).resolve() if Path(name).exists() else project.root / name
         relative = Path(os.path.relpath(path, project.root)).as_posix()
-        if relative not in worlds:
+        if relative not in backends:
             raise PatchesError(
                 f"{name} is no test of a patch",
-                "the registry lists " + (", ".join(sorted(worlds)) or "none"),
+                "the registry lists " + (", ".join(sorted(backends)) or "none"),
             )
-        chosen[relative] = worlds[relative]
+        chosen[relative] = backends[relative]
     return chosen
 
 
@@ -146,7 +147,7 @@ def _make_home(project: Project, form: str, scratch: Path) -> Path:
     else:
         build_base(project.pinned_unsloth(), home)
     # All tests, whatever was chosen: one may import helpers of another.
-    for file in (*project.worlds(), *project.shared_files(), "tests/conftest.py"):
+    for file in (*project.backends(), *project.shared_files(), "tests/conftest.py"):
         if (project.root / file).is_file():
             (home / file).parent.mkdir(parents = True, exist_ok = True)
             shutil.copyfile(project.root / file, home / file)
@@ -155,7 +156,7 @@ def _make_home(project: Project, form: str, scratch: Path) -> Path:
 
 def _run_process(
     form: str,
-    world: str,
+    backend: str,
     files: List[str],
     home: Path,
     scratch: Path,
@@ -169,9 +170,9 @@ def _run_process(
     expect_failures = form == "stock"
     if expect_failures:
         command += ["--tb=line"]
-    code, output = _stream(command, home, _environment(form, world, home, scratch), quiet)
-    summaries += [f"{form} / {world}: {line}" for line in _last_summary(output)]
-    results = _read_report(report, files, world)
+    code, output = _stream(command, home, _environment(form, backend, home, scratch), quiet)
+    summaries += [f"{form} / {backend}: {line}" for line in _last_summary(output)]
+    results = _read_report(report, files, backend)
     for result in results:
         result.verdict = _verdict(result, expect_failures)
     # Code 1 is told by the counts, 2 by a file that was not collected; anything else (a crash, Ctrl-C,
@@ -185,13 +186,13 @@ def _run_process(
     return results
 
 
-def _environment(form: str, world: str, home: Path, scratch: Path) -> Dict[str, str]:
+def _environment(form: str, backend: str, home: Path, scratch: Path) -> Dict[str, str]:
     environment = dict(os.environ)
     environment["UNSLOTH_PATCHES_FORM"] = form
     # Unsloth writes generated code there; one form must never read what another one wrote.
     environment["UNSLOTH_COMPILE_LOCATION"] = str(scratch / "compiled")
     environment.pop("UNSLOTH_PATCHES_DISABLE", None)
-    if world == "gloo":  # ranks are forked, and a forked process cannot use a GPU
+    if backend == "gloo":  # ranks are forked, and a forked process cannot use a GPU
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if form != "import":
         # What else is on the path stays: pytest may be installed there.
@@ -232,10 +233,10 @@ def _last_summary(output: str) -> List[str]:
     return found[-1:]
 
 
-def _read_report(report: Path, files: List[str], world: str) -> List[FileResult]:
-    results = {file: FileResult(file, world) for file in files}
+def _read_report(report: Path, files: List[str], backend: str) -> List[FileResult]:
+    results = {file: FileResult(file, backend) for file in files}
     if not report.is_file():
-        return [FileResult(file, world, collected = False) for file in files]
+        return [FileResult(file, backend, collected = False) for file in files]
     for case in ElementTree.parse(report).iter("testcase"):
         # xunit1 states the file; a file that cannot be collected appears as a case without one.
         file = case.get("file") or case.get("name", "").replace(".", "/") + ".py"

@@ -8,14 +8,12 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
-from typing import List, Optional, Sequence
 
 from . import PatchesError
 
 # A reserved domain (RFC 2606): patches must be byte-stable whoever exports them.
-AUTHOR = "unsloth_patches authors"
-EMAIL = "authors@unsloth-patches.invalid"
-DATE = "2026-11-22T00:00:00+0000"
+WHO = {"NAME": "unsloth_patches authors", "EMAIL": "authors@unsloth-patches.invalid"}
+WHO["DATE"] = "2026-11-22T00:00:00+0000"
 SETTINGS = (
     "core.autocrlf=false",
     "core.fileMode=false",
@@ -27,18 +25,9 @@ SETTINGS = (
     "diff.noprefix=false",
 )
 FORMAT_PATCH = (
-    "format-patch",
-    "--stdout",
-    "--zero-commit",
-    "--no-signature",
-    "--full-index",
-    "--no-stat",
-    "--no-renames",
-    "--no-ext-diff",
-    "--diff-algorithm=myers",
-    "-N",
-    "-k",
-)
+    "format-patch --stdout --zero-commit --no-signature --full-index --no-stat --no-renames "
+    "--no-ext-diff --diff-algorithm=myers -N -k -1"
+).split()
 
 
 class Git:
@@ -57,16 +46,16 @@ class Git:
         if executable is None:
             raise PatchesError("git is not installed", "install git 2.30 or newer and try again")
         settings = [part for setting in SETTINGS for part in ("-c", setting)]
+        command = [executable, *settings, *arguments]
         done = subprocess.run(
-            [executable, *settings, *arguments],
+            command,
             cwd = self.folder,
             input = stdin,
             capture_output = True,
             env = _environment(),
         )
         if check and done.returncode:
-            message = done.stderr.decode(errors = "replace").strip()
-            raise PatchesError(f"git {arguments[0]} failed in {self.folder}: {message}")
+            raise PatchesError(f"git {arguments[0]} failed in {self.folder}: {said(done)}")
         return done
 
     def text(self, *arguments: str) -> str:
@@ -76,49 +65,42 @@ class Git:
         self.folder.mkdir(parents = True, exist_ok = True)
         self.run("init", "--quiet", "--template=", f"--initial-branch={branch}")
 
-    def commit_all(self, message: str) -> None:
+    def commit_all(self, message: str) -> str:
+        """Commit everything, ignored files too; returns the commit's id."""
         self.run("add", "--all", "--force")
         self.run("commit", "--quiet", "--cleanup=verbatim", "-F", "-", stdin = message.encode())
+        return self.text("rev-parse", "HEAD")
+
+    def checkout(self, commit: str) -> None:
+        self.run("checkout", "--quiet", "--force", "--detach", commit)
 
     def tree(self, revision: str = "HEAD") -> str:
         return self.text("rev-parse", revision + "^{tree}")
 
-    def changed_files(self, revision: str = "HEAD") -> List[str]:
-        listed = self.text("diff-tree", "-r", "--root", "--no-commit-id", "--name-only", revision)
-        return listed.splitlines()
+    def format_patch(self) -> bytes:
+        return self.run(*FORMAT_PATCH, "HEAD").stdout
 
-    def format_patch(self, revision: str = "HEAD") -> bytes:
-        return self.run(*FORMAT_PATCH, "-1", revision).stdout
+    def am(self, mails: bytes, *options: str) -> str:
+        """Apply mails. Empty, or git's reason, with the repository as it was before."""
+        done = self.run("am", "--quiet", "-k", *options, stdin = mails, check = False)
+        if done.returncode:
+            self.run("am", "--abort", check = False)
+        return said(done) if done.returncode else ""
 
-    def am(
-        self,
-        patch: bytes,
-        three_way: bool = False,
-        exclude: Sequence[str] = (),
-    ) -> Optional[str]:
-        """Apply one mail. None, or git's reason, with the repository as it was before."""
-        options = ["--3way"] if three_way else []
-        options += [f"--exclude={path}" for path in exclude]
-        done = self.run("am", "--quiet", "-k", *options, stdin = patch, check = False)
-        if done.returncode == 0:
-            return None
-        self.run("am", "--abort", check = False)
-        return (done.stderr + done.stdout).decode(errors = "replace").strip()
+
+def said(done: subprocess.CompletedProcess) -> str:
+    """What git wrote, without its advice on what to type next."""
+    lines = (done.stderr + done.stdout).decode(errors = "replace").strip().splitlines()
+    return "\n".join(
+        line for line in lines if not line.startswith(("hint:", "When you have", "If you"))
+    )
 
 
 def _environment() -> dict:
     """The user's environment without git's own variables: a hook of git sets GIT_DIR, for one."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    kept.update(
-        GIT_CONFIG_GLOBAL = os.devnull,
-        GIT_CONFIG_SYSTEM = os.devnull,
-        GIT_CONFIG_NOSYSTEM = "1",
-        GIT_TERMINAL_PROMPT = "0",
-        LC_ALL = "C",
-        TZ = "UTC",
-    )
-    for role in ("AUTHOR", "COMMITTER"):
-        kept.update(
-            {f"GIT_{role}_NAME": AUTHOR, f"GIT_{role}_EMAIL": EMAIL, f"GIT_{role}_DATE": DATE}
-        )
+    kept.update(GIT_CONFIG_GLOBAL = os.devnull, GIT_CONFIG_SYSTEM = os.devnull)
+    kept.update(GIT_CONFIG_NOSYSTEM = "1", GIT_TERMINAL_PROMPT = "0", LC_ALL = "C", TZ = "UTC")
+    roles = ("AUTHOR", "COMMITTER")
+    kept.update({f"GIT_{role}_{key}": value for role in roles for key, value in WHO.items()})
     return kept

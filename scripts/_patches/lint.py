@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Iterator, List, Tuple
 
 from . import LINE_LENGTH
-from .project import MESSAGE_PARTS, WORLDS, Project, read_text
+from .project import MESSAGE_PARTS, BACKENDS, Project, read_text
 
 LICENCE = "# SPDX-License-Identifier: Apache-2.0"
 OLDEST_PYTHON = (3, 9)
@@ -38,9 +38,9 @@ def _catalogue(project: Project) -> Iterator[str]:
         for name in patch.requires:
             if name not in seen:
                 yield f"{patch.name} requires {name}, which does not stand before it in PATCHES"
-        for test, world in patch.tests.items():
-            if world not in WORLDS:
-                yield f"{patch.name}: {test} names world {world!r}; known: {', '.join(WORLDS)}"
+        for test, backend in patch.tests.items():
+            if backend not in BACKENDS:
+                yield f"{patch.name}: {test} names backend {backend!r}; known: {', '.join(BACKENDS)}"
         if not patch.tests:
             yield f"{patch.name} has no tests: a patch is sent with a test that fails without it"
         seen.append(patch.name)
@@ -137,6 +137,22 @@ def _defined(path: Path) -> set:
     return {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
 
 
+def clashes(project: Project) -> Iterator[str]:
+    """Patches that replace the same thing without an order, or with decorators of one name in one file."""
+    seen: List[Tuple[Any, Any]] = []
+    for patch in project.patches:
+        for target in patch.targets:
+            for other, theirs in seen:
+                both = f"{other.name} and {patch.name} both"
+                if theirs.attribute == target.attribute and other not in project.required(patch):
+                    yield f"{both} replace {target.attribute}: let one require the other"
+                names = {each.replacement.partition(":")[2] for each in (theirs, target)}
+                same_file = (theirs.wired_in or theirs.module) == (target.wired_in or target.module)
+                if same_file and len(names) == 1 and theirs.replacement != target.replacement:
+                    yield f"{both} import a {names.pop()} into {target.module}: rename one of the two"
+        seen += [(patch, target) for target in patch.targets]
+
+
 def orphans(project: Project) -> Iterator[str]:
     """Modules and tests at a place where files land that no patch adds: nothing would run them."""
     listed = {name for patch in project.patches for name in patch.modules}
@@ -146,8 +162,8 @@ def orphans(project: Project) -> Iterator[str]:
         if name not in listed and name != "__init__.py" and read_text(path).strip():
             yield f"unsloth_patches/unsloth/{name} belongs to no patch: add it to an entry's modules"
     for path in sorted((project.root / "tests").glob("test_*.py")):
-        if f"tests/{path.name}" not in project.worlds():
-            yield f"tests/{path.name} belongs to no patch: add it, with its world, to an entry's tests"
+        if f"tests/{path.name}" not in project.backends():
+            yield f"tests/{path.name} belongs to no patch: add it, with its backend, to an entry's tests"
     for path in sorted(project.shared.glob("*.py")):
         if f"tests/_shared/{path.name}" not in project.shared_files():
             yield f"tests/_shared/{path.name} belongs to no patch: add it to an entry's shared"

@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 from . import ROOT, PatchesError
 from .upstream import Release, get_release, read_pins
 
-WORLDS = ("cpu", "interpreter", "gloo")
+BACKENDS = ("cpu", "interpreter", "gloo")
 MESSAGE_PARTS = ("Motivation:", "What changes:", "How it was tested:")
 
 
@@ -67,32 +67,22 @@ class Project:
         return "".join(f"{patch.name}.patch\n" for patch in self.patches)
 
     def commit_message(self, patch: Any) -> str:
-        """Title, the pull request's text, and the trailers that say what the patch is made of."""
-        body = read_text(self.message_file(patch)).strip()
-        trailers = [f"Patch-Module: unsloth/{name}" for name in patch.modules]
-        if "Upstream-Status:" not in body:
-            trailers.insert(0, "Upstream-Status: Pending")
-        return f"{patch.title}\n\n{body}\n\n" + "\n".join(trailers) + "\n"
+        """Title and the pull request's text."""
+        return f"{patch.title}\n\n{read_text(self.message_file(patch)).strip()}\n"
 
     def required(self, patch: Any) -> List[Any]:
-        """The patch and all that it needs, directly or not."""
-        by_name = {other.name: other for other in self.patches}
-        found: Dict[str, Any] = {}
-        waiting = [patch.name]
-        while waiting:
-            name = waiting.pop()
-            if name in found or name not in by_name:
-                continue
-            found[name] = by_name[name]
-            waiting += by_name[name].requires
-        return list(found.values())
+        """All that the patch needs, directly or not, in the order of the series, and the patch last."""
+        names = {patch.name, *patch.requires}
+        for other in reversed(self.patches):
+            names |= set(other.requires) if other.name in names else set()
+        return [other for other in self.patches if other.name in names]
 
     def shared_files(self) -> List[str]:
         return [f"tests/_shared/{name}" for patch in self.patches for name in patch.shared]
 
-    def worlds(self) -> Dict[str, str]:
-        """Test file -> world, over all patches."""
-        return {test: world for patch in self.patches for test, world in patch.tests.items()}
+    def backends(self) -> Dict[str, str]:
+        """Test file -> backend, over all patches."""
+        return {test: backend for patch in self.patches for test, backend in patch.tests.items()}
 
     def fingerprints(self, target: Any, unsloth: Release, zoo: Optional[Release]) -> Set[str]:
         """Fingerprints of a target's definitions in a release; empty where it defines none."""

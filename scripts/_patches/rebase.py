@@ -15,7 +15,6 @@ from .check import stale_target, syntax_errors
 from .git import Git
 from .project import Project
 from .upstream import Release, get_release, read_pins
-from .wiring import wired_path
 
 CLEAN, MERGED, STALE, NEWER = "clean", "merged", "stale", "not for it"
 
@@ -98,7 +97,7 @@ def _absent_optional_files(patch: Any, pinned: Release, release: Release) -> Lis
     """Files of the pinned release that only optional targets edit and that this release lacks."""
     files: Dict[str, bool] = {}
     for target in patch.targets:
-        path = wired_path(target) or pinned.module_path(target.module)
+        path = target.wired_in or pinned.module_path(target.module)
         if path in pinned.files and path not in release.files:
             files[path] = files.get(path, True) and target.optional
     return [path for path, optional in files.items() if optional]
@@ -108,10 +107,11 @@ def _try(path: Path, git: Git, outcome: Outcome, exclude: Sequence[str]) -> None
     if not path.is_file():
         raise PatchesError(f"{path} is missing", "run `python scripts/patches.py export`")
     content = path.read_bytes()
-    if git.am(content, exclude = exclude) is None:
+    options = [f"--exclude={path}" for path in exclude]
+    if not git.am(content, *options):
         return
     moved = _rejected(content, git, exclude)
-    if git.am(content, three_way = True, exclude = exclude) is None:
+    if not git.am(content, "-3", *options):
         outcome.state = MERGED
         outcome.notes += [f"three-way merge moved {where}" for where in moved]
     else:

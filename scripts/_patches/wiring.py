@@ -1,90 +1,277 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""The lines at a module's end that put a replacement in: what the hook does at import, as source."""
+"""Put a replacement in beside what it replaces: what the hooks do at import, as source.
+
+- a line ``@decorator`` above every live ``def`` or ``class`` (one per device branch), below ``@staticmethod``;
+- ``name = decorator(name)`` after the statement that imports or assigns a name, or that fills a table last;
+- the decorator's import at its sorted place among the imports at the top.
+"""
 
 from __future__ import annotations
 
 import ast
-import textwrap
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from . import LINE_LENGTH, PatchesError
 from .project import read_text
 
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+Edit = Tuple[int, List[str]]  # lines to insert, and how many of the file's lines stand above them
+
 
 def wire(patch: Any, folder: Path) -> None:
-    """Append to each file of the fork in ``folder`` the block for this patch's targets there."""
+    """Edit the files of the fork in ``folder`` for this patch's targets."""
     by_file: Dict[str, List[Any]] = {}
     for target in patch.targets:
-        path = _wired_file(target, folder)
-        if path is not None:
+        path = wired_path(target, folder)
+        if path:
             by_file.setdefault(path, []).append(target)
     for path, targets in by_file.items():
-        file = folder / path
-        text = read_text(file)
-        block = _block(patch, path, targets, text)
-        if block:
-            file.write_bytes((text.rstrip("\n") + "\n\n\n" + block).encode("utf-8"))
+        text = read_text(folder / path)
+        (folder / path).write_bytes(_wired(text, path, targets).encode("utf-8"))
 
 
-def _home(target: Any, folder: Path) -> Optional[str]:
-    base = target.module.replace(".", "/")
-    candidates = (base + ".py", base + "/__init__.py")
-    return next((path for path in candidates if (folder / path).is_file()), None)
-
-
-def wired_path(target: Any) -> str:
-    """The entry's ``wired_in`` as a path in the fork; empty where it names none."""
-    path = target.wired_in
-    return path if not path or path.startswith("unsloth/") else f"unsloth/{path}"
-
-
-def _wired_file(target: Any, folder: Path) -> Optional[str]:
-    """Path of the file that gets the line; None for an optional target that this release lacks."""
-    path = wired_path(target) or _home(target, folder)
-    if path and (folder / path).is_file():
-        return path
-    if target.optional:
-        return None
-    if target.module.split(".")[0] != "unsloth" and not target.wired_in:
+def wired_path(target: Any, folder: Path) -> str:
+    """Path of the file that is edited for a target; empty for an optional one that this release lacks."""
+    if not target.wired_in and target.module.split(".")[0] != "unsloth":
         raise PatchesError(
             f"{target.attribute} is outside unsloth/, and its registry entry names no wired_in",
             "set wired_in to the file of unsloth/ that shall replace it",
         )
-    raise PatchesError(
-        f"{target.attribute}: Unsloth has no {path or target.module}", "fix the registry"
-    )
+    home = target.module.replace(".", "/")
+    candidates = [target.wired_in] if target.wired_in else [home + ".py", home + "/__init__.py"]
+    found = [path for path in candidates if (folder / path).is_file()]
+    if not found and not target.optional:
+        raise PatchesError(
+            f"{target.attribute}: Unsloth has no {candidates[0]}", "fix the registry"
+        )
+    return found[0] if found else ""
 
 
-def _block(patch: Any, path: str, targets: List[Any], text: str) -> str:
-    tree = ast.parse(text)
-    imports: Dict[str, set] = {}
-    lines: List[str] = []
+def _wired(text: str, path: str, targets: List[Any]) -> str:
+    tree, lines = ast.parse(text), text.split("\n")
+    edits: List[Edit] = []
+    imports: Dict[str, List[Any]] = {}
+    afar: List[Any] = []
     for target in targets:
-        module, _, function = target.replacement.partition(":")
-        assignment = _assignment(target, path, function, tree)
-        if assignment:
-            imports.setdefault(_relative(path, f"unsloth.{module}"), set()).add(function)
-            lines += assignment
-    if not lines:
-        return ""
-    comment = textwrap.wrap(
-        patch.title,
-        LINE_LENGTH,
-        initial_indent = "# ",
-        subsequent_indent = "# ",
-        break_long_words = False,
-    )
-    heads = [f"from {name} import {', '.join(sorted(imports[name]))}" for name in sorted(imports)]
-    return "\n".join(comment + [part for head in heads for part in _folded(head)] + lines) + "\n"
+        if path not in (target.module.replace(".", "/") + end for end in (".py", "/__init__.py")):
+            afar.append(target)
+            continue
+        same = {t.name for t in targets if t.replacement == target.replacement} - {target.name}
+        found = list(_at_home(target, tree, same, lines))
+        edits += found
+        if found:
+            imports.setdefault(_source(path, target), []).append(target)
+    first_use = min((above for above, _ in edits), default = 0)
+    for module in sorted(imports, key = _order, reverse = True):
+        edits.insert(0, _import(tree, lines, module, imports[module], first_use))
+    if afar:
+        edits.append(_from_afar(afar, path, tree))
+    # From the end, and what belongs to one place in the order in which it was asked for.
+    for above, new in sorted(reversed(edits), key = lambda edit: -edit[0]):
+        lines[above:above] = new
+    return "\n".join(lines)
 
 
-def _folded(line: str) -> List[str]:
+def _decorator(target: Any) -> str:
+    return target.replacement.partition(":")[2]
+
+
+# ------------------------------------------------------------------------- in the name's own module
+
+
+def _at_home(target: Any, tree: ast.Module, same: set, lines: List[str]) -> Iterator[Edit]:
+    head, _, method = target.name.partition(".")
+    live = _live(tree.body, head)
+    if not live and not target.optional:
+        raise PatchesError(f"{target.attribute}: its module defines no {head}", "fix the registry")
+    for node, block in live:
+        if method and isinstance(node, ast.ClassDef):
+            yield _method(node, method, _decorator(target), lines)
+        elif isinstance(node, DEFINITIONS):
+            yield _above(node, _decorator(target))
+        elif not _is_none(node) and not _is_alias_of(node, same):
+            yield _after(node, block, target)
+
+
+def _live(body: List[ast.stmt], name: str) -> List[Tuple[Any, List[ast.stmt]]]:
+    """The statements that may have bound ``name`` last, each with its block: one, or one per branch."""
+    found: List[Tuple[Any, List[ast.stmt]]] = []
+    for node in body:
+        if name in _bound(node):
+            # `f = wrap(f)` keeps what f was given before.
+            found = found if found and _mentions(node, name) else [(node, body)]
+        elif isinstance(node, (ast.If, ast.Try, ast.With, ast.For, ast.While)):
+            branches = [node.body, getattr(node, "orelse", []), getattr(node, "finalbody", [])]
+            branches += [handler.body for handler in getattr(node, "handlers", [])]
+            inner = [_live(branch, name) for branch in branches]
+            always = isinstance(node, ast.With) or (
+                isinstance(node, ast.If) and inner[0] and inner[1]
+            )
+            always = always or (isinstance(node, ast.Try) and inner[0] and all(inner[3:]))
+            wraps = found and all(_mentions(each, name) for branch in inner for each, _ in branch)
+            if not wraps:
+                found = ([] if always else found) + [each for branch in inner for each in branch]
+    return found
+
+
+def _mentions(node: ast.stmt, name: str) -> bool:
+    value = getattr(node, "value", None)
+    names = ast.walk(value) if isinstance(node, ast.Assign) else ()
+    return any(isinstance(each, ast.Name) and each.id == name for each in names)
+
+
+def _bound(node: ast.stmt) -> set:
+    if isinstance(node, DEFINITIONS):
+        return {node.name}
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    targets = getattr(node, "targets", []) or [getattr(node, "target", None)]
+    if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+        return set()
+    tuples = [each for t in targets for each in (t.elts if isinstance(t, ast.Tuple) else [t])]
+    return {each.id for each in tuples if isinstance(each, ast.Name)}
+
+
+def _is_none(node: ast.stmt) -> bool:
+    value = getattr(node, "value", ast.Constant(0))
+    return isinstance(value, ast.Constant) and value.value is None
+
+
+def _is_alias_of(node: ast.stmt, names: set) -> bool:
+    """``a = b`` where b was given the same decorator above: a has it already."""
+    value = getattr(node, "value", None)
+    return isinstance(value, ast.Name) and value.id in names
+
+
+def _after(node: ast.stmt, block: List[ast.stmt], target: Any) -> Edit:
+    """``name = decorator(name)`` after the statement that binds it, or the last one of its block that fills it."""
+    last = position = block.index(node)
+    for place, statement in enumerate(block[position + 1 :], position + 1):
+        fills = _mentions(statement, target.name) and target.name in _bound(statement)
+        for part in ast.walk(statement) if not isinstance(statement, DEFINITIONS) else ():
+            stores = isinstance(part, ast.Subscript) and isinstance(part.ctx, ast.Store)
+            fills |= stores and getattr(part.value, "id", "") == target.name
+        last = place if fills else last
+    new = _assignment(target.name, _decorator(target), target.name, node.col_offset)
+    imports = (ast.Import, ast.ImportFrom)
+    if isinstance(block[last], imports) and not node.col_offset:  # as ruff format wants it
+        new = ["", *new, *[""] * isinstance((block + [node])[last + 1], imports)]
+    return block[last].end_lineno, new
+
+
+def _above(node: Any, decorator: str) -> Edit:
+    """Topmost, but below @staticmethod and @classmethod: the decorator gets and returns a plain function."""
+    first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+    for each in node.decorator_list:
+        if getattr(each, "id", "") in ("staticmethod", "classmethod"):
+            first = each.end_lineno + 1
+    return first - 1, [" " * node.col_offset + f"@{decorator}"]
+
+
+def _method(owner: ast.ClassDef, name: str, decorator: str, lines: List[str]) -> Edit:
+    own = [node for node, _ in _live(owner.body, name) if isinstance(node, DEFINITIONS)]
+    if own:
+        return _above(own[-1], decorator)
+    # Inherited, and in Unsloth those are static: `from_pretrained` and its like.
+    first = owner.body[0]
+    base = ast.unparse(owner.bases[0]) if owner.bases else "object"
+    new = _assignment(name, f"staticmethod({decorator}", f"{base}.{name})", first.col_offset)
+    if isinstance(first, ast.Pass) and len(owner.body) == 1:
+        lines[first.lineno - 1] = "\n".join(new)
+        return first.lineno, []
+    return owner.body[-1].end_lineno, ["", *new]
+
+
+def _assignment(
+    name: str,
+    decorator: str,
+    stock: str,
+    column: int = 0,
+) -> List[str]:
+    indent = " " * column
+    line = f"{indent}{name} = {decorator}({stock})"
     if len(line) <= LINE_LENGTH:
         return [line]
-    head, _, names = line.partition(" import ")
-    return [f"{head} import (", *(f"    {name}," for name in names.split(", ")), ")"]
+    return [f"{indent}{name} = {decorator}(", f"{indent}    {stock}", f"{indent})"]
+
+
+# ------------------------------------------------------------ from another module (names of the zoo)
+
+
+def _from_afar(targets: List[Any], path: str, tree: ast.Module) -> Edit:
+    """Replace names in their own modules, after the import here that leads there, and rebind imported ones."""
+    sources: Dict[str, set] = {}
+    zoo: List[str] = []
+    lines: List[str] = []
+    place = 0
+    heads = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    for target in targets:
+        alias = "_" + target.module.replace("unsloth_", "").replace(".", "_")
+        sources.setdefault(_source(path, target), set()).add(_decorator(target))
+        zoo += [f"import {target.module} as {alias}"]
+        lines += _assignment(f"{alias}.{target.name}", _decorator(target), f"{alias}.{target.name}")
+        for node in heads:
+            module = getattr(node, "module", "") or ""
+            if module and (target.module + ".").startswith(module + "."):
+                place = max(place, node.end_lineno)
+            if module == target.module and target.name in _bound(node):
+                lines.append(f"{target.name} = {alias}.{target.name}")
+    own = [part for name in sorted(sources) for part in _importing(name, sources[name])]
+    return place or heads[-1].end_lineno, ["", *own, *sorted(set(zoo)), "", *lines]
+
+
+# --------------------------------------------------------------------------------------- the import
+
+
+def _import(
+    tree: ast.Module, lines: List[str], module: str, targets: List[Any], first_use: int
+) -> Edit:
+    """The import line, after the relative import at the top that sorts next before it."""
+    new = _importing(module, {_decorator(target) for target in targets})
+    anchor = next((target.import_after for target in targets if target.import_after), "")
+    if anchor:
+        if anchor not in lines[:first_use]:
+            raise PatchesError(f"no line {anchor!r} before the first use", "correct import_after")
+        return lines.index(anchor) + 1, new
+    head: List[Any] = []
+    for node in tree.body:
+        if isinstance(node, DEFINITIONS) or node.end_lineno > first_use:
+            break
+        head += [node] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+    relative = {
+        node: _order("." * node.level + (node.module or "")) for node in head if _level(node)
+    }
+    earlier = [node for node in relative if relative[node] <= _order(module)]
+    if earlier:
+        return max(earlier, key = lambda node: (relative[node], node.lineno)).end_lineno, new
+    if relative:
+        return min(relative, key = lambda node: node.lineno).lineno - 1, new
+    if head:
+        return head[-1].end_lineno, ["", *new]
+    return tree.body[0].lineno - 1, [*new, ""]
+
+
+def _level(node: Any) -> int:
+    return getattr(node, "level", 0)
+
+
+def _source(path: str, target: Any) -> str:
+    return _relative(path, "unsloth." + target.replacement.partition(":")[0])
+
+
+def _order(module: str) -> Tuple[int, str]:
+    """As isort orders relative imports: the furthest package first."""
+    name = module.lstrip(".")
+    return len(name) - len(module), name
+
+
+def _importing(module: str, names: set) -> List[str]:
+    line = f"from {module} import {', '.join(sorted(names))}"
+    if len(line) <= LINE_LENGTH:
+        return [line]
+    return [f"from {module} import (", *(f"    {name}," for name in sorted(names)), ")"]
 
 
 def _relative(path: str, module: str) -> str:
@@ -94,110 +281,3 @@ def _relative(path: str, module: str) -> str:
     while common < min(len(package), len(wanted) - 1) and package[common] == wanted[common]:
         common += 1
     return "." * (len(package) - common + 1) + ".".join(wanted[common:])
-
-
-def _assignment(target: Any, path: str, function: str, tree: ast.Module) -> List[str]:
-    home = target.module.replace(".", "/")
-    if path in (home + ".py", home + "/__init__.py"):
-        return _at_home(target, function, tree)
-    return _from_afar(target, path, function, tree)
-
-
-def _at_home(target: Any, function: str, tree: ast.Module) -> List[str]:
-    """``name = replace(name)`` in the module that defines the name."""
-    head = target.name.split(".")[0]
-    certain = head in _bound(tree.body)
-    if not certain and not _bound_anywhere(tree, head):
-        if target.optional:
-            return []
-        raise PatchesError(f"{target.attribute}: its module defines no {head}", "fix the registry")
-    line = _replace_line(target.name, function, _decorated(tree, target.name))
-    if certain or not target.optional:
-        return line
-    return [f'if "{head}" in globals():'] + _indented(line)
-
-
-def _from_afar(target: Any, path: str, function: str, tree: ast.Module) -> List[str]:
-    """Set the attribute on its module, and rebind the name here if this file imported it."""
-    alias = "_" + target.module.replace("unsloth_zoo", "zoo").replace("unsloth.", "").replace(
-        ".", "_"
-    )
-    if target.module.split(".")[0] == "unsloth":
-        relative = _relative(path, target.module)
-        dots = relative[: len(relative) - len(relative.lstrip("."))]
-        above, _, leaf = relative.lstrip(".").rpartition(".")
-        importing = f"from {dots}{above} import {leaf} as {alias}"
-    else:
-        importing = f"import {target.module} as {alias}"
-    line = _replace_line(f"{alias}.{target.name}", function, decorated = False)
-    if target.name in _imported_from(tree, target.module):
-        line = line + [f"{target.name} = {alias}.{target.name}"]
-    if not target.optional:
-        return [importing] + line
-    guarded = ["try:", *_indented([importing]), "except ImportError:", f"    {alias} = None"]
-    return guarded + [f'if hasattr({alias}, "{target.name}"):'] + _indented(line)
-
-
-def _replace_line(name: str, function: str, decorated: bool) -> List[str]:
-    stock = name
-    if decorated:
-        # A staticmethod or classmethod as it stands in the class, not what attribute access makes of it.
-        owner, _, leaf = name.rpartition(".")
-        stock = f'vars({owner})["{leaf}"]'
-    line = f"{name} = {function}({stock})"
-    if len(line) <= LINE_LENGTH:
-        return [line]
-    return [f"{name} = {function}(", f"    {stock}", ")"]
-
-
-def _indented(lines: List[str]) -> List[str]:
-    return ["    " + line for line in lines]
-
-
-def _bound(body: List[ast.stmt]) -> set:
-    """Names that these statements bind whatever happens."""
-    names = set()
-    for node in body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            names.add(node.name)
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-    return names
-
-
-def _bound_anywhere(tree: ast.Module, name: str) -> bool:
-    """Bound at module level under some ``if``, ``try``, ``with`` or loop."""
-    stack: List[ast.AST] = list(tree.body)
-    while stack:
-        node = stack.pop()
-        if isinstance(node, ast.stmt) and name in _bound([node]):
-            return True
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            stack += ast.iter_child_nodes(node)
-    return False
-
-
-def _decorated(tree: ast.Module, name: str) -> bool:
-    """Whether ``Class.method`` is a staticmethod or classmethod."""
-    head, _, rest = name.partition(".")
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef) and node.name == head and rest:
-            for item in node.body:
-                if getattr(item, "name", "") == rest and not isinstance(item, ast.ClassDef):
-                    names = {getattr(d, "id", "") for d in getattr(item, "decorator_list", [])}
-                    return bool(names & {"staticmethod", "classmethod"})
-    return False
-
-
-def _imported_from(tree: ast.Module, module: str) -> set:
-    """Names that this file imported, unrenamed and absolutely, from ``module`` at its top level."""
-    return {
-        alias.name
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module == module
-        for alias in node.names
-        if alias.asname in (None, alias.name)
-    }

@@ -39,7 +39,7 @@ def test_export_is_clean_and_stable(root, tmp_path):
 def test_patch_reads_as_a_pull_request(root):
     text = (root / "patches/double-area.patch").read_text(encoding = "utf-8")
     assert "\nSubject: Double the area\n" in text
-    assert "\nUpstream-Status: Pending\nPatch-Module: unsloth/sub/double.py\n" in text
+    assert "\nSo.\n\ndiff --git a/" in text, "no trailers"
     assert text.startswith("From " + "0" * 40)
 
 
@@ -64,20 +64,21 @@ def test_fork_behaves_as_the_replacements_say(root, tmp_path):
     code = (
         "import unsloth as u; print(u.area(3), u.Shape.corners(4), u.Shape().name(), u.TABLE['b'])"
     )
-    assert run_python(tmp_path / "fork", code) == ["18", "8", "shape!", "2"]
+    assert run_python(tmp_path / "fork", code) == ["18", "8", "shape!", "3"]
     text = (tmp_path / "fork/unsloth/sub/b.py").read_text(encoding = "utf-8")
-    assert text.startswith(UPSTREAM["unsloth/sub/b.py"])
-    added = text[len(UPSTREAM["unsloth/sub/b.py"]) :]
-    assert added.count("import") == 1 and "# Double the area\nfrom .double import " in added
-    assert 'Shape.corners = replace_corners(vars(Shape)["corners"])\n' in added
+    assert (
+        "\nimport os\n\nfrom .double import doubled, exclaimed, with_b\n\nTABLE = {'a': 1}\n"
+        in text
+    )
+    assert "\n    TABLE[key] = os.sep\nTABLE = with_b(TABLE)\n" in text
+    assert "\n\n@doubled\ndef area(x)" in text
+    assert "    @staticmethod\n    @doubled\n    def corners(n)" in text
 
 
 def test_zoo_names_are_set_on_the_zoo_and_rebound(root, tmp_path):
     """A target of unsloth_zoo is wired into the file that the entry names, both homes of the name."""
-    target = (
-        'Target(attribute = "unsloth_zoo.losses:loss", replacement = "sub.double:replace_area"%s),'
-    )
-    write_registry(root, target % ', wired_in = "zoo_user.py"')
+    target = 'Target(attribute = "unsloth_zoo.losses:loss", replacement = "sub.double:doubled"%s),'
+    write_registry(root, target % ', wired_in = "unsloth/zoo_user.py"')
     fork = tmp_path / "fork"
     build_fork(Project(root), fork)
     write(fork, ZOO)
@@ -90,13 +91,13 @@ def test_zoo_names_are_set_on_the_zoo_and_rebound(root, tmp_path):
 
 def test_optional_targets(root, tmp_path):
     """An optional name is wired where it may exist, and left alone where this release has none."""
-    target = 'Target(attribute = "unsloth.sub.b:%s", replacement = "sub.double:replace_table", optional = True),'
+    target = 'Target(attribute = "unsloth.sub.b:%s", replacement = "sub.double:with_b", optional = True),'
     write_registry(
         root, target % "branch" + target % "absent" + target.replace("sub.b", "gone") % "x"
     )
     build_fork(Project(root), tmp_path / "fork")
     text = (tmp_path / "fork/unsloth/sub/b.py").read_text(encoding = "utf-8")
-    assert 'if "branch" in globals():\n    branch = replace_table(branch)\n' in text
+    assert "\n\n    @with_b\n    def branch():" in text
     assert "absent" not in text
 
 
@@ -113,7 +114,7 @@ def test_patches_apply_to_a_clone_with_more_in_it(root, tmp_path):
     git.run("update-index", "--chmod=+x", "unsloth/sub/b.py")
     git.run("commit", "--quiet", "-m", "the rest")
     before = git.text("ls-tree", "-r", "HEAD").splitlines()
-    assert git.am((root / "patches/double-area.patch").read_bytes()) is None
+    assert not git.am((root / "patches/double-area.patch").read_bytes())
     after = git.text("ls-tree", "-r", "HEAD").splitlines()
     changed = {line.split("\t")[1] for line in set(before) ^ set(after)}
     assert changed == {"unsloth/sub/b.py", "unsloth/sub/double.py", "tests/test_area.py"}
@@ -150,7 +151,7 @@ def test_callsite_hunks(root, tmp_path):
             "double-area.patch is out of date",
         ),
         ("patches/double-area.patch", "+    assert", "+     assert", "out of date from line"),
-        ("patches/series", "double-area.patch\n", "", "series does not list"),
+        ("patches/series", "double-area.patch\n", "", "series is out of date"),
         ("patches/orphan.patch", "", "x", "orphan.patch belongs to no patch"),
         ("unsloth_patches/unsloth/sub/new.py", "", HEADER, "sub/new.py belongs to no patch"),
         ("tests/test_new.py", "", HEADER, "tests/test_new.py belongs to no patch"),
@@ -180,16 +181,16 @@ def test_callsite_hunks(root, tmp_path):
         ),
         (
             "unsloth_patches/unsloth/sub/double.py",
-            "def replace_area",
+            "def doubled",
             "def replaced_area",
-            "defines no replace_area",
+            "defines no doubled",
         ),
         ("unsloth_patches/unsloth/sub/double.py", HEADER, "", "does not start with"),
         ("unsloth_patches/unsloth/sub/double.py", "\n", "\r\n", "carriage returns"),
         ("patches/messages/double-area.md", "Motivation:", "Motive:", "no line 'Motivation:'"),
         ("patches/messages/double-area.md", "Why.", "diff --git a b", "git am would cut"),
         ("tests/test_area.py", "import unsloth", "import unsloth_patches", "names unsloth_patches"),
-        ("unsloth_patches/registry.py", '"cpu"', '"gpu"', "names world 'gpu'"),
+        ("unsloth_patches/registry.py", '"cpu"', '"gpu"', "names backend 'gpu'"),
         ("unsloth_patches/registry.py", "Double the area", "[a] doubles.", "one capitalised line"),
     ],
 )
@@ -260,21 +261,19 @@ def test_rebase_clean(root, cache, tmp_path):
 
 
 def test_rebase_names_the_hunk(root, cache, tmp_path):
-    """The end of the module changed under the block: the hunk is named, with its file and number."""
-    text = UPSTREAM["unsloth/sub/b.py"].replace(
-        "def branch():\n        return 1", "def tree():\n        return 2"
-    )
+    """The decorated function has another name now: the hunk is named, with its file and number."""
+    text = UPSTREAM["unsloth/sub/b.py"].replace("def area", "def areas")
     state, notes = rebase_on(root, cache, tmp_path, {"unsloth/sub/b.py": text})
     assert state == rebase.STALE
-    assert "unsloth/sub/b.py: hunk 1 @@ -18,3 +18,11 @@" in notes
+    assert "unsloth/sub/b.py: hunk 1 @@ -4,20 +4,26 @@" in notes
 
 
 def test_rebase_merges_what_moved(root, cache, tmp_path):
-    """The context changed beside the block, not under it: git merges it, and the hunk is named."""
-    text = UPSTREAM["unsloth/sub/b.py"].replace("== 1:\n\n", "== 1:\n    # why\n")
+    """The context changed beside the edit, not under it: git merges it, and the hunk is named."""
+    text = UPSTREAM["unsloth/sub/b.py"].replace("return x * x", "return x * x * 1.0")
     state, notes = rebase_on(root, cache, tmp_path, {"unsloth/sub/b.py": text})
     assert state == rebase.MERGED
-    assert notes.startswith("three-way merge moved unsloth/sub/b.py: hunk 1 @@ -18,3")
+    assert notes.startswith("three-way merge moved unsloth/sub/b.py: hunk 1 @@ -4,20")
 
 
 def test_rebase_names_a_missing_file(root, cache, tmp_path):
@@ -286,7 +285,7 @@ def test_rebase_names_a_missing_file(root, cache, tmp_path):
 
 def test_rebase_leaves_out_an_absent_optional_file(root, cache, tmp_path):
     """The only target in a file that the release lacks is optional: the rest of the patch applies."""
-    gone = 'Target(attribute = "unsloth.zoo_user:loss", replacement = "sub.double:replace_area"%s),'
+    gone = 'Target(attribute = "unsloth.zoo_user:loss", replacement = "sub.double:doubled"%s),'
     for optional, state in (", optional = True", rebase.CLEAN), ("", rebase.STALE):
         write_registry(root, TARGETS.format(prints = "") + gone % optional)
         export_all(root, tmp_path / f"export-{state}")
@@ -306,7 +305,7 @@ def test_rebase_names_the_fingerprint(root, cache, tmp_path):
     text = UPSTREAM["unsloth/sub/b.py"].replace("return x * x", "return x * x * 1.0")
     state, notes = rebase_on(root, cache, tmp_path, {"unsloth/sub/b.py": text})
     assert state == rebase.STALE
-    assert notes.startswith("unsloth.sub.b:area has fingerprint")
+    assert "unsloth.sub.b:area has fingerprint" in notes
 
 
 def test_rebase_on_the_pinned_release(root, cache, tmp_path):
