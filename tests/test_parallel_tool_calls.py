@@ -3,8 +3,7 @@
 """get_chat_template(..., parallel_tool_calls = "error" | "split" | "join") for Llama 3.1, 3.2 and
 3.3.
 
-What each mode renders, what is put right before rendering, what is refused, and dataset round
-trips.
+What each mode renders, what is put right before rendering, and what is refused.
 """
 
 import copy
@@ -13,29 +12,30 @@ import inspect
 import json
 import logging
 import pickle
-import sys
-from pathlib import Path
 
 import pytest
 import unsloth  # has to come before transformers
-from transformers import PreTrainedTokenizerBase
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_chat_template import (
+from llama_chat import (
     CONVERSATIONS,
     REFERENCE_FILE,
     WEATHER,
     assert_parity,
     assistant,
     make_llama_tokenizer,
-    references,  # noqa: F401  (a fixture)
+    published_templates,
     result,
     system,
     user,
 )
+from transformers import PreTrainedTokenizerBase
 
 MODES = ("error", "split", "join")
 DATE = "26 Jul 2024"
+
+
+@pytest.fixture(scope = "module")
+def references():
+    return published_templates()
 
 
 @pytest.fixture(scope = "module")
@@ -79,9 +79,6 @@ ROME_TEXT = '{"name": "get_weather", "parameters": {"city": "Rome"}}'
 OSLO_TEXT = '{"name": "search.web", "parameters": {"query": "Oslo"}}'
 
 
-# ---------------------------------------------------------------- what each mode renders
-
-
 @pytest.mark.parametrize("name", REFERENCE_FILE)
 def test_what_each_mode_renders(name, tokenizers):
     """The table of the documentation: several calls are refused, split into turns, or joined in
@@ -101,14 +98,14 @@ def test_what_each_mode_renders(name, tokenizers):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", REFERENCE_FILE)
-def test_single_calls_render_as_published(name, mode, tokenizers, references):  # noqa: F811
+def test_single_calls_render_as_published(name, mode, tokenizers, references):
     """Conversations with at most one call a message are those of Meta's template in all modes."""
     for case in CONVERSATIONS.values():
         if not case["hazard"]:
             assert_parity(tokenizers[name, mode], references[name], case)
 
 
-def test_split_and_error_keep_the_published_text(tokenizers, references):  # noqa: F811
+def test_split_and_error_keep_the_published_text(tokenizers, references):
     """Only "join" adds to the template's text, and it adds one branch."""
     for name in REFERENCE_FILE:
         assert tokenizers[name, "error"].chat_template == references[name]
@@ -151,18 +148,11 @@ def test_keyword_from_everywhere():
     assert parameter.default == "error" and parameter.kind is parameter.KEYWORD_ONLY
 
 
-def test_hosts_without_torch():
-    """There chat_templates has None for what needs torch, and importing it has to go on."""
-    tool_calls = importlib.import_module("unsloth.tool_calls")
-    assert tool_calls.replace_train_on_responses_only(None) is None
-    assert tool_calls.replace_standardize_data_formats(None) is None
-    # Functions that take other arguments than the known ones are refused, not wrapped.
-    for replace in (
-        tool_calls.replace_get_chat_template,
-        tool_calls.replace_train_on_responses_only,
-    ):
-        with pytest.raises(NotImplementedError, match = "parameters"):
-            replace(lambda other: None)
+def test_another_get_chat_template_is_refused():
+    """A function that takes other arguments than the known ones is not wrapped."""
+    decorate = importlib.import_module("unsloth.tool_calls.rendering").render_parallel_tool_calls
+    with pytest.raises(NotImplementedError, match = "parameters"):
+        decorate(lambda other: None)
 
 
 def test_other_templates_are_untouched(tokenizers):
@@ -201,8 +191,6 @@ def test_copies_and_pickles_keep_the_checks(mode, tokenizers):
         with pytest.raises(ValueError, match = "no name|cannot be written"):
             rendered(twin, [user("q"), calls(made("a b", {}))])
 
-
-# ---------------------------------------------------------------- put right before rendering
 
 NULLABLE = {"type": ["string", "null"]}
 TOOLS = [
@@ -448,7 +436,7 @@ def test_open_ends(tokenizers):
 )
 def test_notices(messages, notice, tokenizers):
     """What is rendered but hardly meant is said once, with its place."""
-    module = importlib.import_module("unsloth.tool_calls")
+    module = importlib.import_module("unsloth.tool_calls.rendering")
     module._warned.clear()
     records = []
     handler = logging.Handler()
@@ -461,8 +449,6 @@ def test_notices(messages, notice, tokenizers):
         module.logger.removeHandler(handler)
     assert len(records) == 1 and notice in records[0] and "messages[" in records[0]
 
-
-# ---------------------------------------------------------------- datasets
 
 ROWS = [
     [
@@ -502,149 +488,3 @@ def test_arrow_round_trip(mode, tokenizers):
     assert as_text == direct[0]
     with pytest.raises(ValueError, match = "tools is a text that is not JSON"):
         rendered(tokenizer, ROWS[0], tools = "[{")
-
-
-SHAREGPT = [
-    [
-        {"from": "system", "value": "S"},
-        {"from": "human", "value": "q"},
-        {
-            "from": "function_call",
-            "value": '{"name": "get_weather", "arguments": {"city": "Rome"}}',
-        },
-        {"from": "observation", "value": "20"},
-        {"from": "gpt", "value": "20 degrees."},
-    ],
-    [
-        {"from": "human", "value": "r"},
-        {"from": "function_call", "value": json.dumps([ROME["function"], OSLO["function"]])},
-        {"from": "observation", "value": '["20", {"hits": 1}]'},
-        {"from": "gpt", "value": "Done."},
-    ],
-    [
-        {"from": "human", "value": "r"},
-        {
-            "from": "tool_call",
-            "value": '{"name": "get_weather", "parameters": "{\\"city\\": \\"Rome\\"}"}',
-        },
-        {"from": "tool_call", "value": json.dumps(OSLO["function"])},
-        {"from": "tool", "value": "20"},
-        {"from": "Tool_Response", "value": "hits"},
-    ],
-]
-OPENAI = [
-    [system("S"), user("q"), calls(ROME), result("20"), assistant("20 degrees.")],
-    [user("r"), calls(ROME, OSLO), result("20"), result('{"hits": 1}'), assistant("Done.")],
-    [user("r"), calls(ROME, OSLO), result("20"), result("hits")],
-]
-
-
-@pytest.mark.parametrize("where", ["unsloth", "unsloth.chat_templates"])
-@pytest.mark.parametrize("name", ["standardize_sharegpt", "standardize_data_formats"])
-def test_sharegpt_tool_conversations(where, name, tokenizers):
-    """function_call, observation and the like become OpenAI's messages, which Arrow keeps and all
-    modes render."""
-    datasets = pytest.importorskip("datasets")
-    standardize = getattr(importlib.import_module(where), name)
-    plain = [[{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]]
-    for rows in (SHAREGPT, plain * 12 + SHAREGPT):
-        dataset = standardize(datasets.Dataset.from_list([{"conversations": row} for row in rows]))
-        for conversation, expected in zip(dataset["conversations"][-3:], OPENAI):
-            for mode in ("split", "join"):
-                tokenizer = tokenizers["llama-3.2", mode]
-                assert rendered(tokenizer, conversation) == rendered(tokenizer, expected)
-            arguments = conversation[-3 if len(expected) != 5 else 1]
-        assert json.loads(
-            dataset[len(rows) - 1]["conversations"][1]["tool_calls"][0]["function"]["arguments"]
-        ) == {"city": "Rome"}
-    assert arguments
-
-
-def test_openai_tool_conversations_are_standardized(tokenizers):
-    """OpenAI's form passes through with its ids, its arguments as JSON text, and without Arrow's
-    filling."""
-    datasets = pytest.importorskip("datasets")
-    standardize = importlib.import_module("unsloth.chat_templates").standardize_sharegpt
-    rows = [
-        [
-            user("q"),
-            calls(
-                made("get_weather", {"city": "Rome"}, "x1"),
-                made("search.web", {"query": "y"}, "x2"),
-            ),
-            identified("b", "x2"),
-            identified("a", "x1"),
-            assistant("Done."),
-        ],
-    ]
-    dataset = datasets.Dataset.from_list([{"conversations": row, "tools": TOOLS} for row in rows])
-    conversation = standardize(dataset)[0]["conversations"]
-    texts = [one["function"]["arguments"] for one in conversation[1]["tool_calls"]]
-    assert texts == ['{"city": "Rome"}', '{"query": "y"}']
-    assert rendered(tokenizers["llama-3.1", "join"], conversation) == rendered(
-        tokenizers["llama-3.1", "join"], rows[0]
-    )
-
-
-def test_streamed_datasets_are_standardized(tokenizers):
-    """An IterableDataset converts too."""
-    datasets = pytest.importorskip("datasets")
-    standardize = importlib.import_module("unsloth.chat_templates").standardize_sharegpt
-    stream = datasets.Dataset.from_list(
-        [{"conversations": row} for row in SHAREGPT]
-    ).to_iterable_dataset()
-    for row, expected in zip(standardize(stream), OPENAI):
-        tokenizer = tokenizers["llama-3.1", "join"]
-        assert rendered(tokenizer, row["conversations"]) == rendered(tokenizer, expected)
-
-
-def test_plain_datasets_are_standardized_as_before():
-    """Without tools it is the stock function: same messages and columns. Tool roles are what
-    differs."""
-    datasets = pytest.importorskip("datasets")
-    module = importlib.import_module("unsloth.chat_templates")
-    plain = [[{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]]
-    dataset = module.standardize_sharegpt(
-        datasets.Dataset.from_list([{"conversations": row} for row in plain])
-    )
-    assert dataset[0]["conversations"] == [user("hi"), assistant("ho")]
-    assert module.standardize_sharegpt(datasets.Dataset.from_list([{"text": "x"}]))[0] == {
-        "text": "x"
-    }
-    tools = datasets.Dataset.from_list([{"conversations": SHAREGPT[0]}])
-    assert module.standardize_sharegpt(tools)[0]["conversations"][3]["role"] == "tool"
-
-
-@pytest.mark.parametrize(
-    "message, error, expected",
-    [
-        (
-            {"from": "critic", "value": "x"},
-            TypeError,
-            r"conversation 1, messages\[1\]: role 'critic' is not known",
-        ),
-        (
-            {"from": "function_call", "value": "weather!"},
-            ValueError,
-            r"conversation 1, messages\[1\]: the call is not JSON",
-        ),
-        (
-            {"from": "function_call", "value": "[]"},
-            ValueError,
-            r"conversation 1, messages\[1\]: the call is '\[\]'; expected",
-        ),
-        (
-            {"from": "function_call", "value": '{"name": "a b"}'},
-            ValueError,
-            r"conversation 1, messages\[1\], call 1: the name 'a b'",
-        ),
-    ],
-)
-def test_sharegpt_errors_name_the_place(message, error, expected):
-    """Unknown roles and broken calls name conversation and message."""
-    datasets = pytest.importorskip("datasets")
-    standardize = importlib.import_module("unsloth.chat_templates").standardize_sharegpt
-    rows = [SHAREGPT[0], [{"from": "human", "value": "q"}, message]]
-    dataset = datasets.Dataset.from_list([{"conversations": row} for row in rows])
-    with pytest.raises(error, match = expected):
-        standardize(dataset)

@@ -9,15 +9,13 @@ here.
 import importlib
 import json
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import unsloth  # noqa: F401  (has to come before transformers)
 
-sys.path.insert(0, str(Path(__file__).parent))
-from test_chat_template import (
+from llama_chat import (
     CONVERSATIONS,
     LLAMA_31,
     LLAMA_32,
@@ -200,7 +198,7 @@ def test_the_go_evaluator():
     with pytest.raises(AssertionError, match = "own form"):
         GoTemplate(parse_template("{{ .Items }}"), json.dumps).render(data)
     # Ollama's modelfiles need this one: it is what stock did not have.
-    replace = importlib.import_module("unsloth.tool_calls").replace_ollama_templates
+    replace = importlib.import_module("unsloth.tool_calls.ollama").render_tool_calls_in_modelfiles
     with pytest.raises(NotImplementedError, match = "not the known one"):
         replace(importlib.import_module("unsloth.ollama_template_mappers").OLLAMA_TEMPLATES)
 

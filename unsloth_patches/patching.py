@@ -134,6 +134,7 @@ def new_modules() -> Dict[str, str]:
             continue
         for file in record.patch.modules:
             dotted = file[: -len(".py")].replace("/", ".")
+            dotted = dotted[: -len(".__init__")] if dotted.endswith(".__init__") else dotted
             paths[f"unsloth.{dotted}"] = f"{HOME}.{dotted}"
     return paths
 

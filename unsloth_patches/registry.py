@@ -82,67 +82,116 @@ PATCHES: Tuple[Patch, ...] = (
         targets = (
             Target(
                 attribute = "unsloth.chat_templates:CHAT_TEMPLATES",
-                replacement = "llama_chat_templates:replace_chat_templates",
+                replacement = "llama_chat_templates:published_llama_templates",
             ),
             Target(
                 attribute = "unsloth.chat_templates:get_chat_template",
-                replacement = "llama_chat_templates:replace_get_chat_template",
+                replacement = "llama_chat_templates:announce_published_llama_templates",
             ),
         ),
         modules = ("llama_chat_templates.py",),
         tests = {"tests/test_chat_template.py": "cpu"},
+        shared = ("llama_chat.py",),
+    ),
+    Patch(
+        name = "tool-call-parser",
+        title = "Read the tool calls that Llama 3.x models write, and stop at their end",
+        targets = (
+            Target(
+                attribute = "unsloth.chat_templates:train_on_responses_only",
+                # No fingerprint: stock wraps unsloth_zoo's function; the decorator checks the signature.
+                replacement = "tool_calls.stop_tokens:stop_at_end_of_turn",
+            ),
+        ),
+        modules = (
+            "tool_calls/__init__.py",
+            "tool_calls/errors.py",
+            "tool_calls/parser.py",
+            "tool_calls/schemas.py",
+            "tool_calls/stop_tokens.py",
+        ),
+        tests = {
+            "tests/test_tool_call_parser.py": "cpu",
+            "tests/test_tool_call_stop_tokens.py": "cpu",
+        },
+        requires = ("llama-chat-templates",),
     ),
     Patch(
         name = "parallel-tool-calls",
-        title = "Render, check, mask and parse several tool calls in one message of Llama 3.x",
+        title = "Check conversations with tool calls, and render several calls in one message of Llama 3.x",
         targets = (
             Target(
-                attribute = "unsloth.ollama_template_mappers:OLLAMA_TEMPLATES",
-                replacement = "tool_call_templates:replace_ollama_templates",
-            ),
-            Target(
                 attribute = "unsloth.chat_templates:get_chat_template",
-                replacement = "tool_calls:replace_get_chat_template",
+                replacement = "tool_calls.rendering:render_parallel_tool_calls",
                 # 2026.10.9, .7
                 fingerprints = frozenset(["6964c9950024548e", "a2da57caf2ff94fa"]),
             ),
+        ),
+        modules = (
+            "tool_calls/messages.py",
+            "tool_calls/rendering.py",
+            "tool_calls/results.py",
+            "tool_calls/templates.py",
+        ),
+        tests = {
+            "tests/test_parallel_tool_calls.py": "cpu",
+            "tests/test_tool_call_round_trip.py": "cpu",
+        },
+        requires = ("llama-chat-templates", "tool-call-parser"),
+    ),
+    Patch(
+        name = "tool-call-masking",
+        title = "Train on every call of the last response where each has a turn of its own",
+        targets = (
             Target(
                 attribute = "unsloth.chat_templates:train_on_responses_only",
-                # No fingerprint: stock wraps unsloth_zoo's function; the replacement checks the signature.
-                replacement = "tool_call_training:replace_train_on_responses_only",
+                replacement = "tool_calls.masking:keep_every_call_of_last_response",
             ),
+        ),
+        modules = ("tool_calls/masking.py",),
+        tests = {"tests/test_tool_call_masking.py": "cpu"},
+        requires = ("tool-call-parser", "parallel-tool-calls"),
+    ),
+    Patch(
+        name = "tool-call-datasets",
+        title = "Convert tool calls in standardize_sharegpt",
+        targets = (
             Target(
                 attribute = "unsloth.chat_templates:standardize_data_formats",
-                replacement = "tool_call_datasets:replace_standardize_data_formats",
+                replacement = "tool_calls.datasets:standardize_tool_calls",
             ),
             Target(
                 attribute = "unsloth.chat_templates:standardize_sharegpt",
-                replacement = "tool_call_datasets:replace_standardize_data_formats",
+                replacement = "tool_calls.datasets:standardize_tool_calls",
             ),
             # unsloth.standardize_sharegpt without a GPU; 2026.10.7 has no CPU backend.
             Target(
                 attribute = "unsloth._cpu_init:standardize_data_formats",
-                replacement = "tool_call_datasets:replace_standardize_data_formats",
+                replacement = "tool_calls.datasets:standardize_tool_calls",
                 optional = True,
                 import_after = "import os",
             ),
         ),
-        modules = (
-            "tool_calls.py",
-            "tool_call_datasets.py",
-            "tool_call_messages.py",
-            "tool_call_parser.py",
-            "tool_call_schemas.py",
-            "tool_call_templates.py",
-            "tool_call_training.py",
+        modules = ("tool_calls/datasets.py",),
+        tests = {"tests/test_tool_call_datasets.py": "cpu"},
+        requires = ("parallel-tool-calls",),
+    ),
+    Patch(
+        name = "tool-call-ollama",
+        title = "Render tool calls in Llama 3.x's Ollama modelfile as the chat template does",
+        targets = (
+            Target(
+                attribute = "unsloth.ollama_template_mappers:OLLAMA_TEMPLATES",
+                replacement = "tool_calls.ollama:render_tool_calls_in_modelfiles",
+            ),
+            Target(
+                attribute = "unsloth.chat_templates:get_chat_template",
+                replacement = "tool_calls.ollama:choose_modelfile_by_mode",
+            ),
         ),
-        tests = {
-            "tests/test_parallel_tool_calls.py": "cpu",
-            "tests/test_tool_call_ollama.py": "cpu",
-            "tests/test_tool_call_parsing.py": "cpu",
-            "tests/test_tool_call_training.py": "cpu",
-        },
-        requires = ("llama-chat-templates",),
+        modules = ("tool_calls/ollama.py",),
+        tests = {"tests/test_tool_call_ollama.py": "cpu"},
+        requires = ("llama-chat-templates", "parallel-tool-calls"),
     ),
     Patch(
         name = "nf4-dequantize",

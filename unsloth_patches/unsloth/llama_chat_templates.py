@@ -37,14 +37,14 @@ BEHAVIOUR_CHANGE = (
 )
 
 
-def replace_chat_templates(stock):
+def published_llama_templates(stock):
     """A copy of CHAT_TEMPLATES in which the llama-3.1, 3.2 and 3.3 entries carry Meta's templates.
 
     stock: name -> (template, stop word, map_eos_token, Ollama modelfile). Only the template text of
     the six names in ``LLAMA_3X_NAMES`` changes; all other entries are the same objects.
 
     Raises NotImplementedError, naming the reason, where the stock text is not the known one.
-    Replaces: ``unsloth.chat_templates.CHAT_TEMPLATES``.
+    Decorates ``unsloth.chat_templates.CHAT_TEMPLATES``.
     """
     missing = [name for name in LLAMA_3X_NAMES if name not in stock]
     if missing:
@@ -65,10 +65,10 @@ def replace_chat_templates(stock):
     return changed
 
 
-def replace_get_chat_template(stock):
+def announce_published_llama_templates(stock):
     """``get_chat_template`` that says once what changed, on the first use of a Llama 3.x template.
 
-    Replaces: ``unsloth.chat_templates.get_chat_template``.
+    Decorates ``unsloth.chat_templates.get_chat_template``.
     """
     signature = inspect.signature(stock)
     if "chat_template" not in signature.parameters:

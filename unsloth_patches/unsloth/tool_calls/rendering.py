@@ -6,8 +6,6 @@
 
     tokenizer = get_chat_template(tokenizer, "llama-3.1", parallel_tool_calls = "join")
     text = tokenizer.apply_chat_template(messages, tools = tools, tokenize = False)
-    add_stop_tokens(model, tokenizer)  # train_on_responses_only does it too
-    message = parse_tool_calls(generated_ids, tokenizer, tools)
 
 ========= ==================================================================================
 mode      a message with two calls is rendered as
@@ -28,52 +26,24 @@ import inspect
 import logging
 from typing import Any, Dict, Optional
 
-from .llama_chat_templates import LLAMA_3X_NAMES
-from .tool_call_datasets import replace_standardize_data_formats
-from .tool_call_messages import MODES, prepare_conversation
-from .tool_call_parser import ToolCallStream, parse_tool_calls
-from .tool_call_schemas import ToolCallError, prepare_tools
-from .tool_call_templates import (
-    has_builtin_tools,
-    join_template,
-    ollama_modelfile,
-    replace_ollama_templates,
-    response_template,
-)
-from .tool_call_training import (
-    add_stop_tokens,
-    replace_train_on_responses_only,
-    stop_token_ids,
-    tool_call_mode,
-)
-
-__all__ = [
-    "ToolCallError",
-    "ToolCallStream",
-    "add_stop_tokens",
-    "parse_tool_calls",
-    "prepare_conversation",
-    "prepare_tools",
-    "replace_get_chat_template",
-    "replace_ollama_templates",
-    "replace_standardize_data_formats",
-    "replace_train_on_responses_only",
-    "stop_token_ids",
-    "tool_call_mode",
-]
+from ..llama_chat_templates import LLAMA_3X_NAMES
+from .errors import ToolCallError
+from .messages import MODES, prepare_conversation
+from .schemas import prepare_tools
+from .templates import has_builtin_tools, join_template, response_template
 
 logger = logging.getLogger(__name__)
 
 
-def replace_get_chat_template(stock):
+def render_parallel_tool_calls(stock):
     """``get_chat_template`` with the keyword ``parallel_tool_calls`` = "error", "split" or "join".
 
     For the llama-3.1, 3.2 and 3.3 templates the returned tokenizer checks conversations before it
-    renders them (see ``tool_call_messages``), and has a ``response_template``, so that
+    renders them (see ``messages.py``), and has a ``response_template``, so that
     ``parse_response`` and TRL's tools work. Other templates are not touched; with them, "split" and
     "join" raise ValueError.
 
-    Replaces: ``unsloth.chat_templates.get_chat_template``.
+    Decorates ``unsloth.chat_templates.get_chat_template``.
     """
     signature = inspect.signature(stock)
     if not {"tokenizer", "chat_template"} <= set(signature.parameters):
@@ -114,6 +84,11 @@ def _check_mode(mode: Any, template: Any, is_llama: bool) -> None:
             f"Unsloth: parallel_tool_calls = {mode!r} needs one of the templates "
             f"{', '.join(LLAMA_3X_NAMES)}, not {name}. Leave it out."
         )
+
+
+def tool_call_mode(tokenizer) -> str:
+    """``"error"``, ``"split"`` or ``"join"``; ``""`` for a tokenizer without these templates."""
+    return getattr(tokenizer, "_parallel_tool_calls", "")
 
 
 # ---------------------------------------------------------------- the tokenizer's own checks
@@ -277,8 +252,6 @@ def _checked(tokenizer, mode: str):
         part.__class__ = _checking_class(type(part))
         part.chat_template = part._tool_call_template = text
         part._parallel_tool_calls = mode
-        if mode == "split":
-            part._ollama_modelfile = ollama_modelfile(mode)
         # transformers < 5.13 has no response templates, and ignores the attribute.
         if hasattr(part, "parse_response") and not hasattr(part, "tokenizer"):
             part.response_template = response_template(text)

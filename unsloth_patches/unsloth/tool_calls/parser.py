@@ -20,6 +20,8 @@ import json
 import re
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+from .schemas import tool_name
+
 NAME_PATTERN = r"[A-Za-z0-9_.-]+"
 END_TOKENS = ("<|eot_id|>", "<|eom_id|>")
 
@@ -251,15 +253,6 @@ def _check_known(calls: List[Dict[str, Any]], tools: Optional[list]) -> None:
             raise _Broken(
                 f"call {number} is of an unknown tool {name!r} (known: {', '.join(known)})"
             )
-
-
-def tool_name(tool) -> str:
-    """Name of a tool as apply_chat_template takes it: a function, or a schema with or without
-    ``{"type": "function", "function": ...}`` around it."""
-    if isinstance(tool, dict):
-        function = tool.get("function")
-        return str((function if isinstance(function, dict) else tool).get("name"))
-    return getattr(tool, "__name__", str(tool))
 
 
 # ---------------------------------------------------------------- text and ids

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Training on tool calls: which tokens count as the response, and at which tokens a model stops."""
+"""Training on the last response alone, where split tool calls make it several turns."""
 
 from __future__ import annotations
 
@@ -8,62 +8,18 @@ import functools
 import inspect
 from typing import Any, Dict, List, Tuple
 
-from .tool_call_parser import END_TOKENS, parse_tool_calls
+from .parser import parse_tool_calls
+from .rendering import tool_call_mode
 
 
-def tool_call_mode(tokenizer) -> str:
-    """``"error"``, ``"split"`` or ``"join"``; ``""`` for a tokenizer without these templates."""
-    return getattr(tokenizer, "_parallel_tool_calls", "")
-
-
-# ---------------------------------------------------------------- stop tokens
-
-
-def stop_token_ids(tokenizer) -> List[int]:
-    """Ids of the end tokens that the tokenizer's chat template writes and its vocabulary has.
-
-    They are looked up by name: ids differ between checkpoints, and small vocabularies lack them.
-    """
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    ids = []
-    for token in END_TOKENS:
-        token_id = tokenizer.convert_tokens_to_ids(token) if token in template else None
-        if token_id is not None and tokenizer.convert_ids_to_tokens(token_id) == token:
-            ids.append(token_id)
-    return ids
-
-
-def add_stop_tokens(model, tokenizer) -> Tuple[int, ...]:
-    """Makes ``generate`` stop at the end tokens of the tokenizer's chat template.
-
-    Base checkpoints stop at <|end_of_text|> alone, and a model trained on chats ends its turns with
-    <|eot_id|> (or <|eom_id|>): without this it writes on after a tool call. The ids are appended to
-    ``model.generation_config.eos_token_id``; what is there stays, and nothing happens where there
-    is nothing to widen. Returns the ids that were added.
-    """
-    config = getattr(model, "generation_config", None)
-    current = getattr(config, "eos_token_id", None)
-    present = [current] if isinstance(current, int) else list(current or ())
-    added = [i for i in stop_token_ids(tokenizer) if i not in present]
-    if config is None or not present or not added:
-        return ()
-    config.eos_token_id = present + added
-    return tuple(added)
-
-
-# ---------------------------------------------------------------- response masking
-
-
-def replace_train_on_responses_only(stock):
-    """``train_on_responses_only`` that knows tool calls of the Llama 3.x templates.
+def keep_every_call_of_last_response(stock):
+    """``train_on_responses_only`` whose last response can be several calls, each a turn.
 
     With ``last_response_only`` and calls written by ``parallel_tool_calls = "split"``, the last
     response is the run of calls that ends the conversation, not its last piece alone; results stay
-    masked. The trainer's model also gets the template's stop tokens. Otherwise it is the stock
-    function.
+    masked. Otherwise it is the stock function.
 
-    Replaces: ``unsloth.chat_templates.train_on_responses_only``.
+    Decorates ``unsloth.chat_templates.train_on_responses_only``.
     """
     if stock is None:  # a host without torch, where unsloth_zoo.dataset_utils is not imported
         return None
@@ -81,10 +37,7 @@ def replace_train_on_responses_only(stock):
         trainer, tokenizer = given.get("trainer"), given.get("tokenizer")
         if tokenizer is None:
             tokenizer = getattr(trainer, "processing_class", getattr(trainer, "tokenizer", None))
-        mode = tool_call_mode(tokenizer)
-        if mode and trainer is not None:
-            add_stop_tokens(getattr(trainer, "model", None), tokenizer)
-        if mode != "split" or not given.get("last_response_only", False):
+        if tool_call_mode(tokenizer) != "split" or not given.get("last_response_only", False):
             return stock(*args, **kwargs)
         given["last_response_only"] = False
         keep_last_run = LastRun(tokenizer)

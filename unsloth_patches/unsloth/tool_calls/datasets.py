@@ -15,8 +15,9 @@ import itertools
 import json
 from typing import Any, Dict, Iterable, List, Optional, Sequence
 
-from .tool_call_messages import tidy_call
-from .tool_call_schemas import ToolCallError, schemas_of
+from .errors import ToolCallError
+from .messages import tidy_call
+from .schemas import schemas_of
 
 CALL_ROLES = ("function_call", "function-call", "tool_call", "tool_calls")
 RESULT_ROLES = (
@@ -34,7 +35,7 @@ COLUMN = "conversations"
 STREAM_ROWS = 1000
 
 
-def replace_standardize_data_formats(stock):
+def standardize_tool_calls(stock):
     """``standardize_data_formats`` (= ``standardize_sharegpt``) that also converts tool calls.
 
     Conversations with tool roles (``function_call``, ``observation``, ``tool``, ...) or
@@ -43,12 +44,13 @@ def replace_standardize_data_formats(stock):
     Datasets without any go to the stock function.
 
     Raises TypeError for an unknown role, ToolCallError for a call that is not JSON with a name,
-    each with the conversation and message. Replaces:
+    each with the conversation and message. Decorates
     ``unsloth.chat_templates.standardize_data_formats`` and ``standardize_sharegpt``, and
-    ``unsloth._cpu_init.standardize_data_formats``.
+    ``unsloth._cpu_init.standardize_data_formats``; decorating twice is once.
     """
-    if stock is None:  # a host without torch, where unsloth_zoo.dataset_utils is not imported
-        return None
+    # On a host without torch unsloth_zoo.dataset_utils is not imported, and the name is None.
+    if stock is None or getattr(stock, "_standardizes_tool_calls", False):
+        return stock
     parameters = inspect.signature(stock).parameters
     if "dataset" not in parameters and not any(
         p.kind is p.VAR_POSITIONAL for p in parameters.values()
@@ -61,6 +63,7 @@ def replace_standardize_data_formats(stock):
             return stock(dataset, *args, **kwargs)
         return _convert(dataset, *args, **kwargs)
 
+    standardize_data_formats._standardizes_tool_calls = True
     return standardize_data_formats
 
 

@@ -1,29 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Training on tool calls: exactly calls, answers and their end tokens are labels; models stop at
-them."""
+"""Training on tool calls: exactly calls, answers and their end tokens are labels."""
 
 import functools
 import importlib
 import inspect
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import unsloth  # has to come before transformers
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_chat_template import (
-    LLAMA_SPECIAL_TOKENS,
-    assistant,
-    call,
-    make_llama_tokenizer,
-    result,
-    system,
-    user,
-)
+from llama_chat import assistant, call, make_llama_tokenizer, make_tiny_llama, result, system, user
 
 ROME_TEXT = '{"name": "f", "parameters": {"city": "Rome"}}'
 OSLO_TEXT = '{"name": "g", "parameters": {"city": "Oslo"}}'
@@ -146,6 +132,14 @@ def test_masking_returns_tensors_for_tensors():
         assert trained_texts(tokenizer, ids, row) == PIECES
 
 
+def test_hosts_without_torch():
+    """There chat_templates has None, and importing it has to go on; another function is refused."""
+    masking = importlib.import_module("unsloth.tool_calls.masking")
+    assert masking.keep_every_call_of_last_response(None) is None
+    with pytest.raises(NotImplementedError, match = "parameters"):
+        masking.keep_every_call_of_last_response(lambda other: None)
+
+
 cpu_backend = pytest.mark.skipif(
     getattr(unsloth, "DEVICE_TYPE", "") != "cpu",
     reason = "elsewhere Unsloth's trainers want a model that Unsloth loaded; this one is made here",
@@ -154,21 +148,7 @@ cpu_backend = pytest.mark.skipif(
 
 @pytest.fixture(scope = "module")
 def tiny_model():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size = 264,
-        hidden_size = 16,
-        intermediate_size = 32,
-        num_hidden_layers = 1,
-        num_attention_heads = 2,
-        num_key_value_heads = 1,
-        max_position_embeddings = 4096,
-        eos_token_id = 257,
-        bos_token_id = 256,
-    )
-    return LlamaForCausalLM(config)
+    return make_tiny_llama()
 
 
 @cpu_backend
@@ -218,84 +198,6 @@ def test_trainer_is_masked(mode, last, tiny_model, tmp_path):
         "<|eot_id|>",
         "<|eom_id|>",
     ]
-
-
-# ---------------------------------------------------------------- stop tokens
-
-
-def model_with(eos_token_id):
-    return SimpleNamespace(generation_config = SimpleNamespace(eos_token_id = eos_token_id))
-
-
-@pytest.fixture(scope = "module")
-def add_stop_tokens():
-    return importlib.import_module("unsloth.tool_calls").add_stop_tokens
-
-
-def test_stop_tokens_are_found_by_name_and_added(add_stop_tokens):
-    """Ids follow the vocabulary; only what the template writes is added, and what is there
-    stays."""
-    for specials in (LLAMA_SPECIAL_TOKENS, tuple(reversed(LLAMA_SPECIAL_TOKENS))):
-        from unsloth.chat_templates import get_chat_template
-
-        plain = make_llama_tokenizer("<|end_of_text|>", special_tokens = specials)
-        tokenizer = get_chat_template(plain, "llama-3.1", parallel_tool_calls = "join")
-        eot, eom = tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|eom_id|>"])
-        for before, after in (
-            (5, [5, eot, eom]),
-            ([5, 6], [5, 6, eot, eom]),
-            ([5, eom], [5, eom, eot]),
-        ):
-            model = model_with(before)
-            assert set(add_stop_tokens(model, tokenizer)) <= {eot, eom}
-            assert model.generation_config.eos_token_id == after
-            assert add_stop_tokens(model, tokenizer) == ()
-    model = model_with(5)
-    assert add_stop_tokens(model, tokenizer_with("join", name = "llama-3.2")) != ()
-    names = make_llama_tokenizer().convert_ids_to_tokens(model.generation_config.eos_token_id)
-    assert names[1:] == ["<|eot_id|>"]
-
-
-def test_nothing_is_added_where_nothing_fits(add_stop_tokens):
-    """No stop set, no generation config, no such tokens, another template: nothing changes."""
-    from unsloth.chat_templates import get_chat_template
-
-    tokenizer = tokenizer_with("join")
-    for eos in (None, []):
-        model = model_with(eos)
-        assert (
-            add_stop_tokens(model, tokenizer) == () and model.generation_config.eos_token_id == eos
-        )
-    assert add_stop_tokens(SimpleNamespace(), tokenizer) == ()
-    assert add_stop_tokens(None, tokenizer) == ()
-    few = LLAMA_SPECIAL_TOKENS[:5]
-    lacking = get_chat_template(make_llama_tokenizer("<|end_of_text|>", few), "llama-3.1")
-    chatml = get_chat_template(make_llama_tokenizer(), "chatml", map_eos_token = False)
-    for other in (lacking, chatml):
-        model = model_with(5)
-        assert add_stop_tokens(model, other) == () and model.generation_config.eos_token_id == 5
-
-
-def test_generation_stops_after_the_call(add_stop_tokens, tiny_model):
-    """A base model that writes <|eot_id|> forever stops at the first one once the stop tokens are
-    in."""
-    tokenizer = tokenizer_with("join", "<|end_of_text|>")
-    eot = tokenizer.convert_tokens_to_ids("<|eot_id|>")
-    ids = torch.tensor([[256, 1, 2]])
-    tiny_model.generation_config.eos_token_id = 257
-
-    def only_eot(input_ids, scores):
-        return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([eot]), 0.0)
-
-    options = {
-        "logits_processor": [only_eot],
-        "max_new_tokens": 8,
-        "do_sample": False,
-        "pad_token_id": 258,
-    }
-    assert tiny_model.generate(ids, **options).shape[1] == 11
-    add_stop_tokens(tiny_model, tokenizer)
-    assert tiny_model.generate(ids, **options)[0].tolist() == [256, 1, 2, eot]
 
 
 # ---------------------------------------------------------------- GRPO

@@ -11,15 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any, Dict, Mapping
 
-from .tool_call_parser import tool_name
-
-
-class ToolCallError(ValueError):
-    """A conversation that cannot be rendered faithfully: where, what is wrong, and what to do."""
-
-    def in_conversation(self, number: int) -> "ToolCallError":
-        """The same error, which names the conversation of a batch or dataset too."""
-        return ToolCallError(str(self).replace("Unsloth: ", f"Unsloth: conversation {number}, ", 1))
+from .errors import ToolCallError
 
 
 _NULL_MAY_BE_MEANT = ("default", "const", "example", "examples")
@@ -82,6 +74,15 @@ def schemas_of(tools: Any) -> Dict[str, Any]:
                 parameters if has_any else {"properties": {}, **parameters}
             )
     return schemas
+
+
+def tool_name(tool) -> str:
+    """Name of a tool as apply_chat_template takes it: a function, or a schema with or without
+    ``{"type": "function", "function": ...}`` around it."""
+    if isinstance(tool, dict):
+        function = tool.get("function")
+        return str((function if isinstance(function, dict) else tool).get("name"))
+    return getattr(tool, "__name__", str(tool))
 
 
 def without_filling(value: Any, schema: Any) -> Any:

@@ -19,10 +19,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from .tool_call_parser import NAME_PATTERN
-from .tool_call_schemas import ToolCallError, schemas_of, without_filling
+from .errors import ToolCallError, where_in
+from .parser import NAME_PATTERN
+from .results import Turn
+from .schemas import schemas_of, without_filling
 
 MODES = ("error", "split", "join")
 RESULT_ROLES = ("tool", "ipython")
@@ -33,15 +35,6 @@ _SPECIAL_TOKEN_TEXT = re.compile(
 
 def _silent(where: str, notice: str) -> None:
     pass
-
-
-def _where(
-    index: int,
-    number: Optional[int] = None,
-    name: Optional[str] = None,
-) -> str:
-    call = "" if number is None else f", call {number}" + (f" ({name!r})" if name else "")
-    return f"Unsloth: messages[{index}]{call}: "
 
 
 def prepare_conversation(
@@ -86,7 +79,7 @@ def prepare_conversation(
         while end < len(messages) and _role(messages[end], end) in RESULT_ROLES:
             end += 1
         results = [_tidy_message(messages[i], i) for i in range(index + 1, end)]
-        turn = _Turn(message, results, index, is_last = end == len(messages))
+        turn = Turn(message, results, index, is_last = end == len(messages))
         prepared += turn.arranged(parallel_tool_calls, builtin_tools, warn)
         index = end
     return prepared
@@ -98,7 +91,8 @@ def prepare_conversation(
 def _role(message: Any, index: int) -> str:
     if not isinstance(message, Mapping):
         raise ToolCallError(
-            _where(index) + f"is a {type(message).__name__}; expected a dict with role and content."
+            where_in(index)
+            + f"is a {type(message).__name__}; expected a dict with role and content."
         )
     return message.get("role")
 
@@ -110,18 +104,19 @@ def _tidy_message(message: Any, index: int) -> Dict[str, Any]:
     calls = tidy.get("tool_calls")
     if calls is not None and not isinstance(calls, (list, tuple)):
         raise ToolCallError(
-            _where(index) + f"tool_calls is a {type(calls).__name__}; give a list of calls."
+            where_in(index) + f"tool_calls is a {type(calls).__name__}; give a list of calls."
         )
     if not calls:
         tidy.pop("tool_calls", None)
         if tidy.get("content") is None:
             raise ToolCallError(
-                _where(index) + f"the {role} message has neither content nor tool_calls. Give it a "
+                where_in(index)
+                + f"the {role} message has neither content nor tool_calls. Give it a "
                 "text (an empty one is fine), or leave the message out."
             )
     elif role != "assistant":
         raise ToolCallError(
-            _where(index) + f"role {role!r} cannot call tools; calls belong to role 'assistant'."
+            where_in(index) + f"role {role!r} cannot call tools; calls belong to role 'assistant'."
         )
     return tidy
 
@@ -129,7 +124,7 @@ def _tidy_message(message: Any, index: int) -> Dict[str, Any]:
 def _check_stray_result(message: Dict[str, Any], index: int) -> None:
     if message.get("role") in RESULT_ROLES and "tool_call_id" in message:
         raise ToolCallError(
-            _where(index)
+            where_in(index)
             + f"is the result of call id {message['tool_call_id']!r}, but no call stands "
             "before it. Put it right after the assistant message that makes the call."
         )
@@ -139,7 +134,7 @@ def _notice_text_beside_calls(message: Dict[str, Any], index: int, warn) -> None
     content = message.get("content")
     if isinstance(content, str) and content.strip():
         warn(
-            _where(index),
+            where_in(index),
             "has text beside tool_calls, which the Llama templates do not render. Put "
             "the text into an assistant message of its own if it should be learned.",
         )
@@ -159,7 +154,7 @@ def tidy_call(
     """One call, with its id, as ``{"type": "function", "function": {"name", "arguments"}}``."""
     if not isinstance(call, Mapping):
         raise ToolCallError(
-            _where(index, number) + f"is a {type(call).__name__}; expected "
+            where_in(index, number) + f"is a {type(call).__name__}; expected "
             '{"type": "function", "function": {"name": ..., "arguments": {...}}}.'
         )
     function = call.get("function")
@@ -167,11 +162,11 @@ def tidy_call(
     name = function.get("name")
     if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
         raise ToolCallError(
-            _where(index, number)
+            where_in(index, number)
             + f"the name {name!r} cannot be written into the template; use only "
             "letters, digits, '_', '.' and '-'."
         )
-    where = _where(index, number, name)
+    where = where_in(index, number, name)
     arguments = _as_object(function.get("arguments", function.get("parameters")), where)
     if name in builtin_tools:
         _check_builtin_arguments(arguments, where)
@@ -257,128 +252,3 @@ def _leaves(value: Any, path: str):
             yield from _leaves(inner, f"{path}[{i}]")
     else:
         yield path, value
-
-
-# ---------------------------------------------------------------- calls and their results
-
-
-class _Turn(NamedTuple):
-    """An assistant message with calls, and the results that follow it directly."""
-
-    message: Dict[str, Any]
-    results: List[Dict[str, Any]]
-    index: int
-    is_last: bool
-
-    def arranged(self, mode: str, builtin_tools: Sequence[str], warn) -> List[Dict[str, Any]]:
-        """The messages to render, results in call order."""
-        calls = self.message["tool_calls"]
-        if len(calls) > 1:
-            self._check_mode(mode, builtin_tools)
-        results = self._paired(warn)
-        self._check_complete(results, mode)
-        if mode != "split" or len(calls) == 1:
-            return [self.message] + results
-        pieces = []
-        for position, call in enumerate(calls):
-            pieces.append({**self.message, "tool_calls": [call]})
-            is_last = position == len(calls) - 1
-            pieces += results[position:] if is_last else results[position : position + 1]
-        return pieces
-
-    def _check_mode(self, mode: str, builtin_tools: Sequence[str]) -> None:
-        names = [call["function"]["name"] for call in self.message["tool_calls"]]
-        if mode == "error":
-            raise ToolCallError(
-                _where(self.index)
-                + f"has {len(names)} tool calls ({', '.join(names)}), and Llama 3 templates render "
-                'one per message. Pass parallel_tool_calls = "split" (one assistant turn a call, '
-                'as in Meta\'s format) or "join" (all calls in one turn) to get_chat_template.'
-            )
-        builtin = [name for name in names if name in builtin_tools]
-        if mode == "join" and builtin:
-            raise ToolCallError(
-                _where(self.index, names.index(builtin[0]) + 1, builtin[0])
-                + "a built-in tool cannot share a turn with other calls; "
-                'use parallel_tool_calls = "split".'
-            )
-
-    def _result_index(self, position: int) -> int:
-        return self.index + 1 + position
-
-    def _paired(self, warn) -> List[Dict[str, Any]]:
-        """Results in call order: by id where there are ids, else as they stand."""
-        calls, results = self.message["tool_calls"], self.results
-        ids = [call["id"] for call in calls if "id" in call]
-        for number, call in enumerate(calls, 1):
-            if ids.count(call.get("id")) > 1:
-                raise ToolCallError(
-                    _where(self.index, number, call["function"]["name"])
-                    + f"the id {call['id']!r} is used twice; give every call its own."
-                )
-        with_id = [result for result in results if "tool_call_id" in result]
-        if not with_id or (not ids and len(calls) == 1):
-            self._check_positions(warn)
-            return list(results)
-        order = {}
-        for position, result in enumerate(results):
-            order[self._call_position(result, position, order)] = result
-        return [order[position] for position in sorted(order)]
-
-    def _call_position(self, result: Dict[str, Any], position: int, taken) -> int:
-        call_id = result.get("tool_call_id")
-        where = _where(self._result_index(position))
-        if call_id is None:
-            raise ToolCallError(
-                where + "has no tool_call_id, but other results beside it have one; add it."
-            )
-        ids = [call.get("id") for call in self.message["tool_calls"]]
-        if call_id not in ids:
-            raise ToolCallError(
-                where
-                + f"tool_call_id {call_id!r} is no call of messages[{self.index}], whose ids are "
-                f"{ids}. Correct it, or leave out the ids to pair by position."
-            )
-        found = ids.index(call_id)
-        if found in taken:
-            raise ToolCallError(where + f"is a second result of call id {call_id!r}; keep one.")
-        return found
-
-    def _check_positions(self, warn) -> None:
-        calls = self.message["tool_calls"]
-        for position, result in enumerate(self.results):
-            if position >= len(calls):
-                # TRL's GRPO renders several results, with names, behind one dummy call.
-                if "name" not in result:
-                    warn(
-                        _where(self._result_index(position)),
-                        f"is a result too many: messages[{self.index}] makes {len(calls)} call(s). "
-                        "It is rendered as it is.",
-                    )
-                continue
-            name = calls[position]["function"]["name"]
-            if len(calls) > 1 and result.get("name", name) != name:
-                raise ToolCallError(
-                    _where(self._result_index(position))
-                    + f"is named {result['name']!r} and stands where the result of {name!r} "
-                    "belongs. Put results in call order, or give calls an id and results a "
-                    "tool_call_id."
-                )
-
-    def _check_complete(self, results: List[Dict[str, Any]], mode: str) -> None:
-        calls = self.message["tool_calls"]
-        by_id = {result.get("tool_call_id") for result in results} - {None}
-        if by_id and len(calls) > 1:
-            missing = [i for i, call in enumerate(calls) if call.get("id") not in by_id]
-        else:
-            missing = list(range(len(results), len(calls)))
-        split = mode == "split" and len(calls) > 1
-        open_end = self.is_last and (missing == [len(calls) - 1] if split else not results)
-        if missing and not open_end:
-            name = calls[missing[0]]["function"]["name"]
-            hint = " Splitting needs a result after every call but the last." if split else ""
-            raise ToolCallError(
-                _where(self.index, missing[0] + 1, name)
-                + f"has no result. Add a message with role 'tool' after messages[{self.index}]."
-                + hint
-            )

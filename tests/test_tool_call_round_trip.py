@@ -5,19 +5,17 @@
 import importlib
 import json
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import unsloth  # noqa: F401  (has to come before transformers)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_chat_template import SEARCH, WEATHER, call, make_llama_tokenizer, result, user
+from llama_chat import make_llama_tokenizer, parallel_calls, result, user
 
 END_TOKENS = ("<|eot_id|>", "<|eom_id|>")
 HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+ROME = ("get_weather", {"city": "Rome"})
+OSLO = ("get_weather", {"city": "Oslo"})
 
 
 @pytest.fixture(scope = "module")
@@ -37,14 +35,7 @@ def tokenizers():
     }
 
 
-def several(*calls):
-    """One assistant message with several calls, each (name, arguments)."""
-    made = [call(name, arguments)["tool_calls"][0] for name, arguments in calls]
-    return {"role": "assistant", "content": "", "tool_calls": made}
-
-
 # ---------------------------------------------------------------- hostile conversations
-
 FRAGMENTS = (
     "a",
     "é🦙你",
@@ -110,7 +101,7 @@ class Hostile:
         return {self.text(): self.value(depth) for _ in range(self._random.randrange(4))}
 
     def calls(self):
-        return several(
+        return parallel_calls(
             *(
                 (self._random.choice(NAMES), self.object())
                 for _ in range(self._random.randint(1, 4))
@@ -218,11 +209,11 @@ drawn_calls = st.lists(
 def test_parse_render_round_trip_drawn(calls, mode, seed, tokenizers, tool_calls):
     """The same for conversations that hypothesis draws, and shrinks where one fails."""
     hostile = Hostile(seed)
-    hostile.calls = lambda: several(*calls)
+    hostile.calls = lambda: parallel_calls(*calls)
     check_round_trip(mode, hostile, tokenizers, tool_calls)
 
 
-# ---------------------------------------------------------------- parsers of other projects, as doc
+# ---------------------------------------------------------------- parsers of other projects, as documented
 
 
 def names_and_arguments(message):
@@ -281,102 +272,7 @@ def sglang_calls(text):
     return calls
 
 
-# ---------------------------------------------------------------- what models really write
-
-ROME = ("get_weather", {"city": "Rome"})
-OSLO = ("get_weather", {"city": "Oslo"})
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '{"name": "get_weather", "parameters": {"city": "Rome"}}',
-        '{"name":"get_weather","parameters":{"city":"Rome"}}<|eot_id|>',
-        '  \n{"name": "get_weather", "parameters": {"city": "Rome"}}\n<|eot_id|>\n',
-        '{"name": "get_weather", "arguments": {"city": "Rome"}}<|eom_id|>',
-        '{"type": "function", "name": "get_weather", "parameters": {"city": "Rome"}}',
-        '{"name": "get_weather", "parameters": "{\\"city\\": \\"Rome\\"}"}',
-        '<|python_tag|>{"name": "get_weather", "parameters": {"city": "Rome"}}<|eom_id|>',
-        '<|python_tag|>get_weather.call(city="Rome")<|eom_id|>',
-        HEADER + '{"name": "get_weather", "parameters": {"city": "Rome"}}<|eot_id|>',
-        '{"name": "get_weather", "parameters": {"city": "Rome"}}<|eot_id|><|finetune_right_pad_id|>'
-        "<|finetune_right_pad_id|>",
-    ],
-)
-def test_reads_one_call(text, tool_calls):
-    """One call in the forms that Llama models drift into is read as that call."""
-    tokenizer = make_llama_tokenizer()
-    assert tool_calls.parse_tool_calls(text, tokenizer) == several(ROME)
-    ids = tokenizer(text, add_special_tokens = False).input_ids
-    assert tool_calls.parse_tool_calls(ids, tokenizer) == several(ROME)
-
-
-@pytest.mark.parametrize("separator", ["; ", ";", "\n", "", " ;\n "])
-def test_reads_several_calls_however_they_are_separated(separator, tool_calls):
-    """The rendered separator is "; "; others are read too."""
-    one, two = (
-        '{"name": "get_weather", "parameters": {"city": "%s"}}' % c for c in ("Rome", "Oslo")
-    )
-    assert tool_calls.parse_tool_calls(one + separator + two) == several(ROME, OSLO)
-
-
-@pytest.mark.parametrize(
-    "text, reason",
-    [
-        ('{"name": "get_weather", "parameters": {"city": "Ro', "call 1 is not complete"),
-        ('{"name": "get_weather", "par', "call 1 is not complete"),
-        (
-            '{"name": "f", "parameters": {}}; {"name": "g", "parameters": {"a"',
-            "call 2 is not complete",
-        ),
-        ('{"name": "f", "parameters": {}} There you go!', "text after call 1"),
-        ('Sure: {"name": "f", "parameters": {}}', "text around a tool call"),
-        ('{"name": "f", "parameters": {"a": NaN}}', "NaN is not JSON"),
-        ('{"name": "f", "parameters": {"a": 1, "a": 2}}', "key twice"),
-        ('{"name": "f", "parameters": [1]}', "not an object"),
-        ('{"name": "f", "parameters": "x"}', "not an object"),
-        ('{"name": "f g", "parameters": {}}', "no valid name"),
-        ('{"name": 3, "parameters": {}}', "no valid name"),
-        ('{"name": "f"}', "expected name, parameters"),
-        ('{"name": "f", "parameters": {}, "arguments": {}}', "expected name, parameters"),
-        ('{"name": "f", "parameters": {}, "note": 1}', "expected name, parameters"),
-        ('<|python_tag|>print("hi")<|eom_id|>', "not a call of a built-in tool"),
-        ("<|start_header_id|>user<|end_header_id|>\n\nHi", "turn of role 'user'"),
-        ('{"name": "f", "parameters": ' + '{"a": ' * 5000, "not complete"),
-        ('{"name": "f", "parameters": {"a": ' + "9" * 5000 + "}}", "not complete, valid JSON"),
-    ],
-)
-def test_broken_output_comes_back_as_text(text, reason, tool_calls):
-    """Nothing is raised and nothing is guessed: the text, and why it is not a call."""
-    message = tool_calls.parse_tool_calls(text)
-    assert message["role"] == "assistant" and "tool_calls" not in message
-    assert reason in message["reason"]
-    for token in END_TOKENS:
-        text = text.replace(token, "")
-    assert message["content"] == text.strip()
-
-
-@pytest.mark.parametrize("text", ["Hello!", "", '{"degrees": 22}', "[1, 2]", "a {b} ; c", "22"])
-def test_answers_are_no_calls(text, tool_calls):
-    """Text, JSON answers included, is content, without a reason."""
-    expected = {"role": "assistant", "content": text}
-    assert tool_calls.parse_tool_calls(text + "<|eot_id|>") == expected
-
-
-def test_unknown_tools_are_refused(tool_calls):
-    """With tools given, a call of another one is text; functions and schemas name tools alike."""
-
-    def get_weather(city: str):
-        """Weather."""
-
-    text = '{"name": "get_weather", "parameters": {"city": "Rome"}}; '
-    text += '{"name": "hack", "parameters": {}}'
-    for tools in ([WEATHER, SEARCH], [get_weather]):
-        message = tool_calls.parse_tool_calls(text, tools = tools)
-        assert "tool_calls" not in message
-        assert "unknown tool 'hack'" in message["reason"] and "get_weather" in message["reason"]
-    known = tool_calls.parse_tool_calls(text[: text.index(";")], tools = [get_weather])
-    assert known == several(ROME)
+# ---------------------------------------------------------------- broken replies
 
 
 def test_mutated_output_never_raises(tokenizers, tool_calls):
@@ -396,7 +292,7 @@ def test_mutated_output_never_raises(tokenizers, tool_calls):
 def test_cut_off_replies_lose_no_call_silently(tokenizers, tool_calls):
     """A reply cut anywhere inside a call is text with a reason; the stream has given the calls
     before it."""
-    message = several(ROME, ("f", {"q": '}; {"name": "g", "parameters": {}}'}), OSLO)
+    message = parallel_calls(ROME, ("f", {"q": '}; {"name": "g", "parameters": {}}'}), OSLO)
     reply = without_end(reply_of(tokenizers["llama-3.1", "join"], "join", user("q"), message, []))
     for cut in range(1, len(reply)):
         got, stream = tool_calls.parse_tool_calls(reply[:cut]), tool_calls.ToolCallStream()
@@ -406,62 +302,6 @@ def test_cut_off_replies_lose_no_call_silently(tokenizers, tool_calls):
             assert got["tool_calls"] == emitted and reply[:cut].rstrip("; ").endswith("}")
         else:
             assert got["reason"]
-
-
-@pytest.mark.parametrize("ids", ["list", "tensor", "row", "array"])
-def test_ids_in_every_shape(ids, tokenizers, tool_calls):
-    """Lists, tensors and arrays of shape (n,) and (1, n) are read alike."""
-    import numpy
-    import torch
-
-    tokenizer = tokenizers["llama-3.1", "join"]
-    given = tokenizer(
-        reply_of(tokenizer, "join", user("q"), several(ROME, OSLO), []), add_special_tokens = False
-    ).input_ids
-    shaped = {
-        "list": given,
-        "tensor": torch.tensor(given),
-        "row": torch.tensor([given]),
-        "array": numpy.array(given),
-    }[ids]
-    assert tool_calls.parse_tool_calls(shaped, tokenizer) == several(ROME, OSLO)
-
-
-def test_streams_of_ids(tokenizers, tool_calls):
-    """Token by token, also where one character spans several tokens; each call comes once, when
-    complete."""
-    tokenizer = tokenizers["llama-3.1", "join"]
-    message = several(("f", {"🦙": {"q": "你好🦙"}}), ROME)
-    reply = reply_of(tokenizer, "join", user("q"), message, [])
-    ids = tokenizer(reply, add_special_tokens = False).input_ids
-    for size in (1, 2, 3, 5, 7, 1000):
-        stream, emitted = tool_calls.ToolCallStream(tokenizer), []
-        for start in range(0, len(ids), size):
-            emitted += stream.feed(ids[start : start + size])
-        assert emitted == message["tool_calls"] and stream.finish() == message
-
-
-def test_misuse_is_named(tool_calls):
-    """Ids without a tokenizer, several rows and other types say what to pass."""
-    with pytest.raises(TypeError, match = "needs the tokenizer"):
-        tool_calls.parse_tool_calls([1, 2])
-    with pytest.raises(ValueError, match = "2 rows"):
-        tool_calls.parse_tool_calls([[1], [2]], make_llama_tokenizer())
-    with pytest.raises(TypeError, match = "not dict"):
-        tool_calls.parse_tool_calls({"input_ids": [1]}, make_llama_tokenizer())
-
-
-def test_cleaning_up_spaces_does_not_reach_arguments(tokenizers, tool_calls):
-    """Llama's tokenizer_config asks for clean_up_tokenization_spaces; arguments keep their
-    spaces."""
-    tokenizer = make_llama_tokenizer()
-    tokenizer.clean_up_tokenization_spaces = True
-    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
-    message = several(("f", {"q": "a , b . do n't ?"}))
-    reply = reply_of(tokenizers["llama-3.1", "join"], "join", user("q"), message, [])
-    ids = tokenizer(reply, add_special_tokens = False).input_ids
-    assert tokenizer.decode(ids) != reply
-    assert tool_calls.parse_tool_calls(ids, tokenizer) == message
 
 
 # ---------------------------------------------------------------- transformers and TRL
@@ -477,7 +317,7 @@ def test_parse_response_reads_answers_and_builtin_calls(tokenizers):
     made = tokenizer.parse_response(tagged, prefix = "...<|end_of_text|>" + HEADER)
     assert made == {
         "role": "assistant",
-        "tool_calls": several(("f", {"a": "}<|eot_id|>"}))["tool_calls"],
+        "tool_calls": parallel_calls(("f", {"a": "}<|eot_id|>"}))["tool_calls"],
     }
     builtin = tokenizer.parse_response(
         '<|python_tag|>brave_search.call(query="x")<|eom_id|>', prefix = ""
@@ -488,7 +328,10 @@ def test_parse_response_reads_answers_and_builtin_calls(tokenizers):
         character
     ) in '{"name": "f", "parameters": {}}; {"name": "g", "parameters": {"a": 1}}<|eot_id|>':
         parser.feed(character)
-    assert parser.finalize()[0]["tool_calls"] == several(("f", {}), ("g", {"a": 1}))["tool_calls"]
+    assert (
+        parser.finalize()[0]["tool_calls"]
+        == parallel_calls(("f", {}), ("g", {"a": 1}))["tool_calls"]
+    )
 
 
 def test_trl_tools_work(tokenizers):
@@ -503,7 +346,7 @@ def test_trl_tools_work(tokenizers):
         assert utils.is_chat_template_prefix_preserving(tokenizer)
         # GRPO sets a template of its own, by the text alone, only where there is none.
         assert tokenizer.response_template["fields"]["tool_calls"]
-        message = several(ROME, OSLO) if mode == "join" else several(ROME)
+        message = parallel_calls(ROME, OSLO) if mode == "join" else parallel_calls(ROME)
         prompt = tokenizer.apply_chat_template(
             [user("q")], add_generation_prompt = True, return_dict = False
         )
@@ -511,7 +354,7 @@ def test_trl_tools_work(tokenizers):
         assert full[: len(prompt)] == prompt
         assert utils.parse_response(tokenizer, full[len(prompt) :], prefix = prompt) == message
         # How GRPO renders results: one empty call, and as many results as there were calls.
-        dummy = several(("get_weather", {}))
+        dummy = parallel_calls(("get_weather", {}))
         named = [{**result("20"), "name": "get_weather"}, {**result("5"), "name": "get_weather"}]
         text = tokenizer.apply_chat_template([user("q"), dummy, *named], tokenize = False)
         assert text.count("<|start_header_id|>ipython<|end_header_id|>") == 2
@@ -531,7 +374,7 @@ def test_saved_tokenizers_keep_template_and_parser(tokenizers, tmp_path):
     )
     assert config["tokenizer_class"] == expected["tokenizer_class"]
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    messages = [user("q"), several(ROME, OSLO)]
+    messages = [user("q"), parallel_calls(ROME, OSLO)]
     options = {"tokenize": False, "date_string": "x"}
     rendered = loaded.apply_chat_template(messages, **options)
     assert rendered == tokenizer.apply_chat_template(messages, **options)

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""What Llama 3.x models write for tool calls is read as those calls, or comes back as text with the reason."""
+
+import importlib
+import json
+
+import pytest
+import unsloth  # noqa: F401  (has to come before transformers)
+from llama_chat import SEARCH, WEATHER, make_llama_tokenizer, parallel_calls
+
+END_TOKENS = ("<|eot_id|>", "<|eom_id|>")
+HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+
+
+@pytest.fixture(scope = "module")
+def tool_calls():
+    return importlib.import_module("unsloth.tool_calls")
+
+
+# ---------------------------------------------------------------- one reply
+ROME = ("get_weather", {"city": "Rome"})
+OSLO = ("get_weather", {"city": "Oslo"})
+
+
+def reply_of(*calls):
+    """An assistant turn with these calls, as the chat templates write it."""
+    texts = [
+        f'{{"name": "{name}", "parameters": {json.dumps(arguments, ensure_ascii = False)}}}'
+        for name, arguments in calls
+    ]
+    return "; ".join(texts) + "<|eot_id|>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "get_weather", "parameters": {"city": "Rome"}}',
+        '{"name":"get_weather","parameters":{"city":"Rome"}}<|eot_id|>',
+        '  \n{"name": "get_weather", "parameters": {"city": "Rome"}}\n<|eot_id|>\n',
+        '{"name": "get_weather", "arguments": {"city": "Rome"}}<|eom_id|>',
+        '{"type": "function", "name": "get_weather", "parameters": {"city": "Rome"}}',
+        '{"name": "get_weather", "parameters": "{\\"city\\": \\"Rome\\"}"}',
+        '<|python_tag|>{"name": "get_weather", "parameters": {"city": "Rome"}}<|eom_id|>',
+        '<|python_tag|>get_weather.call(city="Rome")<|eom_id|>',
+        HEADER + '{"name": "get_weather", "parameters": {"city": "Rome"}}<|eot_id|>',
+        '{"name": "get_weather", "parameters": {"city": "Rome"}}<|eot_id|><|finetune_right_pad_id|>'
+        "<|finetune_right_pad_id|>",
+    ],
+)
+def test_reads_one_call(text, tool_calls):
+    """One call in the forms that Llama models drift into is read as that call."""
+    tokenizer = make_llama_tokenizer()
+    assert tool_calls.parse_tool_calls(text, tokenizer) == parallel_calls(ROME)
+    ids = tokenizer(text, add_special_tokens = False).input_ids
+    assert tool_calls.parse_tool_calls(ids, tokenizer) == parallel_calls(ROME)
+
+
+@pytest.mark.parametrize("separator", ["; ", ";", "\n", "", " ;\n "])
+def test_reads_several_calls_however_they_are_separated(separator, tool_calls):
+    """The rendered separator is "; "; others are read too."""
+    one, two = (
+        '{"name": "get_weather", "parameters": {"city": "%s"}}' % c for c in ("Rome", "Oslo")
+    )
+    assert tool_calls.parse_tool_calls(one + separator + two) == parallel_calls(ROME, OSLO)
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ('{"name": "get_weather", "parameters": {"city": "Ro', "call 1 is not complete"),
+        ('{"name": "get_weather", "par', "call 1 is not complete"),
+        (
+            '{"name": "f", "parameters": {}}; {"name": "g", "parameters": {"a"',
+            "call 2 is not complete",
+        ),
+        ('{"name": "f", "parameters": {}} There you go!', "text after call 1"),
+        ('Sure: {"name": "f", "parameters": {}}', "text around a tool call"),
+        ('{"name": "f", "parameters": {"a": NaN}}', "NaN is not JSON"),
+        ('{"name": "f", "parameters": {"a": 1, "a": 2}}', "key twice"),
+        ('{"name": "f", "parameters": [1]}', "not an object"),
+        ('{"name": "f", "parameters": "x"}', "not an object"),
+        ('{"name": "f g", "parameters": {}}', "no valid name"),
+        ('{"name": 3, "parameters": {}}', "no valid name"),
+        ('{"name": "f"}', "expected name, parameters"),
+        ('{"name": "f", "parameters": {}, "arguments": {}}', "expected name, parameters"),
+        ('{"name": "f", "parameters": {}, "note": 1}', "expected name, parameters"),
+        ('<|python_tag|>print("hi")<|eom_id|>', "not a call of a built-in tool"),
+        ("<|start_header_id|>user<|end_header_id|>\n\nHi", "turn of role 'user'"),
+        ('{"name": "f", "parameters": ' + '{"a": ' * 5000, "not complete"),
+        ('{"name": "f", "parameters": {"a": ' + "9" * 5000 + "}}", "not complete, valid JSON"),
+    ],
+)
+def test_broken_output_comes_back_as_text(text, reason, tool_calls):
+    """Nothing is raised and nothing is guessed: the text, and why it is not a call."""
+    message = tool_calls.parse_tool_calls(text)
+    assert message["role"] == "assistant" and "tool_calls" not in message
+    assert reason in message["reason"]
+    for token in END_TOKENS:
+        text = text.replace(token, "")
+    assert message["content"] == text.strip()
+
+
+@pytest.mark.parametrize("text", ["Hello!", "", '{"degrees": 22}', "[1, 2]", "a {b} ; c", "22"])
+def test_answers_are_no_calls(text, tool_calls):
+    """Text, JSON answers included, is content, without a reason."""
+    expected = {"role": "assistant", "content": text}
+    assert tool_calls.parse_tool_calls(text + "<|eot_id|>") == expected
+
+
+def test_unknown_tools_are_refused(tool_calls):
+    """With tools given, a call of another one is text; functions and schemas name tools alike."""
+
+    def get_weather(city: str):
+        """Weather."""
+
+    text = '{"name": "get_weather", "parameters": {"city": "Rome"}}; '
+    text += '{"name": "hack", "parameters": {}}'
+    for tools in ([WEATHER, SEARCH], [get_weather]):
+        message = tool_calls.parse_tool_calls(text, tools = tools)
+        assert "tool_calls" not in message
+        assert "unknown tool 'hack'" in message["reason"] and "get_weather" in message["reason"]
+    known = tool_calls.parse_tool_calls(text[: text.index(";")], tools = [get_weather])
+    assert known == parallel_calls(ROME)
+
+
+# ---------------------------------------------------------------- ids and streams
+
+
+@pytest.mark.parametrize("ids", ["list", "tensor", "row", "array"])
+def test_ids_in_every_shape(ids, tool_calls):
+    """Lists, tensors and arrays of shape (n,) and (1, n) are read alike."""
+    import numpy
+    import torch
+
+    tokenizer = make_llama_tokenizer()
+    given = tokenizer(reply_of(ROME, OSLO), add_special_tokens = False).input_ids
+    shaped = {
+        "list": given,
+        "tensor": torch.tensor(given),
+        "row": torch.tensor([given]),
+        "array": numpy.array(given),
+    }[ids]
+    assert tool_calls.parse_tool_calls(shaped, tokenizer) == parallel_calls(ROME, OSLO)
+
+
+def test_streams_of_ids(tool_calls):
+    """Token by token, also where one character spans several tokens; each call comes once, when
+    complete."""
+    tokenizer, both = make_llama_tokenizer(), (("f", {"🦙": {"q": "你好🦙"}}), ROME)
+    message = parallel_calls(*both)
+    ids = tokenizer(reply_of(*both), add_special_tokens = False).input_ids
+    for size in (1, 2, 3, 5, 7, 1000):
+        stream, emitted = tool_calls.ToolCallStream(tokenizer), []
+        for start in range(0, len(ids), size):
+            emitted += stream.feed(ids[start : start + size])
+        assert emitted == message["tool_calls"] and stream.finish() == message
+
+
+def test_misuse_is_named(tool_calls):
+    """Ids without a tokenizer, several rows and other types say what to pass."""
+    with pytest.raises(TypeError, match = "needs the tokenizer"):
+        tool_calls.parse_tool_calls([1, 2])
+    with pytest.raises(ValueError, match = "2 rows"):
+        tool_calls.parse_tool_calls([[1], [2]], make_llama_tokenizer())
+    with pytest.raises(TypeError, match = "not dict"):
+        tool_calls.parse_tool_calls({"input_ids": [1]}, make_llama_tokenizer())
+
+
+def test_cleaning_up_spaces_does_not_reach_arguments(tool_calls):
+    """Llama's tokenizer_config asks for clean_up_tokenization_spaces; arguments keep their
+    spaces."""
+    tokenizer = make_llama_tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    spaced = ("f", {"q": "a , b . do n't ?"})
+    reply = reply_of(spaced)
+    ids = tokenizer(reply, add_special_tokens = False).input_ids
+    assert tokenizer.decode(ids) != reply
+    assert tool_calls.parse_tool_calls(ids, tokenizer) == parallel_calls(spaced)

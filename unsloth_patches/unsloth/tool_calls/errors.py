@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""The error of everything here that reads conversations."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+
+class ToolCallError(ValueError):
+    """A conversation that cannot be rendered faithfully: where, what is wrong, and what to do."""
+
+    def in_conversation(self, number: int) -> "ToolCallError":
+        """The same error, which names the conversation of a batch or dataset too."""
+        return ToolCallError(str(self).replace("Unsloth: ", f"Unsloth: conversation {number}, ", 1))
+
+
+def where_in(
+    index: int,
+    number: Optional[int] = None,
+    name: Optional[str] = None,
+) -> str:
+    call = "" if number is None else f", call {number}" + (f" ({name!r})" if name else "")
+    return f"Unsloth: messages[{index}]{call}: "
