@@ -6,7 +6,8 @@
 - spaces around ``=`` in keyword arguments and defaults (not inside f-strings, where ``{f(a=1)=}``
   prints its own text);
 - a ``def`` with three or more parameters and a default has one parameter a line; any other goes on
-  one line if it fits into 100 columns.
+  one line, or its parameters on the next, if that fits into 100 columns;
+- no blank line after the imports of an indented block of up to three statements.
 
     python scripts/kwarg_spacing.py FILE...           rewrite files in place
     python scripts/kwarg_spacing.py --ruff FILE...    run `ruff format` on them first
@@ -35,19 +36,23 @@ SPACE = cst.SimpleWhitespace(" ")
 NOTHING = cst.SimpleWhitespace("")
 
 
-def format_source(source: str) -> str:
-    """The source in this style; idempotent. Raises ValueError for text that is not Python."""
+def format_source(source: str, for_ruff: bool = False) -> str:
+    """The source in this style; idempotent. Raises ValueError for text that is not Python.
+
+    for_ruff: parameters that need not stand one a line are joined even if they do not fit: ruff breaks them.
+    """
     try:
         module = cst.parse_module(source)
     except cst.ParserSyntaxError as error:
         raise ValueError(f"line {error.raw_line}: {error.message}") from None
-    return module.visit(_Style(module.default_indent)).code
+    return module.visit(_Style(module.default_indent, for_ruff)).code
 
 
 class _Style(cst.CSTTransformer):
-    def __init__(self, indent: str):
+    def __init__(self, indent: str, for_ruff: bool):
         super().__init__()
         self.default_indent = indent
+        self.for_ruff = for_ruff
         self.indents: List[str] = []
 
     def visit_IndentedBlock(self, node):
@@ -55,7 +60,11 @@ class _Style(cst.CSTTransformer):
 
     def leave_IndentedBlock(self, original_node, updated_node):
         self.indents.pop()
-        return updated_node
+        body = list(updated_node.body)
+        for place in range(1, len(body) if len(body) <= 3 else 0):
+            if _is_import(body[place - 1]) and not _is_import(body[place]):
+                body[place] = _without_blank_lines(body[place])
+        return updated_node.with_changes(body = body)
 
     def visit_FormattedString(self, node):
         return False
@@ -79,9 +88,24 @@ class _Style(cst.CSTTransformer):
         if len(parameters) >= 3 and any(p.default is not None for p in parameters):
             return _one_a_line(updated_node)
         joined = _joined(updated_node)
+        if self.for_ruff:
+            return joined
         first_line = "".join(self.indents) + _signature(joined)
         fits = "\n" not in first_line and len(first_line) <= LINE_LENGTH
         return joined if fits else updated_node
+
+
+def _is_import(statement) -> bool:
+    imports = (cst.Import, cst.ImportFrom)
+    return isinstance(getattr(statement, "body", None), tuple) and isinstance(
+        statement.body[0], imports
+    )
+
+
+def _without_blank_lines(statement):
+    lines = getattr(statement, "leading_lines", ())
+    kept = getattr(statement, "decorators", ()) or any(line.comment for line in lines)
+    return statement if kept or not lines else statement.with_changes(leading_lines = [])
 
 
 def _spaced(equal):
@@ -203,7 +227,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     for path in options.files:
         try:
             source = path.read_bytes().decode("utf-8")
-            wanted = ruff_format(source, path) if options.ruff else source
+            wanted = ruff_format(format_source(source, True), path) if options.ruff else source
             wanted = format_source(wanted)
         except (OSError, UnicodeDecodeError, ValueError) as error:
             print(f"{path}: cannot format: {error}", file = sys.stderr)

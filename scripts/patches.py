@@ -3,9 +3,9 @@
 # Copyright 2026 the unsloth_patches authors
 """The git form of unsloth_patches: patches for a fork of Unsloth, built from the same sources.
 
-A patch is made of the modules and tests that its entry in unsloth_patches/registry.py lists, a
-block at the end of every module with a target, the hand-edited hunks in patches/callsites/NAME.diff
-(if any) and the pull request's text in patches/messages/NAME.md.
+A patch is made of the modules and tests that its entry in unsloth_patches/registry.py lists, its
+decorators beside what they replace, the hand-edited hunks in patches/callsites/NAME.diff (if any)
+and the pull request's text in patches/messages/NAME.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, List, Optional
+from typing import Iterable, Iterator, List, Optional
 
 import typer
 from rich.console import Console
@@ -30,14 +30,14 @@ from _patches.check import export as write_patches
 from _patches.forms import FORMS, FormResult, run_form
 from _patches.lint import problems
 from _patches.project import Project
-from _patches.rebase import CLEAN, MERGED, NEWER, STALE, new_pins
+from _patches.rebase import CLEAN, MERGED, NEWER, REWIRED, STALE, new_pins
 from _patches.rebase import rebase as try_rebase
 from _patches.upstream import read_pins, write_pins
 
 app = typer.Typer(help = __doc__, no_args_is_help = True, add_completion = False, rich_markup_mode = None)
 console = Console(highlight = False, soft_wrap = True)
 errors = Console(stderr = True, highlight = False, soft_wrap = True)
-COLOURS = {CLEAN: "green", MERGED: "yellow", STALE: "red", NEWER: "cyan"}
+COLOURS = {CLEAN: "green", MERGED: "yellow", REWIRED: "yellow", STALE: "red", NEWER: "cyan"}
 
 
 @contextmanager
@@ -46,20 +46,20 @@ def _scratch() -> Iterator[Path]:
         yield Path(folder).resolve()
 
 
-def _fail_on(found: List[str]) -> None:
+def _buildable() -> Project:
+    project = Project()
+    found = problems(project)
     if found:
-        for problem in found:
-            console.print(f"  [red]{escape(problem)}[/]")
         raise PatchesError(
-            "the patches cannot be built from the working tree", "correct what is listed"
+            "the patches cannot be built:\n" + "\n".join(found), "correct what is listed"
         )
+    return project
 
 
 @app.command()
 def export() -> None:
     """Write patches/*.patch and patches/series from the working tree."""
-    project = Project()
-    _fail_on(problems(project))
+    project = _buildable()
     with _scratch() as scratch:
         outcome = write_patches(project, build_patches(project, scratch / "patches")[1])
     for name, what in outcome:
@@ -82,14 +82,13 @@ def check(
         if found and not (any_size and "lines" in what):
             failed.append(what)
 
-    project = Project()
     with _scratch() as scratch:
-        built = run_checks(project, scratch, report)
+        built = run_checks(Project(), scratch, report)
     for each in sorted(built, key = lambda each: -sum(each.size)):
-        console.print(f"{each.patch.name:32} {each.size[0]:5} + {each.size[1]:5} of tests")
+        console.print(f"{each.patch.name:32} {each.size[0]:5} lines {each.size[1]:5} of tests")
     middle = statistics.median(sum(each.size) for each in built) if built else 0
     clean = "[red]not clean[/]" if failed else "clean"
-    console.print(f"{len(project.patches)} patches, half of them up to {middle:.0f} lines: {clean}")
+    console.print(f"{len(built)} patches, the median {middle:.0f} lines: {clean}")
     raise typer.Exit(1 if failed else 0)
 
 
@@ -100,22 +99,15 @@ def fork(directory: Path = typer.Argument(..., metavar = "DIR", help = "absent o
         raise PatchesError(
             f"{directory} exists and is not an empty folder", "name a new or empty folder"
         )
-    project = Project()
-    _fail_on(problems(project))
+    project = _buildable()
     with _scratch() as scratch:
         # Built aside and moved, so that a failure leaves DIR as it was.
         built = build_fork(project, scratch / "fork")
-        try:
-            shutil.copytree(scratch / "fork", directory, dirs_exist_ok = True)
-        except OSError as error:
-            raise PatchesError(
-                f"cannot write {directory}: {error}", "name a folder that you may write to"
-            )
-    for patch in built:
-        console.print(f"{patch.patch.name}: {', '.join(patch.lines)}")
-    console.print(
-        f"Run it with PYTHONPATH={directory.resolve()}; `git log` there shows one commit a patch."
-    )
+        shutil.copytree(scratch / "fork", directory, dirs_exist_ok = True)
+    for each in built:
+        console.print(f"{each.patch.name}: {', '.join(each.lines)}")
+    where = directory.resolve()
+    console.print(f"Run it with PYTHONPATH={where}; `git log` there shows one commit a patch.")
 
 
 @app.command()
@@ -128,34 +120,35 @@ def rebase(
     """Try the series on another release of Unsloth, and name precisely what is stale there."""
     project = Project()
     pinned = read_pins(project.pin_file)["version"]
-    if pin and version is None:
-        raise PatchesError(
-            "--pin needs a VERSION", "python scripts/patches.py rebase VERSION --pin"
-        )
     versions = [version] if version else [v for v in project.supported if v != pinned]
+    clean = True
     with _scratch() as scratch:
-        clean = [_rebase_on(project, each, scratch / each) for each in versions]
-        if pin and all(clean):
-            write_pins(new_pins(project, version, scratch), project.pin_file)
+        for each in versions:
+            rows = [
+                (row.name, f"[{COLOURS[row.state]}]{row.state}[/]", escape("\n".join(row.notes)))
+                for row in try_rebase(project, each, scratch / each)
+            ]
+            _print_table(f"The series on Unsloth {each}", ("patch", "state", "where"), rows)
+            clean = clean and not any(STALE in state for _, state, _ in rows)
+        if pin and version and clean:
+            write_pins(new_pins(version, scratch), project.pin_file)
             console.print(
                 f"patches/UPSTREAM pins {version}; now `python scripts/patches.py export`"
             )
-    raise typer.Exit(0 if all(clean) else 1)
+    if pin and version is None:
+        raise PatchesError("--pin needs a VERSION", "scripts/patches.py rebase VERSION --pin")
+    raise typer.Exit(0 if clean else 1)
 
 
-def _rebase_on(project: Project, version: str, scratch: Path) -> bool:
-    outcomes = try_rebase(project, version, scratch)
-    table = Table(title = f"The series on Unsloth {version}", title_justify = "left")
-    for column in ("patch", "state", "where"):
-        table.add_column(column, overflow = "fold")
-    for outcome in outcomes:
-        notes = escape("\n".join(outcome.notes))
-        table.add_row(outcome.name, f"[{COLOURS[outcome.state]}]{outcome.state}[/]", notes)
-    Console(highlight = False).print(table)
-    stale = [outcome.name for outcome in outcomes if outcome.state == STALE]
-    if stale:
-        console.print(f"{len(stale)} of {len(project.patches)} stale: {', '.join(stale)}")
-    return not stale
+@app.command()
+def fingerprints() -> None:
+    """Print the fingerprints of every target in the pinned release: what to write into an entry."""
+    project = Project()
+    releases = project.pinned_unsloth(), project.pinned_zoo()
+    for patch in project.patches:
+        for target in patch.targets:
+            found = ", ".join(sorted(project.fingerprints(target, *releases)))
+            console.print(f"{patch.name:28} {target.attribute:64} {found or 'no definition'}")
 
 
 @app.command()
@@ -164,7 +157,7 @@ def test(
     form: str = typer.Option("import", "--form", help = " | ".join(FORMS)),
     jobs: int = typer.Option(1, "--jobs", help = "more than 1: a process a file, so many at a time"),
 ) -> None:
-    """Run the patches' tests on stock Unsloth with the import hooks, on the fork, or on stock alone."""
+    """Run the patches' tests on Unsloth with the import hooks, on the fork, on stock, or as Unsloth's CI does."""
     with _scratch() as scratch:
         result = run_form(Project(), form, files or [], scratch, jobs)
     _print_results(result)
@@ -172,39 +165,39 @@ def test(
 
 
 def _print_results(result: FormResult) -> None:
-    table = Table(title = f"Form: {result.form}", title_justify = "left")
-    for column in ("test file", "backend", "passed", "failed", "skipped", "verdict"):
-        table.add_column(column, overflow = "fold")
+    rows = []
     for row in result.files:
         good = "ok"
         if result.form == "stock":
-            good = "fails, as it must" + f" ({row.missing} for want of a module)" * bool(
-                row.missing
-            )
+            missing = f" ({row.missing} for want of a module)" * bool(row.missing)
+            good = "fails, as it must" + missing
         verdict = f"[red]{escape(row.verdict)}[/]" if row.verdict else f"[green]{good}[/]"
-        table.add_row(
-            row.file, row.backend, str(row.passed), str(row.failed), str(row.skipped), verdict
-        )
-    Console(highlight = False).print(table)
+        counts = (str(count) for count in (row.passed, row.failed, row.skipped))
+        rows.append((row.file, row.backend, *counts, verdict))
+    columns = ("test file", "backend", "passed", "failed", "skipped", "verdict")
+    _print_table(f"Form: {result.form}", columns, rows)
     for line in result.summaries:
         console.print(escape(line))
+
+
+def _print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    table = Table(title = title, title_justify = "left")
+    for column in columns:
+        table.add_column(column, overflow = "fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight = False).print(table)
 
 
 def main() -> int:
     try:
         app(standalone_mode = True)
-    except PatchesError as error:
-        return _complain(str(error), error.remedy)
-    except OSError as error:
-        return _complain(str(error), "check the permissions and the space left there")
+    except (PatchesError, OSError) as error:
+        errors.print(f"[red]error:[/] {escape(str(error))}")
+        remedy = getattr(error, "remedy", "check the permissions and the space left there")
+        errors.print(f"[yellow]remedy:[/] {escape(remedy)}" if remedy else "")
+        return 2
     return 0
-
-
-def _complain(message: str, remedy: str) -> int:
-    errors.print(f"[red]error:[/] {escape(message)}")
-    if remedy:
-        errors.print(f"[yellow]remedy:[/] {escape(remedy)}")
-    return 2
 
 
 if __name__ == "__main__":

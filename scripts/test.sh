@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All tests: this project's own, then the patches' tests in the import form, in the fork, and on
-# stock Unsloth, where each file has to fail. Ends with pytest's summary lines.
+# All tests: this project's own, then the patches' tests in the import form, in the fork, on stock
+# Unsloth, where each file has to fail, and as Unsloth's own CI would run them. Ends with pytest's summary lines.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -24,8 +24,8 @@ run() {
   code=${PIPESTATUS[0]}
   while IFS= read -r line; do summaries+=("$line"); done < <(
     sed -E 's/\x1b\[[0-9;]*m//g; s/^=+ //; s/ =+$//' "$logs/shown" |
-      grep -E '^((import|fork|stock) / [a-z]+: )?[0-9]+ (passed|failed|skipped|errors?|deselected|xfailed).* in [0-9.]+s' |
-      { if [ "$name" = "own tests" ]; then sed 's/^/own tests: /'; else grep -E '^(import|fork|stock) / '; fi; }
+      grep -E '^((import|fork|stock|upstream) / [a-z]+: )?[0-9]+ (passed|failed|skipped|errors?|deselected|xfailed).* in [0-9.]+s' |
+      { if [ "$name" = "own tests" ]; then sed 's/^/own tests: /'; else grep -E '^(import|fork|stock|upstream) / '; fi; }
   )
   if [ "$code" -ne 0 ]; then failed+=("$name (exit code $code)"); fi
   echo "$name: $((SECONDS - started)) s"
@@ -51,6 +51,7 @@ catch_up
 beside "form: fork" "$python" scripts/patches.py test --form fork
 run "form: import" "$python" scripts/patches.py test --form import
 catch_up
+run "form: upstream" "$python" scripts/patches.py test --form upstream
 run "rebase on the other supported releases" "$python" scripts/patches.py rebase
 
 say "summary after $SECONDS s"

@@ -4,7 +4,7 @@
 
 import: ``import unsloth_patches`` comes first. fork and stock: unsloth_patches cannot be imported,
 and Unsloth has to come from the folder in ``UNSLOTH_PATCHES_HOME`` if that is set.
-``python scripts/patches.py test --form FORM`` prepares everything and runs one process per world.
+``python scripts/patches.py test --form FORM`` prepares everything and runs one process per backend.
 """
 
 import os
@@ -62,23 +62,22 @@ def pytest_runtest_teardown(item, nextitem):
     _check_home()
 
 
-def _worlds():
+def _backends():
     if FORM != "import":
         return {}  # scripts/patches.py has sorted the files already
     from unsloth_patches.registry import PATCHES
-
-    return {ROOT / test: world for patch in PATCHES for test, world in patch.tests.items()}
+    return {ROOT / test: backend for patch in PATCHES for test, backend in patch.tests.items()}
 
 
 def pytest_collectstart(collector):
-    """Refuse to run tests of both worlds in one process: Unsloth chooses its backend once."""
-    worlds = _worlds()
-    if not isinstance(collector, pytest.Module) or collector.path not in worlds:
+    """Refuse to run tests of two backends in one process: Unsloth chooses its backend once."""
+    backends = _backends()
+    if not isinstance(collector, pytest.Module) or collector.path not in backends:
         return
     seen = collector.config.stash.setdefault(_SEEN, {})
-    seen[worlds[collector.path]] = collector.path.name
+    seen[backends[collector.path]] = collector.path.name
     if len(seen) > 1:
-        files = " and ".join(f"{name} ({world})" for world, name in seen.items())
+        files = " and ".join(f"{name} ({backend})" for backend, name in seen.items())
         raise pytest.UsageError(
             f"{files} need different backends of Unsloth, and so different processes; "
             "run `python scripts/patches.py test`, or pytest on one file"

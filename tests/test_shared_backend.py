@@ -44,7 +44,9 @@ IMPORTS = {
 def test_the_backend_is_chosen_or_the_file_skipped(tmp_path, wanted, imported):
     (tmp_path / "conftest.py").write_text(IMPORTS[imported], encoding = "utf-8")
     (tmp_path / "test_file.py").write_text(FILE.format(wanted = wanted), encoding = "utf-8")
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "UNSLOTH_ALLOW_CPU")}
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "UNSLOTH_ALLOW_CPU")
+    }
     environment.update(PYTHONPATH = str(SHARED), PYTEST_DISABLE_PLUGIN_AUTOLOAD = "1")
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(tmp_path)]
     done = subprocess.run(command, env = environment, capture_output = True, text = True, cwd = tmp_path)

@@ -25,7 +25,8 @@ class Target:
         the stock object itself (a table of templates has no AST).
     wired_in: the fork's file that is edited; by default the file of ``attribute``'s module. Needed for
         names of unsloth_zoo, which a patch to Unsloth cannot edit.
-    import_after: the line of that file that the decorator's import follows; by default its sorted place.
+    import_after: the line of that file that the decorator's import follows; by default the import that sorts
+        before it, or the next one that no unrelated patch edits.
     optional: a supported release lacks the module or the name; the rest of the patch holds without it.
     """
 
@@ -169,7 +170,6 @@ PATCHES: Tuple[Patch, ...] = (
                 attribute = "unsloth._cpu_init:standardize_data_formats",
                 replacement = "tool_calls.datasets:standardize_tool_calls",
                 optional = True,
-                import_after = "import os",
             ),
         ),
         modules = ("tool_calls/datasets.py",),
@@ -205,7 +205,6 @@ PATCHES: Tuple[Patch, ...] = (
                     "1454833d36486569 317cbc886535aa9f 6362d349d6e3df04 d01b9c70a43e6aa4 "
                     "1929688413cf077a 5996de1656b594d5 a796198c099dfb75 dd96aa49b3577ea4".split()
                 ),
-                import_after = "from .nvfp4 import NVFP4QuantState, nvfp4_dequantize, nvfp4_linear",
             ),
         ),
         modules = (
@@ -434,13 +433,11 @@ PATCHES: Tuple[Patch, ...] = (
                 attribute = "unsloth.kernels.utils:get_lora_parameters",
                 replacement = "kernels.lora_scale_inputs:replace_get_lora_parameters",
                 fingerprints = frozenset({"a6b2704a01310d5d"}),
-                import_after = "from ..bnb_availability import native_kernels_ready",
             ),
             Target(
                 attribute = "unsloth.models._block_compile:patch_block_compile",
                 replacement = "models.compile_variants:replace_patch_block_compile",
                 fingerprints = frozenset({"cbe892e347d670cf"}),
-                import_after = "import types",
             ),
             Target(
                 attribute = "unsloth.models._block_compile:_mark_seq_dynamic",
@@ -546,19 +543,3 @@ PATCHES: Tuple[Patch, ...] = (
         since = "2026.10.9",
     ),
 )
-
-
-def main() -> None:
-    """Print the fingerprints of every target in the installed Unsloth: what to write into an entry."""
-    from .upstream_source import upstream_fingerprints
-
-    for patch in PATCHES:
-        for target in patch.targets:
-            found = (
-                ", ".join(sorted(upstream_fingerprints(target))) or "no definition (checks itself)"
-            )
-            print(f"{patch.name:24} {target.attribute:56} {found}")
-
-
-if __name__ == "__main__":
-    main()

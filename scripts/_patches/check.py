@@ -12,7 +12,7 @@ from typing import Any, Callable, Iterator, List, Tuple
 from . import PatchesError
 from .build import Built, build_patches, mails
 from .git import Git
-from .lint import OLDEST_PYTHON, clashes, orphans, problems
+from .lint import OLDEST_PYTHON, clashes, orphans, our_names, problems
 from .project import Project, read_text
 
 REEXPORT = "run `python scripts/patches.py export`"
@@ -27,7 +27,8 @@ def check(project: Project, scratch: Path, report: Callable[[str, List[str]], No
     report("catalogue, files that land, fingerprints of the pinned Unsloth", before)
     if before:
         return []  # no use in building from files that are known to be wrong
-    report("every module and test belongs to a patch", list(orphans(project)))
+    orphaned = [*orphans(project), *our_names(project)]
+    report("every module and test belongs to a patch, and none names a variable of ours", orphaned)
     report("no two patches replace the same thing side by side", list(clashes(project)))
     git, built = build_patches(project, scratch / "patches")
     report("patches/ is what the working tree exports", list(differences(project, built)))
@@ -139,7 +140,7 @@ def syntax_errors(folder: Path, built: List[Built]) -> Iterator[str]:
 
 def stale_fingerprints(project: Project) -> List[str]:
     """Targets whose definition in the pinned release is none that the registry accepts."""
-    releases = project.pinned_unsloth(), project.pinned_zoo() if project.needs_zoo() else None
+    releases = project.pinned_unsloth(), project.pinned_zoo()
     rows = (stale_target(project, t, *releases) for p in project.patches for t in p.targets)
     return [row for row in rows if row]
 

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Run the patches' tests in one of three forms, one pytest process per backend, or per file in parallel.
+"""Run the patches' tests in one of four forms.
 
-import: stock Unsloth with ``import unsloth_patches`` first (tests/conftest.py does that).
-fork:   the patched Unsloth, without unsloth_patches.
-stock:  Unsloth as it is. Every test file has to fail here: one that passes proves nothing.
+import:   stock Unsloth with ``import unsloth_patches`` first (tests/conftest.py does that).
+fork:     the patched Unsloth, without unsloth_patches.
+stock:    Unsloth as it is. Every test file has to fail here: one that passes proves nothing.
+upstream: the patched Unsloth as in its own CI: one process for all files, no GPU, and a conftest.py that
+          imports unsloth first, for CUDA. Every file passes, or skips with a reason.
 
-The backends are Unsloth's CPU backend, Triton's interpreter, and forked gloo ranks. Unsloth chooses its
-backend once, when it is imported, and a fork after a backward pass hangs, so they cannot share a process.
+But for the last there is one process per backend (Unsloth chooses it once, when it is imported, and a fork
+after a backward pass hangs), or one per file with ``jobs``.
 """
 
 from __future__ import annotations
@@ -28,17 +30,15 @@ from . import PatchesError
 from .build import build_base, build_fork
 from .project import Project
 
-FORMS = ("import", "fork", "stock")
+FORMS = ("import", "fork", "stock", "upstream")
 TEST_TIMEOUT_S = 600  # for one test, where pytest-timeout is installed
-SUMMARY = re.compile(r"=* ?\d+ (passed|failed|skipped|error|deselected|xfailed).* in [\d.]+s.*")
+SUMMARY = re.compile(r"\d+ (passed|failed|skipped|error|deselected|xfailed).* in [\d.]+s.*")
+CHOOSERS = ("TRITON_INTERPRET", "UNSLOTH_ALLOW_CPU", "UNSLOTH_FORCE_CPU")  # of Unsloth's backend
 
 
 @dataclass
 class FileResult:
-    """One test file: counts of its tests, and whether pytest could collect it at all.
-
-    missing: how many of the failures only say that a module of the patch is not there.
-    """
+    """Counts of one test file; ``missing``: failures that only say that a module of the patch is absent."""
 
     file: str
     backend: str
@@ -60,7 +60,7 @@ class FormResult:
 
     @property
     def ok(self) -> bool:
-        return all(not result.verdict for result in self.files)
+        return not any(result.verdict for result in self.files)
 
 
 def run_form(
@@ -70,87 +70,73 @@ def run_form(
     scratch: Path,
     jobs: int = 1,
 ) -> FormResult:
-    """Run the tests of all patches, or those ``wanted``. Raises PatchesError for an unknown file.
-
-    jobs: with more than one, every file gets a process of its own, so many at a time.
-    """
+    """Run the tests of all patches, or those ``wanted``. Raises PatchesError for an unknown file."""
     if form not in FORMS:
         raise PatchesError(f"unknown form {form!r}", f"choose one of {', '.join(FORMS)}")
     if jobs < 1:
         raise PatchesError(f"{jobs} processes cannot run anything", "--jobs takes 1 or more")
-    chosen = _choose(project, wanted)
-    if (
-        form == "stock"
-    ):  # what a patch without targets brings, such as test helpers, needs no change of Unsloth
+    backends = _choose(project, wanted)
+    if form == "stock":  # a patch without targets, such as test helpers, needs no change of Unsloth
         changes = {test for patch in project.patches if patch.targets for test in patch.tests}
-        chosen = {file: backend for file, backend in chosen.items() if file in changes}
+        backends = {file: backend for file, backend in backends.items() if file in changes}
+    if form == "upstream":
+        backends = dict.fromkeys(backends, "all")
     home = project.root if form == "import" else _make_home(project, form, scratch)
     result = FormResult(form, [], [])
+    processes: Dict[str, List[str]] = {}
+    for file, backend in backends.items():
+        one_each = jobs > 1 and form != "upstream"
+        processes.setdefault(Path(file).stem if one_each else backend, []).append(file)
 
     def run(part: Tuple[str, List[str]]) -> List[FileResult]:
-        name, files = part
-        folder = scratch / name
+        folder = scratch / f"process-{part[0]}"
         folder.mkdir()
-        backend = chosen[files[0]]
-        quiet = form == "stock" or jobs > 1
         began = time.monotonic()
-        results = _run_process(form, backend, files, home, folder, result.summaries, quiet)
+        quiet = form == "stock" or jobs > 1
+        found = _run_process(
+            form, backends[part[1][0]], part[1], home, folder, result.summaries, quiet
+        )
         if jobs > 1:  # the table comes when all are done, which may be long after this one
-            counts = ", ".join(f"{r.file}: {r.passed} passed, {r.failed} failed" for r in results)
+            counts = ", ".join(f"{r.file}: {r.passed} passed, {r.failed} failed" for r in found)
             print(f"{form}: {counts} ({time.monotonic() - began:.0f} s)", flush = True)
-        return results
+        return found
 
-    parts = _processes(chosen, jobs).items()
-    if jobs == 1:
-        found = [run(part) for part in parts]
-    else:
-        with ThreadPoolExecutor(jobs) as pool:
-            found = list(pool.map(run, parts))
-    result.files += [each for files in found for each in files]
+    with ThreadPoolExecutor(jobs) as pool:
+        for found in pool.map(run, processes.items()):
+            result.files += found
     return result
 
 
-def _processes(chosen: Dict[str, str], jobs: int) -> Dict[str, List[str]]:
-    """name -> the test files of one process: those of a backend, or one file where jobs are many."""
-    if jobs > 1:
-        return {f"process-{Path(file).stem}": [file] for file in chosen}
-    backends = sorted(set(chosen.values()))
-    return {
-        f"process-{backend}": [file for file in chosen if chosen[file] == backend]
-        for backend in backends
-    }
-
-
 def _choose(project: Project, wanted: Sequence[str]) -> Dict[str, str]:
-    backends = project.backends()
-    if not wanted:
-        return backends
+    """Test file -> backend, of the files wanted: paths from wherever the user stands, or below the root."""
+    known = project.backends()
     chosen = {}
-    for name in wanted:
-        # A path from wherever the user stands, or one below the project's root.
+    for name in wanted or known:
         path = Path(name).resolve() if Path(name).exists() else project.root / name
         relative = Path(os.path.relpath(path, project.root)).as_posix()
-        if relative not in backends:
-            raise PatchesError(
-                f"{name} is no test of a patch",
-                "the registry lists " + (", ".join(sorted(backends)) or "none"),
-            )
-        chosen[relative] = backends[relative]
+        if relative not in known:
+            listed = ", ".join(sorted(known)) or "none"
+            raise PatchesError(f"{name} is no test of a patch", f"the registry lists {listed}")
+        chosen[relative] = known[relative]
     return chosen
 
 
 def _make_home(project: Project, form: str, scratch: Path) -> Path:
     """A folder with the fork's or stock ``unsloth/`` and the tests, and nothing of unsloth_patches."""
     home = scratch / form
-    if form == "fork":
-        build_fork(project, home)
-    else:
+    if form == "stock":
         build_base(project.pinned_unsloth(), home)
-    # All tests, whatever was chosen: one may import helpers of another.
+    else:
+        build_fork(project, home)
     for file in (*project.backends(), *project.shared_files(), "tests/conftest.py"):
         if (project.root / file).is_file():
             (home / file).parent.mkdir(parents = True, exist_ok = True)
             shutil.copyfile(project.root / file, home / file)
+    if form == "upstream":
+        shutil.copyfile(
+            Path(__file__).with_name("upstream_conftest.py"), home / "tests/conftest.py"
+        )
+        (home / "tests/__init__.py").touch()
     return home
 
 
@@ -167,33 +153,40 @@ def _run_process(
     command = [sys.executable, "-m", "pytest", *files, "-q", "-rs", "--color=no"]
     command += ["-p", "no:cacheprovider", f"--rootdir={home}", f"--junitxml={report}"]
     command += ["-o", "junit_family=xunit1", "-o", f"timeout={TEST_TIMEOUT_S}"]
-    expect_failures = form == "stock"
-    if expect_failures:
-        command += ["--tb=line"]
+    command += ["--tb=line"] if form == "stock" else ["--continue-on-collection-errors"]
     code, output = _stream(command, home, _environment(form, backend, home, scratch), quiet)
-    summaries += [f"{form} / {backend}: {line}" for line in _last_summary(output)]
+    lines = [line.strip("= \n") for line in output]
+    summary = [line for line in lines if SUMMARY.fullmatch(line)]
+    summaries += [f"{form} / {backend}: {line}" for line in summary[-1:]]
     results = _read_report(report, files, backend)
+    # Codes 1 and 2 are told by the counts and by files that were not collected; anything else (a crash,
+    # Ctrl-C, conftest.py stopping the run) is a fault of the whole run. 5: every file was skipped.
+    told = {0: True, 1: any(r.failed or not r.collected for r in results)}
+    told[2] = not all(r.collected for r in results)
+    told[5] = form == "upstream" and all(r.skipped for r in results)
     for result in results:
-        result.verdict = _verdict(result, expect_failures)
-    # Code 1 is told by the counts, 2 by a file that was not collected; anything else (a crash, Ctrl-C,
-    # conftest.py stopping the run) is a fault of the whole run.
-    told = {0: True, 1: any(r.failed for r in results), 2: not all(r.collected for r in results)}
-    for result in results:
+        result.verdict = _verdict(result, form)
         if not told.get(code, False):
             result.verdict = result.verdict or f"pytest ended with code {code}, see its output"
     if quiet and any(result.verdict for result in results):
-        print(output, flush = True)
+        print("".join(output), flush = True)
     return results
 
 
 def _environment(form: str, backend: str, home: Path, scratch: Path) -> Dict[str, str]:
-    environment = dict(os.environ)
-    environment["UNSLOTH_PATCHES_FORM"] = form
+    environment = {**os.environ, "UNSLOTH_PATCHES_FORM": form}
     # Unsloth writes generated code there; one form must never read what another one wrote.
     environment["UNSLOTH_COMPILE_LOCATION"] = str(scratch / "compiled")
     environment.pop("UNSLOTH_PATCHES_DISABLE", None)
     if backend == "gloo":  # ranks are forked, and a forked process cannot use a GPU
         environment["CUDA_VISIBLE_DEVICES"] = ""
+    if form == "upstream":
+        environment.update(
+            UNSLOTH_COMPILE_DISABLE = "1", UNSLOTH_IS_PRESENT = "1", CUDA_VISIBLE_DEVICES = ""
+        )
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
+        for name in CHOOSERS:
+            environment.pop(name, None)
     if form != "import":
         # What else is on the path stays: pytest may be installed there.
         others = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
@@ -203,52 +196,42 @@ def _environment(form: str, backend: str, home: Path, scratch: Path) -> Dict[str
     return environment
 
 
-def _stream(command: List[str], folder: Path, environment: Dict[str, str], quiet: bool) -> tuple:
-    """Run a command, showing its output as it comes; returns (exit code, output)."""
+def _stream(
+    command: List[str], folder: Path, environment: Dict[str, str], quiet: bool
+) -> Tuple[int, List[str]]:
+    """Run a command, showing its output as it comes; returns (exit code, lines of output)."""
     lines = []
-    process = subprocess.Popen(
-        command,
-        cwd = folder,
-        env = environment,
-        stdout = subprocess.PIPE,
-        stderr = subprocess.STDOUT,
-        text = True,
-        encoding = "utf-8",
-        errors = "replace",
+    pipes = dict(
+        stdout = subprocess.PIPE, stderr = subprocess.STDOUT, encoding = "utf-8", errors = "replace"
     )
+    process = subprocess.Popen(command, cwd = folder, env = environment, **pipes)
     try:
         for line in process.stdout:
             lines.append(line)
             if not quiet:
                 print(line, end = "", flush = True)
-        return process.wait(), "".join(lines)
+        return process.wait(), lines
     finally:
         if process.poll() is None:  # Ctrl-C: no test process is left behind
             process.kill()
             process.wait()
 
 
-def _last_summary(output: str) -> List[str]:
-    found = [line.strip("= ") for line in output.splitlines() if SUMMARY.fullmatch(line.strip())]
-    return found[-1:]
-
-
 def _read_report(report: Path, files: List[str], backend: str) -> List[FileResult]:
-    results = {file: FileResult(file, backend) for file in files}
-    if not report.is_file():
-        return [FileResult(file, backend, collected = False) for file in files]
-    for case in ElementTree.parse(report).iter("testcase"):
-        # xunit1 states the file; a file that cannot be collected appears as a case without one.
-        file = case.get("file") or case.get("name", "").replace(".", "/") + ".py"
-        result = results.get(file)
+    results = {file: FileResult(file, backend, collected = report.is_file()) for file in files}
+    for case in ElementTree.parse(report).iter("testcase") if report.is_file() else ():
+        # xunit1 states the file; a file that is not collected, or skipped whole, is a case without one.
+        result = results.get(case.get("file") or case.get("name", "").replace(".", "/") + ".py")
         if result is None:
             continue
-        error, failure = case.find("error"), case.find("failure")
-        if error is not None and error.get("message") == "collection failure":
+        trouble = next(
+            (case.find(kind) for kind in ("error", "failure") if case.find(kind) is not None), None
+        )
+        why = trouble.get("message") or "" if trouble is not None else ""
+        if why == "collection failure":
             result.collected = False
-        elif error is not None or failure is not None:
+        elif trouble is not None:
             result.failed += 1
-            why = (failure if error is None else error).get("message") or ""
             result.missing += "No module named 'unsloth." in why
         elif case.find("skipped") is not None:
             result.skipped += 1
@@ -257,12 +240,13 @@ def _read_report(report: Path, files: List[str], backend: str) -> List[FileResul
     return list(results.values())
 
 
-def _verdict(result: FileResult, expect_failures: bool) -> str:
+def _verdict(result: FileResult, form: str) -> str:
     """What is wrong with a file's result; empty if nothing is."""
     if not result.collected:
         return "could not be collected: import new modules inside the tests, not at the top"
-    if expect_failures:
+    if form == "stock":
         return "" if result.failed else "no test fails on stock Unsloth, so they prove nothing"
     if result.failed:
         return f"{result.failed} failed"
-    return "" if result.passed else "no test passed"
+    fine = result.passed or form == "upstream" and result.skipped
+    return "" if fine else "no test passed"

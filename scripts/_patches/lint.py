@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Rules that a file must meet before it may land in Unsloth, checked on its text alone."""
+"""Rules that a patch must meet before it may land in Unsloth, checked on the text of its files alone."""
 
 from __future__ import annotations
 
 import ast
 import re
-from pathlib import Path
 from typing import Any, Iterator, List, Tuple
 
 from . import LINE_LENGTH
-from .project import MESSAGE_PARTS, BACKENDS, Project, read_text
+from .project import Project, read_text
 
+BACKENDS = ("cpu", "interpreter", "gloo")
+MESSAGE_PARTS = ("Motivation:", "What changes:", "How it was tested:")
 LICENCE = "# SPDX-License-Identifier: Apache-2.0"
 OLDEST_PYTHON = (3, 9)
 # Lines of a message that git am would take for the end of it or for a mail header.
@@ -20,30 +21,32 @@ UNMAILABLE = re.compile(r"^(---|diff -|Index: |>?From |From:|Subject:|Date:)")
 
 def problems(project: Project) -> List[str]:
     """What makes the patches impossible to build or to send, one sentence each; empty if nothing does."""
-    found = list(_catalogue(project))
+    found: List[str] = []
+    before: List[str] = []
     for patch in project.patches:
-        found += _files(project, patch)
-        found += _message(project, patch)
-        found += _replacements(project, patch)
-    return found
+        for rule in (_entry, _files, _message, _replacements):
+            found += (f"{patch.name}: {what}" for what in rule(project, patch))
+        found += (
+            f"{patch.name} requires {name}, which does not stand before it in PATCHES"
+            for name in patch.requires
+            if name not in before
+        )
+        before.append(patch.name)
+    return found + [
+        f"two patches are called {name}" for name in set(before) if before.count(name) > 1
+    ]
 
 
-def _catalogue(project: Project) -> Iterator[str]:
-    seen: List[str] = []
-    for patch in project.patches:
-        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", patch.name):
-            yield f"patch {patch.name!r}: a name is lower-case words joined by hyphens"
-        if patch.name in seen:
-            yield f"{patch.name}: two patches have this name"
-        for name in patch.requires:
-            if name not in seen:
-                yield f"{patch.name} requires {name}, which does not stand before it in PATCHES"
-        for test, backend in patch.tests.items():
-            if backend not in BACKENDS:
-                yield f"{patch.name}: {test} names backend {backend!r}; known: {', '.join(BACKENDS)}"
-        if not patch.tests:
-            yield f"{patch.name} has no tests: a patch is sent with a test that fails without it"
-        seen.append(patch.name)
+def _entry(project: Project, patch: Any) -> Iterator[str]:
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", patch.name):
+        yield "a name is lower-case words joined by hyphens"
+    if not re.fullmatch(rf"[A-Z][^\n]{{,{LINE_LENGTH - 2}}}[^\n.]", patch.title):
+        yield f"title {patch.title!r}: one capitalised line up to {LINE_LENGTH} characters, no full stop"
+    if not patch.tests:
+        yield "it has no tests: a patch is sent with a test that fails without it"
+    for test, backend in patch.tests.items():
+        if backend not in BACKENDS:
+            yield f"{test} names backend {backend!r}; known: {', '.join(BACKENDS)}"
 
 
 def _files(project: Project, patch: Any) -> Iterator[str]:
@@ -51,13 +54,11 @@ def _files(project: Project, patch: Any) -> Iterator[str]:
     for landed, path in project.lands(patch).items():
         where = path.relative_to(project.root)
         if not path.is_file():
-            yield f"{patch.name}: {where} does not exist"
+            yield f"{where} does not exist"
             continue
         text = read_text(path)
-        if b"\r" in path.read_bytes():
-            yield f"{where} has carriage returns; save it with LF line ends"
-        if not text.endswith("\n"):
-            yield f"{where} does not end with a newline"
+        if b"\r" in path.read_bytes() or not text.endswith("\n"):
+            yield f"{where} has carriage returns or no newline at its end; save it with LF line ends"
         if LICENCE not in text.splitlines()[:3]:
             yield f"{where} does not start with {LICENCE!r}"
         if "unsloth_patches" in text.replace("the unsloth_patches authors", ""):
@@ -85,24 +86,20 @@ def _imports(tree: ast.Module, landed: str, allowed: set) -> Iterator[Tuple[int,
             folder = landed.split("/")[1:-1]
             package = folder[: len(folder) - node.level + 1]
             base = "/".join(package + (node.module.split(".") if node.module else []))
-            if base + ".py" in allowed:
-                continue
-            for name in (f"{base}/{alias.name}".lstrip("/") for alias in node.names):
-                if name + ".py" not in allowed:
-                    dotted = (base or name).replace("/", ".")
-                    yield (
-                        node.lineno,
-                        f"imports .{dotted}, which neither its patch nor one it requires adds",
-                    )
+            names = [base, *(f"{base}/{alias.name}".lstrip("/") for alias in node.names)]
+            ends = (".py", "/__init__.py")
+            if not any(name + end in allowed for name in names for end in ends):
+                dotted = (base or names[1]).replace("/", ".")
+                yield (
+                    node.lineno,
+                    f"imports .{dotted}, which neither its patch nor one it requires adds",
+                )
 
 
 def _message(project: Project, patch: Any) -> Iterator[str]:
     path = project.message_file(patch)
     where = path.relative_to(project.root)
-    if not path.is_file():
-        yield f"{where} is missing: the pull request's text, with the parts {', '.join(MESSAGE_PARTS)}"
-        return
-    lines = read_text(path).splitlines()
+    lines = read_text(path).splitlines() if path.is_file() else []
     for part in MESSAGE_PARTS:
         if part not in lines:
             yield f"{where} has no line {part!r}"
@@ -111,30 +108,23 @@ def _message(project: Project, patch: Any) -> Iterator[str]:
             yield f"{where}:{number}: git am would cut the message at {line[:20]!r}; indent this line"
         if len(line) > LINE_LENGTH:
             yield f"{where}:{number}: {len(line)} characters; wrap at {LINE_LENGTH}"
-    title = patch.title
-    if not title[:1].isupper() or title.endswith(".") or "\n" in title or len(title) > LINE_LENGTH:
-        yield f"{patch.name}: title {title!r}; one capitalised line up to {LINE_LENGTH} characters, no full stop"
 
 
 def _replacements(project: Project, patch: Any) -> Iterator[str]:
     modules = {name for other in project.required(patch) for name in other.modules}
     for target in patch.targets:
         if not (target.module and target.name):
-            yield f"{patch.name}: target {target.attribute!r} is not 'package.module:name'"
-        path, _, function = target.replacement.partition(":")
-        file = path.replace(".", "/") + ".py"
-        if file not in modules:
-            yield f"{patch.name}: {target.replacement} is in no module of the patch ({file})"
-        elif (project.mirror / file).is_file() and function not in _defined(project.mirror / file):
-            yield f"{patch.name}: unsloth_patches/unsloth/{file} defines no {function}"
-
-
-def _defined(path: Path) -> set:
-    try:
-        body = ast.parse(read_text(path)).body
-    except SyntaxError:
-        return set()  # reported by _files
-    return {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+            yield f"target {target.attribute!r} is not 'package.module:name'"
+        module, _, function = target.replacement.partition(":")
+        base = module.replace(".", "/")
+        file = next((base + end for end in (".py", "/__init__.py") if base + end in modules), "")
+        if not file:
+            yield f"{target.replacement} is in no module of the patch"
+        elif (project.mirror / file).is_file():
+            text = read_text(project.mirror / file)
+            bound = rf"(?m)^(def|class) {function}\b|^{function} =|import \(?(.|\n[^\n]*,\n)*\b{function}\b"
+            if not re.search(bound, text):
+                yield f"unsloth_patches/unsloth/{file} defines no {function}"
 
 
 def clashes(project: Project) -> Iterator[str]:
@@ -153,17 +143,23 @@ def clashes(project: Project) -> Iterator[str]:
         seen += [(patch, target) for target in patch.targets]
 
 
+def our_names(project: Project) -> Iterator[str]:
+    for patch in project.patches:
+        for path in project.lands(patch).values():
+            if "UNSLOTH_PATCHES" in read_text(path):
+                yield f"{path.relative_to(project.root)} names a variable UNSLOTH_PATCHES_…: call it UNSLOTH_…"
+
+
 def orphans(project: Project) -> Iterator[str]:
     """Modules and tests at a place where files land that no patch adds: nothing would run them."""
-    listed = {name for patch in project.patches for name in patch.modules}
-    for path in sorted(project.mirror.rglob("*.py")):
-        name = path.relative_to(project.mirror).as_posix()
+    listed = {path for patch in project.patches for path in project.lands(patch).values()}
+    files = [*project.mirror.rglob("*.py"), *project.root.glob("tests/test_*.py")]
+    files += project.root.glob("tests/_shared/*.py")
+    for path in sorted(files):
         # An empty __init__.py only makes a folder of Unsloth's importable here.
-        if name not in listed and name != "__init__.py" and read_text(path).strip():
-            yield f"unsloth_patches/unsloth/{name} belongs to no patch: add it to an entry's modules"
-    for path in sorted((project.root / "tests").glob("test_*.py")):
-        if f"tests/{path.name}" not in project.backends():
-            yield f"tests/{path.name} belongs to no patch: add it, with its backend, to an entry's tests"
-    for path in sorted(project.shared.glob("*.py")):
-        if f"tests/_shared/{path.name}" not in project.shared_files():
-            yield f"tests/_shared/{path.name} belongs to no patch: add it to an entry's shared"
+        stub = path.name == "__init__.py" and (
+            path.parent == project.mirror or not read_text(path).strip()
+        )
+        if path not in listed and not stub:
+            where = path.relative_to(project.root)
+            yield f"{where} belongs to no patch: add it to an entry's modules, tests or shared"

@@ -16,43 +16,42 @@ from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 from . import ROOT, PatchesError
 from .upstream import Release, get_release, read_pins
 
-BACKENDS = ("cpu", "interpreter", "gloo")
-MESSAGE_PARTS = ("Motivation:", "What changes:", "How it was tested:")
-
 
 class Project:
     """The working tree at ``root``. ``patches`` are the registry's entries, in order."""
 
     def __init__(self, root: Path = ROOT):
         self.root = root
-        self.package = root / "unsloth_patches"
-        self.mirror = self.package / "unsloth"  # what lands, at the path that it has in the fork
-        self.shared = root / "tests" / "_shared"
+        self.mirror = (
+            root / "unsloth_patches" / "unsloth"
+        )  # what lands, at the path that it has in the fork
         self.folder = root / "patches"
-        registry = _load(self.package / "registry.py")
+        self.pin_file = self.folder / "UPSTREAM"
+        registry = _load(root / "unsloth_patches" / "registry.py")
         self.patches: Tuple[Any, ...] = registry.PATCHES
         self.supported: Tuple[str, ...] = registry.SUPPORTED_UPSTREAM
-        fingerprints = _load(self.package / "fingerprints.py")
+        fingerprints = _load(root / "unsloth_patches" / "fingerprints.py")
         self.fingerprint_module: Callable[..., Set[str]] = fingerprints.fingerprint_module
-
-    @property
-    def pin_file(self) -> Path:
-        return self.folder / "UPSTREAM"
 
     def pinned_unsloth(self) -> Release:
         pins = read_pins(self.pin_file)
         return get_release("unsloth", pins["version"], pins["wheel_sha256"])
 
-    def pinned_zoo(self) -> Release:
+    def pinned_zoo(self) -> Optional[Release]:
+        """unsloth_zoo, where a target is in it."""
         pins = read_pins(self.pin_file)
-        return get_release("unsloth_zoo", pins["zoo_version"], pins["zoo_wheel_sha256"])
+        args = "unsloth_zoo", pins["zoo_version"], pins["zoo_wheel_sha256"]
+        return get_release(*args) if self.needs_zoo() else None
+
+    def needs_zoo(self) -> bool:
+        targets = (target for patch in self.patches for target in patch.targets)
+        return any(target.module.split(".")[0] == "unsloth_zoo" for target in targets)
 
     def lands(self, patch: Any) -> Dict[str, Path]:
         """Path in the fork -> file here, for everything that a patch adds whole."""
         modules = {f"unsloth/{name}": self.mirror / name for name in patch.modules}
-        tests = {name: self.root / name for name in patch.tests}
-        shared = {f"tests/_shared/{name}": self.shared / name for name in patch.shared}
-        return {**modules, **tests, **shared}
+        tests = [*patch.tests, *(f"tests/_shared/{name}" for name in patch.shared)]
+        return {**modules, **{name: self.root / name for name in tests}}
 
     def message_file(self, patch: Any) -> Path:
         return self.folder / "messages" / f"{patch.name}.md"
@@ -90,22 +89,16 @@ class Project:
         def find_file(module: str) -> Optional[Path]:
             release = {"unsloth": unsloth, "unsloth_zoo": zoo}.get(module.split(".")[0])
             path = release.module_path(module) if release else None
-            return release.root / path if path else None
+            return release.root / path if release and path else None
 
         return self.fingerprint_module(target.module, target.name, find_file)
-
-    def needs_zoo(self) -> bool:
-        targets = (target for patch in self.patches for target in patch.targets)
-        return any(target.module.split(".")[0] == "unsloth_zoo" for target in targets)
 
 
 def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding = "utf-8")
-    except OSError as error:
-        raise PatchesError(f"cannot read {path}: {error.strerror}", "restore or write this file")
-    except UnicodeDecodeError as error:
-        raise PatchesError(f"{path} is not UTF-8: {error}", "save it as UTF-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PatchesError(f"cannot read {path}: {error}", "restore this file, as UTF-8")
 
 
 def _load(path: Path) -> types.ModuleType:
@@ -114,10 +107,9 @@ def _load(path: Path) -> types.ModuleType:
     module.__file__ = str(path)
     # dataclasses look up a class's module to resolve its annotations.
     sys.modules[module.__name__] = module
+    code = read_text(path)
     try:
-        exec(compile(read_text(path), str(path), "exec"), vars(module))
-    except PatchesError:
-        raise
+        exec(compile(code, str(path), "exec"), vars(module))
     except Exception as error:
         raise PatchesError(f"{path} does not load: {type(error).__name__}: {error}", "fix it first")
     return module

@@ -10,8 +10,9 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 from . import LINE_LENGTH, PatchesError
 from .project import read_text
@@ -20,8 +21,27 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 Edit = Tuple[int, List[str]]  # lines to insert, and how many of the file's lines stand above them
 
 
-def wire(patch: Any, folder: Path) -> None:
-    """Edit the files of the fork in ``folder`` for this patch's targets."""
+class Places:
+    """Where earlier patches edit the release's files; hunks with less than three lines between them meet."""
+
+    def __init__(self, root: Path):
+        self.root = root  # of the release
+        self.taken: List[
+            Tuple[str, str, int]
+        ] = []  # file, patch, lines of the release above the edit
+
+    def line(self, path: str, lines: List[str], above: int) -> int:
+        """A place in a file that patches may have changed, in lines of the release."""
+        release = set(read_text(self.root / path).split("\n"))
+        return sum(line in release for line in lines[:above])
+
+    def free(self, path: str, line: int, related: set) -> bool:
+        others = (at for file, name, at in self.taken if file == path and name not in related)
+        return all(abs(line - at) >= 3 for at in others)
+
+
+def wire(patch: Any, folder: Path, places: Places, related: set) -> None:
+    """Edit the files of the fork in ``folder`` for this patch's targets. related: patches that are in."""
     by_file: Dict[str, List[Any]] = {}
     for target in patch.targets:
         path = wired_path(target, folder)
@@ -29,7 +49,22 @@ def wire(patch: Any, folder: Path) -> None:
             by_file.setdefault(path, []).append(target)
     for path, targets in by_file.items():
         text = read_text(folder / path)
-        (folder / path).write_bytes(_wired(text, path, targets).encode("utf-8"))
+        file = _File(path, text.split("\n"), ast.parse(text), places, related)
+        edits = _edits(file, targets)
+        places.taken += [(path, patch.name, places.line(path, file.lines, at)) for at, _ in edits]
+        # From the end, and what belongs to one place in the order in which it was asked for.
+        for above, new in sorted(reversed(edits), key = lambda edit: -edit[0]):
+            file.lines[above:above] = new
+        (folder / path).write_bytes("\n".join(file.lines).encode("utf-8"))
+
+
+@dataclass
+class _File:
+    path: str
+    lines: List[str]
+    tree: ast.Module
+    places: Places
+    related: set
 
 
 def wired_path(target: Any, folder: Path) -> str:
@@ -49,29 +84,24 @@ def wired_path(target: Any, folder: Path) -> str:
     return found[0] if found else ""
 
 
-def _wired(text: str, path: str, targets: List[Any]) -> str:
-    tree, lines = ast.parse(text), text.split("\n")
+def _edits(file: _File, targets: List[Any]) -> List[Edit]:
     edits: List[Edit] = []
     imports: Dict[str, List[Any]] = {}
     afar: List[Any] = []
     for target in targets:
-        if path not in (target.module.replace(".", "/") + end for end in (".py", "/__init__.py")):
+        home = target.module.replace(".", "/")
+        if file.path not in (home + ".py", home + "/__init__.py"):
             afar.append(target)
             continue
         same = {t.name for t in targets if t.replacement == target.replacement} - {target.name}
-        found = list(_at_home(target, tree, same, lines))
+        found = list(_at_home(target, file.tree, same, file.lines))
         edits += found
         if found:
-            imports.setdefault(_source(path, target), []).append(target)
+            imports.setdefault(_source(file.path, target), []).append(target)
     first_use = min((above for above, _ in edits), default = 0)
     for module in sorted(imports, key = _order, reverse = True):
-        edits.insert(0, _import(tree, lines, module, imports[module], first_use))
-    if afar:
-        edits.append(_from_afar(afar, path, tree))
-    # From the end, and what belongs to one place in the order in which it was asked for.
-    for above, new in sorted(reversed(edits), key = lambda edit: -edit[0]):
-        lines[above:above] = new
-    return "\n".join(lines)
+        edits.insert(0, _import(file, module, imports[module], first_use))
+    return edits + ([_from_afar(afar, file.path, file.tree)] if afar else [])
 
 
 def _decorator(target: Any) -> str:
@@ -225,32 +255,39 @@ def _from_afar(targets: List[Any], path: str, tree: ast.Module) -> Edit:
 # --------------------------------------------------------------------------------------- the import
 
 
-def _import(
-    tree: ast.Module, lines: List[str], module: str, targets: List[Any], first_use: int
-) -> Edit:
-    """The import line, after the relative import at the top that sorts next before it."""
+def _import(file: _File, module: str, targets: List[Any], first_use: int) -> Edit:
+    """The import line, after the relative import at the top that sorts next before it.
+
+    If an unrelated patch edits that place, the nearest import is taken that leaves both alone.
+    """
     new = _importing(module, {_decorator(target) for target in targets})
     anchor = next((target.import_after for target in targets if target.import_after), "")
     if anchor:
-        if anchor not in lines[:first_use]:
+        if anchor not in file.lines[:first_use]:
             raise PatchesError(f"no line {anchor!r} before the first use", "correct import_after")
-        return lines.index(anchor) + 1, new
+        return file.lines.index(anchor) + 1, new
     head: List[Any] = []
-    for node in tree.body:
+    for node in file.tree.body:
         if isinstance(node, DEFINITIONS) or node.end_lineno > first_use:
             break
         head += [node] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+    if not head:
+        return file.tree.body[0].lineno - 1, [*new, ""]
     relative = {
         node: _order("." * node.level + (node.module or "")) for node in head if _level(node)
     }
     earlier = [node for node in relative if relative[node] <= _order(module)]
     if earlier:
-        return max(earlier, key = lambda node: (relative[node], node.lineno)).end_lineno, new
-    if relative:
-        return min(relative, key = lambda node: node.lineno).lineno - 1, new
-    if head:
-        return head[-1].end_lineno, ["", *new]
-    return tree.body[0].lineno - 1, [*new, ""]
+        best = max(earlier, key = lambda node: (relative[node], node.lineno)).end_lineno
+    else:
+        best = next(iter(relative)).lineno - 1 if relative else head[-1].end_lineno
+    for at in sorted({best, *(node.end_lineno for node in head)}, key = lambda at: abs(at - best)):
+        if file.places.free(file.path, file.places.line(file.path, file.lines, at), file.related):
+            best = at
+            break
+    after = next((node for node in head if node.end_lineno == best), None)
+    last = after is head[-1] and not _level(after) and not file.lines[best].strip()
+    return best, ["", *new] if last else new
 
 
 def _level(node: Any) -> int:

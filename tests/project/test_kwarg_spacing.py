@@ -42,6 +42,16 @@ CASES = {
         "def f(\n    a,  # why\n    b=1,\n): ...\n",
         "def f(\n    a,  # why\n    b = 1,\n): ...\n",
     ),
+    "no blank line after a short block's imports": (
+        "def f():\n    import a\n\n    return a\n",
+        "def f():\n    import a\n    return a\n",
+    ),
+    "a comment, a decorator or a longer block keeps it": (
+        "def f():\n    import a\n\n    # why\n    return a\n"
+        "def g():\n    import a\n\n    @a\n    def h(): ...\n"
+        "def i():\n    import a\n\n    a()\n    a()\n    a()\n",
+    )
+    * 2,
     "slash at the end": ("def f(\n    a,\n    /,\n): ...\n", "def f(a, /): ...\n"),
 }
 
@@ -59,6 +69,12 @@ def test_a_def_that_does_not_fit_stays_broken():
     source = "def f(\n" + "".join(f"    {name},\n" for name in names) + "): ...\n"
     assert len("def f(" + ", ".join(names) + "): ...") > kwarg_spacing.LINE_LENGTH
     assert kwarg_spacing.format_source(source) == source
+
+
+def test_ruff_is_left_to_break_what_does_not_fit():
+    names = ", ".join(f"parameter_number_{i}" for i in range(6))
+    source = "def f(\n    " + names.replace(", ", ",\n    ") + ",\n): ...\n"
+    assert kwarg_spacing.format_source(source, for_ruff = True) == f"def f({names}): ...\n"
 
 
 def test_check_changes_nothing(tmp_path, capsys):

@@ -260,20 +260,26 @@ def test_rebase_clean(root, cache, tmp_path):
     assert rebase_on(root, cache, tmp_path, changes) == (rebase.CLEAN, "")
 
 
-def test_rebase_names_the_hunk(root, cache, tmp_path):
-    """The decorated function has another name now: the hunk is named, with its file and number."""
+def test_rebase_names_the_place(root, cache, tmp_path):
+    """The decorated function has another name now: the hunk's place is named, and what is missing."""
     text = UPSTREAM["unsloth/sub/b.py"].replace("def area", "def areas")
     state, notes = rebase_on(root, cache, tmp_path, {"unsloth/sub/b.py": text})
     assert state == rebase.STALE
-    assert "unsloth/sub/b.py: hunk 1 @@ -4,20 +4,26 @@" in notes
+    assert notes.startswith("unsloth/sub/b.py:4\n") and "defines no area" in notes
 
 
 def test_rebase_merges_what_moved(root, cache, tmp_path):
     """The context changed beside the edit, not under it: git merges it, and the hunk is named."""
     text = UPSTREAM["unsloth/sub/b.py"].replace("return x * x", "return x * x * 1.0")
     state, notes = rebase_on(root, cache, tmp_path, {"unsloth/sub/b.py": text})
-    assert state == rebase.MERGED
-    assert notes.startswith("three-way merge moved unsloth/sub/b.py: hunk 1 @@ -4,20")
+    assert (state, notes) == (rebase.MERGED, "unsloth/sub/b.py:4")
+
+
+def test_rebase_edits_anew_where_git_cannot_merge(root, cache, tmp_path):
+    """The line above the decorator changed: the same decorator fits, beside the function as it is now."""
+    text = UPSTREAM["unsloth/sub/b.py"].replace("def area", "# Squared.\ndef area")
+    state, notes = rebase_on(root, cache, tmp_path, {"unsloth/sub/b.py": text})
+    assert (state, notes) == (rebase.REWIRED, "unsloth/sub/b.py:4")
 
 
 def test_rebase_names_a_missing_file(root, cache, tmp_path):

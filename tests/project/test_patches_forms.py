@@ -27,28 +27,12 @@ def pip_says(
     monkeypatch.setattr(upstream.subprocess, "run", lambda *_, **__: done)
 
 
-@pytest.mark.parametrize(
-    "stderr, message, remedy",
-    [
-        (
-            "ERROR: ... (from versions: 1.0, 1.1)\nERROR: No matching",
-            "has no unsloth 9.9",
-            "newest there: 1.0, 1.1",
-        ),
-        (
-            "ERROR: ... (from versions: none)\nERROR: No matching",
-            "could not download",
-            "check the network",
-        ),
-        ("/usr/bin/python: No module named pip", "has no pip", ".venv"),
-    ],
-)
-def test_download_errors_name_a_remedy(tmp_path, monkeypatch, stderr, message, remedy):
+def test_download_errors_show_what_pip_said(tmp_path, monkeypatch):
     monkeypatch.setenv("UNSLOTH_PATCHES_CACHE", str(tmp_path))
-    pip_says(monkeypatch, 1, stderr = stderr)
-    with pytest.raises(PatchesError, match = message) as error:
+    pip_says(monkeypatch, 1, stderr = "ERROR: ... (from versions: 1.0, 1.1)")
+    with pytest.raises(PatchesError, match = r"unsloth==9.9:\n.*from versions: 1.0, 1.1") as error:
         upstream.get_release("unsloth", "9.9")
-    assert remedy in error.value.remedy
+    assert "check the network" in error.value.remedy
 
 
 @pytest.mark.parametrize("version", ["nonsense", "", "1.0; rm -rf /", "../1.0", "--pre"])
@@ -107,7 +91,7 @@ def test_forms(root, tmp_path, monkeypatch, cache, form):
 
 
 def test_parallel_processes(root, tmp_path, monkeypatch, cache):
-    """--jobs: a process a file, of different worlds too, with the results of one process a world."""
+    """--jobs: a process a file, of different backends too, with the results of one process a backend."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(cache / "unsloth-1.0"), str(ROOT)]))
     text = (
         TEST
@@ -166,8 +150,8 @@ def run_pytest(root, *files, **environment):
     )
 
 
-def test_worlds_do_not_share_a_process(root, cache):
-    """pytest on files of both worlds stops with the command to use instead; each alone runs."""
+def test_backends_do_not_share_a_process(root, cache):
+    """pytest on files of both backends stops with the command to use instead; each alone runs."""
     second = TEST.replace("test_area", "test_area_again")
     write(root, {"tests/test_other.py": second})
     entry = ENTRY.replace('"cpu"', '"cpu", "tests/test_other.py": "interpreter"')
