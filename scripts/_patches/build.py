@@ -76,7 +76,7 @@ def build_patches(project: Project, folder: Path) -> Tuple[Git, List[Built]]:
         *below, last = (each.name for each in project.required(patch))
         git.checkout(with_all(tuple(below)))
         built[last] = commit_patch(project, patch, git, places)
-        commits[(*below, last)] = built[last].commit
+        commits[tuple(below) + (last,)] = built[last].commit
     return git, list(built.values())
 
 

@@ -189,8 +189,8 @@ def _environment(form: str, backend: str, home: Path, scratch: Path) -> Dict[str
             environment.pop(name, None)
     if form != "import":
         # What else is on the path stays: pytest may be installed there.
-        others = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-        others = [each for each in others if not (Path(each) / "unsloth_patches").is_dir()]
+        path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        others = [each for each in path if each and not (Path(each) / "unsloth_patches").is_dir()]
         environment["PYTHONPATH"] = os.pathsep.join([str(home), *others])
         environment["UNSLOTH_PATCHES_HOME"] = str(home)
     return environment

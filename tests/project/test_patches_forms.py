@@ -111,6 +111,26 @@ def test_parallel_processes(root, tmp_path, monkeypatch, cache):
         forms.run_form(Project(root), "fork", [], tmp_path, jobs = 0)
 
 
+def test_form_upstream(root, tmp_path, monkeypatch, cache):
+    """One process for all files, unsloth imported before them; what skips needs a reason, what fails is told."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setenv("PYTHONPATH", str(cache / "unsloth_zoo-1.0"))
+    skips = "import pytest\n\npytest.skip('needs a GPU', allow_module_level = True)\n"
+    process = (
+        "import os, sys\n\nassert 'unsloth' in sys.modules\n\n\n"
+        "def test_process():\n    assert os.environ['UNSLOTH_COMPILE_DISABLE'] == '1'\n"
+    )
+    write(root, {"tests/test_skips.py": HEADER + skips, "tests/test_process.py": HEADER + process})
+    others = '"tests/test_skips.py": "gloo", "tests/test_process.py": "interpreter"'
+    write_registry(root, entry = ENTRY.replace('"cpu"', f'"cpu", {others}'))
+    result = forms.run_form(Project(root), "upstream", [], tmp_path)
+    counts = {each.file: (each.passed, each.failed, each.skipped) for each in result.files}
+    assert counts["tests/test_area.py"] == (2, 0, 0)
+    assert counts["tests/test_skips.py"] == (0, 0, 1)
+    assert counts["tests/test_process.py"] == (1, 0, 0)
+    assert result.ok and len(result.summaries) == 1
+
+
 def test_stock_form_refuses_a_test_that_proves_nothing(root, tmp_path):
     write(root, {"tests/test_area.py": HEADER + "def test_nothing():\n    pass\n"})
     result = forms.run_form(Project(root), "stock", ["tests/test_area.py"], tmp_path)

@@ -21,6 +21,7 @@ from _patches.project import Project  # noqa: E402
 HEADER = "# SPDX-License-Identifier: Apache-2.0\n# Copyright 2026 the unsloth_patches authors\n"
 UPSTREAM = {
     "unsloth/__init__.py": "from .sub.b import area, Shape\nfrom .sub.b import TABLE\n",
+    "unsloth/device_type.py": "",
     "unsloth/sub/__init__.py": "",
     "unsloth/sub/b.py": (
         "# Toy\n# of\n# Unsloth\n\nimport os\n\nTABLE = {'a': 1}\nfor key in 'xy':\n    TABLE[key] = os.sep\n\n\n"
@@ -32,7 +33,11 @@ UPSTREAM = {
     ),
     "unsloth/zoo_user.py": "from unsloth_zoo.losses import loss\n",
 }
-ZOO = {"unsloth_zoo/__init__.py": "", "unsloth_zoo/losses.py": "def loss(x):\n    return x\n"}
+ZOO = {
+    "unsloth_zoo/__init__.py": "",
+    "unsloth_zoo/device_type.py": "",
+    "unsloth_zoo/losses.py": "def loss(x):\n    return x\n",
+}
 MODULE = HEADER + (
     '"""Doubles what upstream returns."""\n\n\n'
     "def doubled(stock):\n    return lambda x: 2 * stock(x)\n\n\n"
