@@ -14,6 +14,7 @@ from toy_project import ROOT
 
 from unsloth_patches import doctor
 from unsloth_patches.registry import PATCHES, SUPPORTED_UPSTREAM
+from unsloth_patches.reporting import PatchStatus
 from unsloth_patches.settings import SWITCHES
 
 NEWEST = SUPPORTED_UPSTREAM[-1]
@@ -156,7 +157,7 @@ def test_unsloth_imported_first(machine, monkeypatch):
 def test_unknown_patch_switched_off(machine, monkeypatch):
     monkeypatch.setenv("UNSLOTH_PATCHES_DISABLE", "nf4,linear-loss")
     remedy = found("switches", "problem").remedy
-    assert "no such patch: nf4;" in remedy and all(patch.name in remedy for patch in PATCHES)
+    assert "no such patch: nf4;" in remedy and all(patch.name in remedy for patch in PATCHES if patch.targets)
 
 
 @pytest.mark.parametrize(
@@ -164,8 +165,8 @@ def test_unknown_patch_switched_off(machine, monkeypatch):
     [
         ("UNSLOTH_LOSS_CHUNK_ROWS", "many", "512"),
         ("UNSLOTH_LOSS_CHUNK_ROWS", "0", "1"),
-        ("UNSLOTH_PATCHES_OFFLOAD", "blocks:0", "blocks:3"),
-        ("UNSLOTH_PATCHES_FULLGRAPH", "maybe", "auto"),
+        ("UNSLOTH_FSDP2_OFFLOAD", "blocks:0", "blocks:3"),
+        ("UNSLOTH_FULLGRAPH", "maybe", "auto"),
         ("UNSLOTH_COMPILE_REPORT", "2", "0"),
     ],
 )
@@ -177,15 +178,20 @@ def test_switches_are_read_as_training_reads_them(machine, monkeypatch, variable
     assert found("switches", "ok").found == f"{variable}={good}"
 
 
-def row(state, reason):
-    return types.SimpleNamespace(name = "some-patch", state = state, reason = reason)
+def row(
+    state,
+    reason,
+    name = "some-patch",
+):
+    return PatchStatus(name, "Its title", (), state, f"{reason}; waits for unsloth.models", reason)
 
 
 @pytest.mark.parametrize(
     "state, reason, verdict, remedy",
     [
-        ("pending", "will apply; waits for unsloth.models", "ok", ""),
-        ("pending", "will be skipped: another version; waits for unsloth.models", "note", "stock"),
+        ("pending", "will apply", "ok", ""),
+        ("pending", "for GPUs, not in use here", "ok", ""),
+        ("pending", "will be skipped: another version", "note", "stock"),
         ("skipped", "switched off by UNSLOTH_PATCHES_DISABLE", "note", "stock functions stay"),
         ("failed", "KeyError: 'x'", "problem", "report this line"),
         ("applied", "", "ok", ""),
@@ -194,7 +200,8 @@ def row(state, reason):
     ],
 )
 def test_patches(machine, monkeypatch, state, reason, verdict, remedy):
-    monkeypatch.setattr(doctor, "status", lambda: [row(state, reason)])
+    rows = [row(state, reason)._replace(reason = reason)] if state != "pending" else [row(state, reason)]
+    monkeypatch.setattr(doctor, "status", lambda: rows)
     finding = found("some-patch", verdict)
     assert remedy in finding.remedy and "waits for" not in finding.found
 
@@ -203,9 +210,8 @@ def test_patches(machine, monkeypatch, state, reason, verdict, remedy):
 def test_patches_for_gpus_say_so_without_one(machine, monkeypatch, gpu):
     """The kernels are not in use without a GPU; the chat templates are."""
     monkeypatch.setattr(doctor, "_sees_gpu", lambda: gpu)
-    reason = "will apply; waits for unsloth.kernels.utils"
     names = ("nf4-dequantize", "llama-chat-templates")
-    rows = [types.SimpleNamespace(name = name, state = "pending", reason = reason) for name in names]
+    rows = [row("pending", "will apply", name) for name in names]
     monkeypatch.setattr(doctor, "status", lambda: rows)
     assert found("nf4-dequantize", "ok").found == (
         "will apply" if gpu else "for GPUs, not in use here"

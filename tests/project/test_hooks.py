@@ -2,9 +2,7 @@
 # Copyright 2026 the unsloth_patches authors
 """Import behaviour, each case in its own process: never half patched, never a broken ``import unsloth``.
 
-Most cases run against a fake Unsloth of a few lines (a folder on PYTHONPATH), because what is tested
-is ours: order, threads, errors, undo. The catalogue of such a process is replaced before the first
-import of ``unsloth``. The last cases use the installed Unsloth.
+Most cases run against a fake Unsloth; the last ones use the installed one.
 """
 
 import os
@@ -12,140 +10,9 @@ import subprocess
 import sys
 import textwrap
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-
-FAKE_UNSLOTH = {
-    "unsloth/__init__.py": "from .kernels.utils import fast\nfrom . import user\n",
-    "unsloth/kernels/__init__.py": "",
-    "unsloth/kernels/utils.py": """
-        def fast(x):
-            return ("stock", x)
-
-        class Layer:
-            @staticmethod
-            def scale(x):
-                return ("stock", x)
-        """,
-    "unsloth/user.py": "from .kernels.utils import fast\ndef use(x):\n    return fast(x)\n",
-    "unsloth/late.py": "def slow(x):\n    return ('stock', x)\n",
-    "unsloth_zoo/__init__.py": "",
-}
-REPLACEMENTS = """
-    def replace_fast(stock):
-        def fast(x):
-            return ("patched", stock(x))
-        return fast
-
-    def replace_slow(stock):
-        return lambda x: ("patched", stock(x))
-
-    def replace_reaching(stock):
-        # Changes another library, but only once it is called.
-        import decimal
-        def fast(x):
-            decimal.touched = True
-            return ("patched", stock(x))
-        fast._undo_replacement = lambda: delattr(decimal, "touched")
-        return fast
-
-    def replace_scale(stock):
-        return staticmethod(lambda x: ("patched", stock.__func__(x)))
-
-    def replace_raising(stock):
-        raise ValueError("boom")
-
-    def replace_refusing(stock):
-        raise NotImplementedError("upstream text changed")
-    """
-PREAMBLE = """
-    import importlib, sys, types
-    import unsloth_patches
-    from unsloth_patches import registry
-    from unsloth_patches.registry import Patch, Target
-
-    def T(attribute, replacement, **more):
-        return Target(attribute, "repl:" + replacement, **more)
-
-    def catalogue(*patches):
-        registry.PATCHES = patches
-        from unsloth_patches import patching
-        patching.PATCHES = patches
-        for cache in (patching._records, patching.hooked_modules, patching.new_modules):
-            cache.cache_clear()
-
-    FAST = Patch("fast", "t", (T("unsloth.kernels.utils:fast", "replace_fast"),))
-
-    def states():
-        return {row.name: row.state for row in unsloth_patches.status()}
-
-    def reasons():
-        return {row.name: row.reason for row in unsloth_patches.status()}
-    """
-
-
-@pytest.fixture
-def fake(tmp_path):
-    """A folder with a fake Unsloth, and a copy of our package with a module of replacements."""
-    for name, text in FAKE_UNSLOTH.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents = True, exist_ok = True)
-        path.write_text(textwrap.dedent(text), encoding = "utf-8")
-    ours = tmp_path / "unsloth_patches"
-    ours.mkdir()
-    for name in (
-        "__init__",
-        "hooks",
-        "patching",
-        "settings",
-        "registry",
-        "upstream_source",
-        "fingerprints",
-    ):
-        source = (ROOT / "unsloth_patches" / f"{name}.py").read_text(encoding = "utf-8")
-        (ours / f"{name}.py").write_text(source, encoding = "utf-8")
-    (ours / "unsloth").mkdir()
-    (ours / "unsloth" / "__init__.py").write_text("", encoding = "utf-8")
-    (ours / "unsloth" / "repl.py").write_text(textwrap.dedent(REPLACEMENTS), encoding = "utf-8")
-    (ours / "unsloth" / "kernels").mkdir()
-    (ours / "unsloth" / "kernels" / "__init__.py").write_text("", encoding = "utf-8")
-    (ours / "unsloth" / "kernels" / "fresh.py").write_text("value = object()\n", encoding = "utf-8")
-    return tmp_path
-
-
-def python(
-    code,
-    path,
-    environment = None,
-):
-    """Run code in a process of its own; its stdout, or a failure that shows its stderr."""
-    variables = dict(os.environ, PYTHONPATH = str(path), UNSLOTH_PATCHES_QUIET = "1")
-    variables.pop("UNSLOTH_PATCHES_DISABLE", None)
-    variables.update(environment or {})
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        # Python puts the current folder first; it must not hide the package under test.
-        cwd = path if Path(path).is_dir() else ROOT,
-        env = variables,
-        capture_output = True,
-        text = True,
-        timeout = 240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def run(
-    body,
-    fake,
-    environment = None,
-):
-    code = textwrap.dedent(PREAMBLE) + textwrap.dedent(body)
-    return python(code, fake, environment)
-
+from fake_unsloth import PREAMBLE, ROOT, python, run
 
 def test_a_function_is_replaced_for_every_later_importer(fake):
     run(
@@ -267,7 +134,7 @@ def test_a_patch_for_gpus_says_so_on_the_cpu_backend(fake):
         assert unsloth_patches.status()[0].reason.startswith("will apply")
         import unsloth
         (row,) = unsloth_patches.status()
-        assert row.state == "pending" and row.reason.startswith("for GPUs: "), row
+        assert row.state == "pending" and row.reason.startswith("for GPUs, not in use here"), row
         assert "unsloth.late" in row.reason
         """,
         fake,
@@ -278,8 +145,8 @@ def test_what_the_cpu_backend_leaves_to_the_script_is_not_for_gpus(fake):
     """The chat templates are imported by the script, there as elsewhere."""
     run(
         """
-        import unsloth_patches.patching as patching
-        patching._CPU_MODULES = ("unsloth.late",)
+        import unsloth_patches.reporting as reporting
+        reporting._CPU_MODULES = ("unsloth.late",)
         catalogue(
             Patch("templates", "t", (T("unsloth.late:slow", "replace_slow"),)),
             Patch("kernels", "t", (T("unsloth.other:slow", "replace_slow"),)),
@@ -288,7 +155,7 @@ def test_what_the_cpu_backend_leaves_to_the_script_is_not_for_gpus(fake):
         import unsloth
         templates, kernels = unsloth_patches.status()
         assert templates.reason.startswith("will apply; waits for unsloth.late"), templates
-        assert str(kernels).startswith("kernels: pending (for GPUs: "), kernels
+        assert str(kernels).startswith("kernels: pending (for GPUs, not in use here"), kernels
         """,
         fake,
     )
@@ -580,7 +447,7 @@ def test_late_a_stand_in_of_the_cpu_backend_is_no_module_that_lacks_a_function(f
         sys.modules["unsloth.late"] = types.ModuleType("unsloth.late")
         catalogue(Patch("late", "t", (T("unsloth.late:slow", "replace_slow"),)))
         unsloth_patches.install()
-        assert states()["late"] == "pending" and reasons()["late"].startswith("for GPUs: "), reasons()
+        assert states()["late"] == "pending" and reasons()["late"].startswith("for GPUs, not in use here"), reasons()
         """
     python(LATE + textwrap.dedent(PREAMBLE) + textwrap.dedent(body), fake)
 
@@ -789,7 +656,7 @@ def test_a_late_import_of_the_installed_unsloth_blames_nothing_else():
         assert first.state == "late", first
         for row in rows:
             late = "unsloth was imported before unsloth_patches" in row.reason
-            for_gpus = row.reason.startswith("for GPUs: ")
+            for_gpus = row.reason.startswith("for GPUs, not in use here")
             known = {"applied": True, "skipped": late, "pending": for_gpus}
             assert known[row.state], row
             assert "is not there" not in row.reason and "_Replaced" not in row.reason, row
