@@ -166,7 +166,9 @@ def _lacking(positional: List[str], keyword: List[str], signature: Sequence[str]
     split = wanted.index("*") if "*" in wanted else len(wanted)
     first, anywhere = wanted[:split], wanted[split + 1 :]
     if positional[:split] != first:
-        return f"its first parameters are ({', '.join(positional[:split])}), not ({', '.join(first)})"
+        return (
+            f"its first parameters are ({', '.join(positional[:split])}), not ({', '.join(first)})"
+        )
     missing = [name for name in anywhere if name not in positional + keyword]
     return f"it has no parameter {', '.join(missing)}" if missing else ""
 

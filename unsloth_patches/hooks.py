@@ -132,9 +132,7 @@ def _alias_spec(name, home):
         return None
     is_package = own.submodule_search_locations is not None
     loader = _AliasLoader(home)
-    return importlib.machinery.ModuleSpec(
-        name, loader, origin = own.origin, is_package = is_package
-    )
+    return importlib.machinery.ModuleSpec(name, loader, origin = own.origin, is_package = is_package)
 
 
 _finder = None

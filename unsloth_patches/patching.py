@@ -178,7 +178,9 @@ def _check_live(target: Target, stock: Any, module: types.ModuleType, chained: b
         other, _, name = place.rpartition(":")
         there = sys.modules.get(other) if other else module
         if there is not None and not hasattr(there, name):
-            raise _Unsupported(f"{other or module.__name__} has no {name}, which the patch relies on")
+            raise _Unsupported(
+                f"{other or module.__name__} has no {name}, which the patch relies on"
+            )
 
 
 def _check_not_held(target: Target, stock: Any) -> None:

@@ -80,7 +80,9 @@ class Patch:
     def dotted_modules(self) -> Tuple[str, ...]:
         """``modules`` as they are imported below ``unsloth``; a package by its folder's name."""
         paths = (file[: -len(".py")].replace("/", ".") for file in self.modules)
-        return tuple(path[: -len(".__init__")] if path.endswith(".__init__") else path for path in paths)
+        return tuple(
+            path[: -len(".__init__")] if path.endswith(".__init__") else path for path in paths
+        )
 
 
 PATCHES: Tuple[Patch, ...] = (

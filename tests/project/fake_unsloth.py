@@ -113,6 +113,7 @@ def python(
     variables = dict(os.environ, PYTHONPATH = str(path), UNSLOTH_PATCHES_QUIET = "1")
     variables.pop("UNSLOTH_PATCHES_DISABLE", None)
     variables.update(environment or {})
+    variables = {name: value for name, value in variables.items() if value is not None}
     done = subprocess.run(
         [sys.executable, "-c", code],
         # Python puts the current folder first; it must not hide the package under test.

@@ -35,31 +35,45 @@ def test_status_is_one_line_a_patch(width):
     for line, patch in zip(lines[1:], PATCHES):
         name, state, title = line.split(maxsplit = 2)
         assert (name, state) == (patch.name, "pending")
-        assert patch.title.startswith(title.rstrip("…")) and len(title) > width / 3 or title == patch.title
+        assert (
+            patch.title.startswith(title.rstrip("…"))
+            and len(title) > width / 3
+            or title == patch.title
+        )
     assert lines[len(PATCHES) + 1 :] == ["", "pending: for GPUs, not in use here"]
 
 
 def test_status_says_why_a_patch_is_not_in():
     """Each reason once, whole, with the names where it is not all of that state; nothing for the others."""
     first, second, third, *others = rows("applied", "", "")
-    reason = "made for Unsloth 2026.10.9 and newer; this is 2026.10.7, which lacks what it stands on"
+    reason = (
+        "made for Unsloth 2026.10.9 and newer; this is 2026.10.7, which lacks what it stands on"
+    )
     found = [
         first._replace(state = "skipped", brief = reason),
         second._replace(state = "skipped", brief = reason),
         third._replace(state = "skipped", brief = "switched off"),
-        PatchStatus("part", "t", ("a:f", "a:g"), "applied", "1 of 2 targets; not …", "1 of 2 targets", 1),
+        PatchStatus(
+            "part", "t", ("a:f", "a:g"), "applied", "1 of 2 targets; not …", "1 of 2 targets", 1
+        ),
         *others,
     ]
     lines = printed(status_listing(found))
-    assert [line.split()[:3] for line in lines if line.startswith("part")] == [["part", "applied", "1/2"]]
+    assert [line.split()[:3] for line in lines if line.startswith("part")] == [
+        ["part", "applied", "1/2"]
+    ]
     below = " ".join(lines[lines.index("") :]).split()
-    expected = f"skipped: {reason} ({first.name}, {second.name}) skipped: switched off ({third.name})"
+    expected = (
+        f"skipped: {reason} ({first.name}, {second.name}) skipped: switched off ({third.name})"
+    )
     assert below == expected.split()
 
 
 def test_a_patch_with_a_mistyped_switch_says_so_though_it_is_in():
     found = rows("applied", "", "")
-    found[0] = found[0]._replace(brief = "UNSLOTH_FULLGRAPH='stict': choose one of auto, strict, off.")
+    found[0] = found[0]._replace(
+        brief = "UNSLOTH_FULLGRAPH='stict': choose one of auto, strict, off."
+    )
     assert printed(status_listing(found), 120)[-1] == (
         f"applied: UNSLOTH_FULLGRAPH='stict': choose one of auto, strict, off. ({found[0].name})"
     )

@@ -157,7 +157,16 @@ def test_unsloth_imported_first(machine, monkeypatch):
 def test_unknown_patch_switched_off(machine, monkeypatch):
     monkeypatch.setenv("UNSLOTH_PATCHES_DISABLE", "nf4,linear-loss")
     remedy = found("switches", "problem").remedy
-    assert "no such patch: nf4;" in remedy and all(patch.name in remedy for patch in PATCHES if patch.targets)
+    assert "no such patch: nf4;" in remedy and all(
+        patch.name in remedy for patch in PATCHES if patch.targets
+    )
+
+
+def renamed(variable, module):
+    """A case that waits for ``module`` to read the variable by its new name."""
+    source = (ROOT / "unsloth_patches" / "unsloth" / "models" / module).read_text(encoding = "utf-8")
+    waits = pytest.mark.xfail(f'"{variable}"' not in source, reason = "read by its old name")
+    return lambda *values: pytest.param(variable, *values, marks = waits)
 
 
 @pytest.mark.parametrize(
@@ -165,8 +174,8 @@ def test_unknown_patch_switched_off(machine, monkeypatch):
     [
         ("UNSLOTH_LOSS_CHUNK_ROWS", "many", "512"),
         ("UNSLOTH_LOSS_CHUNK_ROWS", "0", "1"),
-        ("UNSLOTH_FSDP2_OFFLOAD", "blocks:0", "blocks:3"),
-        ("UNSLOTH_FULLGRAPH", "maybe", "auto"),
+        renamed("UNSLOTH_FSDP2_OFFLOAD", "fsdp2_offload_plan.py")("blocks:0", "blocks:3"),
+        renamed("UNSLOTH_FULLGRAPH", "compile_modes.py")("maybe", "auto"),
         ("UNSLOTH_COMPILE_REPORT", "2", "0"),
     ],
 )
@@ -200,7 +209,9 @@ def row(
     ],
 )
 def test_patches(machine, monkeypatch, state, reason, verdict, remedy):
-    rows = [row(state, reason)._replace(reason = reason)] if state != "pending" else [row(state, reason)]
+    rows = (
+        [row(state, reason)._replace(reason = reason)] if state != "pending" else [row(state, reason)]
+    )
     monkeypatch.setattr(doctor, "status", lambda: rows)
     finding = found("some-patch", verdict)
     assert remedy in finding.remedy and "waits for" not in finding.found
