@@ -39,7 +39,12 @@ LATE_MEANS = (
 FOR_GPUS = "for GPUs, not in use here"
 WILL_APPLY = "will apply"
 # What Unsloth runs on its CPU backend beside unsloth_zoo.cpu.
-_CPU_MODULES = ("unsloth._cpu_init", "unsloth.chat_templates", "unsloth.ollama_template_mappers")
+_CPU_MODULES = (
+    "unsloth",
+    "unsloth._cpu_init",
+    "unsloth.chat_templates",
+    "unsloth.ollama_template_mappers",
+)
 
 
 class PatchStatus(NamedTuple):

@@ -155,11 +155,16 @@ def test_unsloth_imported_first(machine, monkeypatch):
 
 
 def test_unknown_patch_switched_off(machine, monkeypatch):
-    monkeypatch.setenv("UNSLOTH_PATCHES_DISABLE", "nf4,linear-loss")
+    monkeypatch.setenv("UNSLOTH_PATCHES_DISABLE", f"nf4,{PATCHES[-1].name}")
     remedy = found("switches", "problem").remedy
     assert "no such patch: nf4;" in remedy and all(
         patch.name in remedy for patch in PATCHES if patch.targets
     )
+
+
+def test_every_switch_belongs_to_a_patch():
+    """status() would not tell a mistyped value otherwise."""
+    assert {switch.patch for switch in SWITCHES.values()} <= {patch.name for patch in PATCHES}
 
 
 def renamed(variable, module):

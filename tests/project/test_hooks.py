@@ -932,9 +932,10 @@ def test_a_mistyped_switch_is_told_at_import():
         unsloth_patches.status()
         assert "torch" not in sys.modules, "status() must leave Unsloth to be imported first"
         import unsloth
+        from unsloth_patches.settings import SWITCHES
         reasons = {row.name: row.reason for row in unsloth_patches.status()}
-        print(reasons["fullgraph-report"])
-        assert "choose" not in reasons["linear-loss"]
+        print(reasons[SWITCHES["UNSLOTH_FULLGRAPH"].patch])
+        assert "choose" not in reasons[SWITCHES["UNSLOTH_LOSS_CHUNK_ROWS"].patch]
         """
     )
     switches = {"UNSLOTH_FULLGRAPH": "stict", "UNSLOTH_PATCHES_QUIET": "0"}
