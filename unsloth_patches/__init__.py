@@ -17,16 +17,18 @@ Importing this package imports nothing of Unsloth, torch or transformers: it pla
 __version__ = "0.1.0"
 __all__ = ["status", "stock", "undo", "install", "__version__"]
 
-from .hooks import install
+# What only runs once Unsloth is imported or somebody asks is imported then: this import is to take
+# milliseconds.
+from . import hooks
 
 
 def status():
-    """The state of every patch: a list of ``PatchStatus`` (name, title, replaces, state, reason).
+    """The state of every patch: a list of ``PatchStatus`` (name, title, replaces, state, reason, …).
 
     state: pending, applied, skipped, failed, upstreamed, or off: after ``undo()``, and inside
     ``stock()``. After a late import the first row, "import order", says what that means.
     """
-    from .patching import status as _status
+    from .reporting import status as _status
 
     return _status()
 
@@ -40,9 +42,53 @@ def stock():
 
 def undo():
     """Give every module its own functions back and remove the hooks; see ``install()``."""
-    from .hooks import uninstall
+    from .patching import restore_all
 
-    uninstall()
+    hooks.remove()
+    restore_all()
 
 
+def install():
+    """Put the hooks in, once. Where Unsloth is imported already, replace what can be replaced whole."""
+    hooks.place(_home_of, _is_hooked, _executed)
+    if hooks.upstream_is_imported():
+        from .patching import patch_imported_modules
+        from .reporting import summarise
+
+        patch_imported_modules()
+        summarise()
+
+
+def _home_of(name):
+    from .states import home_of
+
+    return home_of(name)
+
+
+def _is_hooked(name):
+    from .states import hooked_modules
+
+    return name in hooked_modules()
+
+
+def _executed(module):
+    from .patching import module_imported
+    from .reporting import summarise
+
+    module_imported(module)
+    if module.__name__ == "unsloth":
+        summarise()
+
+
+def _take_old_names():
+    """Variables of earlier releases, if one is set."""
+    import os
+
+    if "UNSLOTH_PATCHES_FULLGRAPH" in os.environ or "UNSLOTH_PATCHES_OFFLOAD" in os.environ:
+        from .settings import take_old_names
+
+        take_old_names()
+
+
+_take_old_names()
 install()

@@ -9,15 +9,14 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Iterable, List, Optional, Sequence, Tuple
+from typing import Optional
 
 import typer
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
-from rich.text import Text
+from rich.console import Console
 
 from . import __version__
 from .bench import BENCHMARKS
+from .console import doctor_listing, status_listing, verbose_status_listing
 
 app = typer.Typer(
     name = "unsloth-patches",
@@ -27,18 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable = False,
 )
 console = Console()
-STATE_STYLE = {
-    "applied": "green",
-    "upstreamed": "green",
-    "pending": "cyan",
-    "off": "yellow",
-    "late": "yellow",
-    "skipped": "yellow",
-    "failed": "red",
-    "ok": "green",
-    "note": "cyan",
-    "problem": "red",
-}
 
 
 def _import_unsloth() -> str:
@@ -54,45 +41,12 @@ def _import_unsloth() -> str:
     return ""
 
 
-Entry = Tuple[str, str, Sequence[str], Sequence[str]]
-
-
-def listing(title: str, entries: Iterable[Entry]) -> Group:
-    """Entries of (name, state, texts, names): name and state on one line, the rest below where it is long.
-
-    No table: in a terminal of 80 columns its four columns broke the names of functions, which are
-    up to 60 characters long.
-    """
-    parts: List[RenderableType] = [Text(title, "italic")]
-    for name, state, texts, names in entries:
-        head = Text(f"{name:<24}  ", "bold")
-        head.append(f"{state:<8}", f"not bold {STATE_STYLE.get(state, 'white')}")
-        texts = [text for text in texts if text]
-        if len(texts) == 1 and len(head) + len(texts[0]) < 78:
-            head.append(f"  {texts.pop()}", "not bold")
-        below = [Text(text) for text in texts] + [Text(f"- {each}", "dim") for each in names]
-        parts += [head, *(Padding(text, (0, 0, 0, 4), expand = False) for text in below)]
-    return Group(*parts)
-
-
-def status_listing(rows) -> Group:
-    """``status()``: each patch with its state, why, and what it replaces."""
-    return listing(f"unsloth_patches {__version__}", map(_status_entry, rows))
-
-
-def _status_entry(row) -> Entry:
-    return row.name, row.state, [row.reason], [name.replace(":", ".") for name in row.replaces]
-
-
-def _doctor_entry(finding) -> Entry:
-    return finding.check, finding.verdict, [finding.found, finding.remedy], ()
-
-
 @app.command()
 def status(
-    as_json: bool = typer.Option(False, "--json", help = "Print JSON instead of text."),
+    as_json: bool = typer.Option(False, "--json", help = "Print JSON, with all that is known."),
+    verbose: bool = typer.Option(False, help = "Show what each patch replaces, and whole reasons."),
 ) -> None:
-    """Import Unsloth and show what each patch replaces, its state, and why it is not in."""
+    """Import Unsloth and show each patch on a line: its state, what it gives; then why some are not in."""
     from . import status as current
 
     with console.status("importing unsloth …"):
@@ -106,7 +60,7 @@ def status(
             )
         )
     else:
-        console.print(status_listing(rows))
+        console.print(verbose_status_listing(rows) if verbose else status_listing(rows))
         if error:
             console.print(f"[red]unsloth does not import here:[/] {error}")
             console.print("`python -m unsloth_patches doctor` says what is missing.")
@@ -124,8 +78,7 @@ def doctor(
     if as_json:
         print(json.dumps([finding._asdict() for finding in findings], indent = 2))
     else:
-        title = f"unsloth_patches {__version__} doctor"
-        console.print(listing(title, map(_doctor_entry, findings)))
+        console.print(doctor_listing(findings))
     raise typer.Exit(1 if any(finding.verdict == "problem" for finding in findings) else 0)
 
 

@@ -12,19 +12,10 @@ import sys
 from typing import Iterator, List, NamedTuple
 
 from .hooks import imported_late
-from .patching import (
-    FAILED,
-    LATE,
-    LATE_MEANS,
-    OFF,
-    PENDING,
-    SKIPPED,
-    disabled_names,
-    serves_cpu,
-    status,
-)
 from .registry import PATCHES, SUPPORTED_UPSTREAM
+from .reporting import FOR_GPUS, LATE_MEANS, WILL_APPLY, serves_cpu, status
 from .settings import set_values
+from .states import FAILED, LATE, OFF, PENDING, SKIPPED, disabled_names, patch_names
 
 
 class Finding(NamedTuple):
@@ -163,9 +154,9 @@ def _sees_gpu() -> bool:
 
 
 def _switches() -> Iterator[Finding]:
-    unknown = disabled_names() - {patch.name for patch in PATCHES}
+    unknown = disabled_names() - set(patch_names())
     if unknown:
-        known = ", ".join(patch.name for patch in PATCHES)
+        known = ", ".join(patch_names())
         found = f"UNSLOTH_PATCHES_DISABLE={os.environ['UNSLOTH_PATCHES_DISABLE']}"
         remedy = f"no such patch: {', '.join(sorted(unknown))}; there are {known}, all"
         yield Finding("switches", found, "problem", remedy)
@@ -181,13 +172,10 @@ def _patches() -> Iterator[Finding]:
             continue
         if row.state == PENDING:
             # What it waits for is for `status`; here it only matters whether it will fit.
-            outlook = row.reason.partition("; waits for ")[0]
-            fits = outlook == "will apply"
-            if fits and row.name in for_gpus:
-                yield Finding(row.name, "for GPUs, not in use here", "ok")
-                continue
+            fits = row.brief in (WILL_APPLY, FOR_GPUS)
+            found = FOR_GPUS if fits and row.name in for_gpus else row.brief
             remedy = "" if fits else "stock functions stay; see CONTRIBUTING, refreshing a patch"
-            yield Finding(row.name, outlook, "ok" if fits else "note", remedy)
+            yield Finding(row.name, found, "ok" if fits else "note", remedy)
         elif row.state in (SKIPPED, FAILED):
             verdict = "problem" if row.state == FAILED else "note"
             remedy = (

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Recognise a function of upstream by its code: a hash of its AST without docstrings and positions.
+"""Recognise a function of upstream: by a hash of its AST without docstrings and positions, or by its
+parameters alone.
 
 Comments, formatting and line numbers may change from release to release without making a
 replacement wrong; the code may not. Over a year Unsloth's ``_cross_entropy_forward`` had four
-texts and one AST.
+texts and one AST. A replacement that calls the stock function counts on no more than its
+parameters, and on the names that it uses of the module.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import os
+import types
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional, Set, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Set, Tuple
 
+FindFile = Callable[[str], Optional[Path]]
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # Fields that say nothing of what the code does, or that only some Python versions have.
 _IGNORED_FIELDS = {"ctx", "kind", "type_comment", "type_ignores", "type_params"}
@@ -77,52 +82,156 @@ def fingerprint_file(path: str, name: str) -> Set[str]:
 def fingerprint_module(
     module: str,
     name: str,
-    find_file: Callable[[str], Optional[Path]],
+    find_file: FindFile,
     hops: int = 5,
 ) -> Set[str]:
     """``fingerprint_file`` for a dotted module; a name that it only imports is sought where it comes from.
 
     find_file: file of a dotted module, or None. hops: how many imports are followed.
     """
+    return {fingerprint_node(node) for node in find_definitions(module, name, find_file, hops)}
+
+
+def find_definitions(
+    module: str,
+    name: str,
+    find_file: FindFile,
+    hops: int = 5,
+) -> List[ast.AST]:
+    """Definitions of ``name`` in a dotted module, or where it imports the name from."""
     path = find_file(module)
     if path is None or hops < 0:
-        return set()
-    found = fingerprint_file(str(path), name)
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for origin, there in () if found else _imports_of(str(path), name):
-        origin = importlib.util.resolve_name(origin, package)
-        found = found or fingerprint_module(origin, there, find_file, hops - 1)
+        return []
+    found = list(_definitions(_parsed(str(path)), name))
+    for origin, there in () if found else _imports_of(path, module, name):
+        found = found or find_definitions(origin, there, find_file, hops - 1)
     return found
 
 
-def _imports_of(path: str, name: str) -> Iterator[Tuple[str, str]]:
-    """(module, name there) of each ``from … import`` that may give the file its ``name``."""
-    for node in ast.walk(_parsed(path)):
+def binds(
+    module: str,
+    name: str,
+    find_file: FindFile,
+    hops: int = 5,
+) -> bool:
+    """Whether the module's source binds ``name`` at its top, in whatever branch, or ``from … import *`` does."""
+    path = find_file(module)
+    if path is None or hops < 0:
+        return False
+    head = name.partition(".")[0]
+    bound = set(_bound_names(_parsed(str(path))))
+    if head in bound or "*" not in bound:
+        return head in bound
+    origins = (origin for origin, _ in _imports_of(path, module, head))
+    return any(binds(origin, head, find_file, hops - 1) for origin in origins)
+
+
+def _bound_names(tree: ast.AST) -> Iterator[str]:
+    """What the statements of a module bind, those of branches, loops and handlers included."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, _DEFINITIONS):
+            yield node.name
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from ((alias.asname or alias.name).partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif not isinstance(node, ast.Lambda):
+            yield from _bound_names(node)
+
+
+def parameter_misfit(node: ast.AST, signature: Sequence[str]) -> str:
+    """What a definition lacks of a target's ``signature``; empty where it has all of it."""
+    arguments = getattr(node, "args", None)
+    if arguments is None:
+        return "it is no function, and has no parameters" if signature else ""
+    positional = [each.arg for each in [*arguments.posonlyargs, *arguments.args]]
+    return _lacking(positional, [each.arg for each in arguments.kwonlyargs], signature)
+
+
+def live_parameter_misfit(function: Any, signature: Sequence[str]) -> str:
+    """``parameter_misfit`` of a function that is there."""
+    if not signature:
+        return ""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return "it tells no parameters"
+    keyword = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return _lacking([each.name for each in parameters if each.kind in kinds], keyword, signature)
+
+
+def _lacking(positional: List[str], keyword: List[str], signature: Sequence[str]) -> str:
+    wanted = list(signature)
+    split = wanted.index("*") if "*" in wanted else len(wanted)
+    first, anywhere = wanted[:split], wanted[split + 1 :]
+    if positional[:split] != first:
+        return (
+            f"its first parameters are ({', '.join(positional[:split])}), not ({', '.join(first)})"
+        )
+    missing = [name for name in anywhere if name not in positional + keyword]
+    return f"it has no parameter {', '.join(missing)}" if missing else ""
+
+
+def _imports_of(path: Path, module: str, name: str) -> Iterator[Tuple[str, str]]:
+    """(module, name there) of each ``from … import`` that may give this module its ``name``."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(_parsed(str(path))):
         for alias in node.names if isinstance(node, ast.ImportFrom) else ():
             if alias.name == "*" or (alias.asname or alias.name) == name:
                 there = name if alias.name == "*" else alias.name
-                yield "." * node.level + (node.module or ""), there
+                origin = "." * node.level + (node.module or "")
+                yield importlib.util.resolve_name(origin, package), there
+
+
+def _parsed(path: str) -> ast.AST:
+    """The file as it is now: it may have been edited, and its module reloaded."""
+    status = os.stat(path)
+    return _parsed_version(path, status.st_mtime_ns, status.st_size)
 
 
 @functools.lru_cache(maxsize = 16)
-def _parsed(path: str) -> ast.AST:
+def _parsed_version(path: str, modified: int, size: int) -> ast.AST:
     with open(path, encoding = "utf-8") as file:
         return ast.parse(file.read())
 
 
 def fingerprint_live(function: Any) -> str:
-    """Fingerprint of the definition behind a live function or class; ``""`` where there is none to read."""
+    """Fingerprint of the definition behind a live function or class; ``""`` where there is none to read,
+    or where it cannot be told which of several it is."""
     try:
         target = inspect.unwrap(function)
-        path = inspect.getsourcefile(target)
-        tree = _parsed(path)
+        tree = _parsed(inspect.getsourcefile(target))
     except (TypeError, OSError, SyntaxError, ValueError):
         return ""
-    code = getattr(target, "__code__", None)
-    for node in ast.walk(tree):
-        if not isinstance(node, _DEFINITIONS) or node.name != target.__name__:
-            continue
-        first_line = min([node.lineno] + [d.lineno for d in node.decorator_list])
-        if code is None or first_line == code.co_firstlineno:
-            return fingerprint_node(node)
-    return ""
+    nodes = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, _DEFINITIONS) and node.name == target.__name__
+    ]
+    lines = _first_lines(target)
+    if lines:
+        nodes = [node for node in nodes if _first_line(node) <= lines[0] <= node.end_lineno]
+        if not isinstance(target, type):
+            nodes = [node for node in nodes if _first_line(node) == lines[0]]
+    prints = {fingerprint_node(node) for node in nodes}
+    return prints.pop() if len(prints) == 1 else ""
+
+
+def _first_line(node: ast.AST) -> int:
+    return min([node.lineno] + [decorator.lineno for decorator in node.decorator_list])
+
+
+def _first_lines(target: Any) -> List[int]:
+    """Lines of code that lie in its definition: its own, or a class's methods'."""
+    if isinstance(target, types.FunctionType):
+        return [target.__code__.co_firstlineno]
+    members = vars(target).values() if isinstance(target, type) else ()
+    functions = [inspect.unwrap(getattr(member, "__func__", member)) for member in members]
+    return [
+        function.__code__.co_firstlineno
+        for function in functions
+        if isinstance(function, types.FunctionType)
+        and function.__qualname__.startswith(f"{target.__qualname__}.")
+        and function.__code__.co_filename == inspect.getsourcefile(target)
+    ]

@@ -20,13 +20,16 @@ The command's options, in this order:
     --table               Markdown for Llama-3.1 70B and 405B (or --model) on 2 to 64 (--gpus) GPUs
 
 The exit code is 0 where it fits (with --sweep: on N GPUs; with --table always), else 1; 2 for a
-value that cannot be counted.
+value that cannot be counted, or a model that is no decoder. What the count leaves out of a model is
+said in a last line.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, List, Optional
 
@@ -54,7 +57,81 @@ LLAMAS = {
         "num_attention_heads": 128,
     },
 }
+# Their blocks have the seven linears that are counted, and norms.
+COUNTED = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "cohere",
+)
+DECODERS = ("ForCausalLM", "ForConditionalGeneration", "ForImageTextToText")
 CHECKPOINTING = {"unsloth": "unsloth", "on": True, "off": False}
+
+
+@dataclass(frozen = True)
+class _Job:
+    """What is trained and on what, as the command's options say it."""
+
+    memory: float
+    tokens: int
+    rank: int
+    checkpointing: str
+    host: Optional[float]
+    gpus_per_host: int
+    offload: str
+
+    def check(self) -> None:
+        """Here and not in plan_offload, which knows none of the command's options."""
+        if self.checkpointing not in CHECKPOINTING:
+            raise ValueError(
+                f"--checkpointing {self.checkpointing}: choose {', '.join(CHECKPOINTING)}."
+            )
+        if not RESERVED_GIB < self.memory < math.inf:
+            raise ValueError(
+                f"--memory {self.memory}: state a GPU's memory in GiB, more than the {RESERVED_GIB} "
+                "GiB kept for CUDA."
+            )
+        _check_count("--tokens", self.tokens)
+        _check_count("--rank", self.rank)
+        _check_count("--gpus-per-host", self.gpus_per_host)
+        if self.host is not None and not 0 <= self.host < math.inf:
+            raise ValueError(f"--host {self.host}: state a host's memory in GiB, or leave it out.")
+
+    def on(self, source: Any, gpus: int) -> Any:
+        """plan_offload's plan for a model on so many GPUs."""
+        from .unsloth.models.fsdp2_offload_plan import plan_offload
+
+        return plan_offload(
+            source,
+            batch_tokens = self.tokens,
+            world = gpus,
+            local_world = min(gpus, self.gpus_per_host),
+            device_memory = int((self.memory - RESERVED_GIB) * GIB),
+            host_memory = None if self.host is None else int(self.host * GIB),
+            lora_rank = self.rank,
+            gradient_checkpointing = CHECKPOINTING[self.checkpointing],
+            override = self.offload,
+        )
+
+    def whole_gib(self, source: Any, gpus: int) -> float:
+        """GiB that a GPU needs with the whole 4-bit model on every one."""
+        from .unsloth.models import fsdp2_memory_count as count
+        from .unsloth.models.fsdp2_model_shape import read_shape
+
+        kept = CHECKPOINTING[self.checkpointing]
+        job = count.Training(gpus, self.tokens, self.rank, count.LORA_TARGETS, checkpointing = kept)
+        moments = count.whole_model_moments(read_shape(source), job)
+        return count.largest(moments)[2] * (1 + count.FRAGMENTATION) / GIB
+
+
+def _check_count(option: str, value: Optional[int]) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"{option} {value}: state a whole number that is at least 1.")
 
 
 def plan(
@@ -71,34 +148,16 @@ def plan(
     table: bool = False,
 ) -> int:
     """Prints the plan; see the module's docstring for arguments and the returned exit code."""
-    from .unsloth.models.fsdp2_offload_plan import plan_offload
-
-    def plan_on(source: Any, count: int) -> Any:
-        return plan_offload(
-            source,
-            batch_tokens = tokens,
-            world = count,
-            local_world = min(count, gpus_per_host),
-            device_memory = int((memory - RESERVED_GIB) * GIB),
-            host_memory = None if host is None else int(host * GIB),
-            lora_rank = rank,
-            gradient_checkpointing = CHECKPOINTING[checkpointing],
-            override = offload,
-        )
-
+    job = _Job(memory, tokens, rank, checkpointing, host, gpus_per_host, offload)
     try:
-        _check(model, gpus, memory, checkpointing, table)
-        _check_counts(gpus, tokens, rank, gpus_per_host, host)
+        if not table and (model is None or gpus is None):
+            raise ValueError("plan: state --model and --gpus, or ask for --table.")
+        _check_count("--gpus", gpus)
+        job.check()
         if table:
-            sources = LLAMAS if model is None else {str(model): model}
-            counts = _powers_of_two(LARGEST if gpus is None else gpus)
-            found = [(name, plan_on(sources[name], n)) for name in sources for n in counts]
-            wholes = [
-                _whole_gib(sources[name], p, tokens, rank, checkpointing) for name, p in found
-            ]
-            print_table(found, wholes, memory, tokens)
-            return 0
-        plans = [plan_on(model, count) for count in (_powers_of_two(gpus) if sweep else [gpus])]
+            return _table(job, model, LARGEST if gpus is None else gpus)
+        plans = [job.on(model, count) for count in (_powers_of_two(gpus) if sweep else [gpus])]
+        notes = _left_out(model)
     except ValueError as error:
         print(_of_options(str(error)), file = sys.stderr)
         return 2
@@ -106,36 +165,49 @@ def plan(
         print_sweep(plans, memory, tokens)
     else:
         print(plans[0].table())
-    print(_label())
+    print(*[_label(), *notes], sep = "\n")
     return 0 if plans[-1].fits else 1
 
 
-def _check(model: Any, gpus: Any, memory: float, checkpointing: str, table: bool) -> None:
-    if not table and (model is None or gpus is None):
-        raise ValueError("plan: state --model and --gpus, or ask for --table.")
-    if checkpointing not in CHECKPOINTING:
-        raise ValueError(f"--checkpointing {checkpointing}: choose {', '.join(CHECKPOINTING)}.")
-    if not RESERVED_GIB < memory < math.inf:
+def _table(job: _Job, model: Optional[Path], gpus: int) -> int:
+    sources = LLAMAS if model is None else {str(model): model}
+    found = [(name, job.on(sources[name], n)) for name in sources for n in _powers_of_two(gpus)]
+    wholes = [job.whole_gib(sources[name], plan.world) for name, plan in found]
+    notes = [] if model is None else _left_out(model)
+    print_table(found, wholes, job.memory, job.tokens)
+    print(*notes, sep = "\n", end = "\n" if notes else "")
+    return 0
+
+
+def _left_out(model: Path) -> List[str]:
+    """What the count leaves out of this model, a line each. Raises ValueError for what is no decoder.
+
+    A config that names no model_type is taken at its word: its sizes are all there is.
+    """
+    path = model / "config.json" if model.is_dir() else model
+    config = json.loads(path.read_text(encoding = "utf-8"))
+    text = config.get("text_config") or config
+    kind = text.get("model_type") or config.get("model_type") or ""
+    heads = " ".join(config.get("architectures") or text.get("architectures") or ())
+    if config.get("is_encoder_decoder") or (
+        kind and kind not in COUNTED and not any(head in heads for head in DECODERS)
+    ):
         raise ValueError(
-            f"--memory {memory}: state a GPU's memory in GiB, more than the {RESERVED_GIB} GiB kept "
-            "for CUDA."
+            f"--model {model}: {heads or kind} is no decoder-only language model; the count knows "
+            f"{', '.join(COUNTED)} and what has the same linears."
         )
-
-
-def _check_counts(
-    gpus: Optional[int],
-    tokens: int,
-    rank: int,
-    gpus_per_host: int,
-    host: Optional[float],
-) -> None:
-    """Here and not in plan_offload, which knows none of the command's options."""
-    counts = {"--gpus": gpus, "--tokens": tokens, "--rank": rank, "--gpus-per-host": gpus_per_host}
-    for option, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{option} {value}: state a whole number that is at least 1.")
-    if host is not None and not 0 <= host < math.inf:
-        raise ValueError(f"--host {host}: state a host's memory in GiB, or leave it out.")
+    notes = []
+    if kind and kind not in COUNTED:
+        notes.append(
+            f"Counted as a Llama of these sizes: model type {kind} is not one that the count was made for."
+        )
+    towers = [key for key in ("vision_config", "audio_config") if config.get(key)]
+    if towers or text is not config:
+        what = " and ".join(key.partition("_")[0] for key in towers) or "other"
+        notes.append(
+            f"The language part only: weights and activations of its {what} part come on top."
+        )
+    return notes
 
 
 def _of_options(message: str) -> str:
@@ -147,18 +219,6 @@ def _of_options(message: str) -> str:
 
 def _label() -> str:
     return f"Computed, not measured; {RESERVED_GIB} GiB of each GPU are kept for CUDA and NCCL."
-
-
-def _whole_gib(source: Any, plan: Any, tokens: int, rank: int, checkpointing: str) -> float:
-    """GiB that a GPU needs with the whole 4-bit model on every one."""
-    from .unsloth.models import fsdp2_memory_count as count
-    from .unsloth.models.fsdp2_model_shape import read_shape
-
-    job = count.Training(
-        plan.world, tokens, rank, count.LORA_TARGETS, checkpointing = CHECKPOINTING[checkpointing]
-    )
-    moments = count.whole_model_moments(read_shape(source), job)
-    return count.largest(moments)[2] * (1 + count.FRAGMENTATION) / GIB
 
 
 def _powers_of_two(largest: int) -> List[int]:

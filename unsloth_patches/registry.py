@@ -19,10 +19,16 @@ class Target:
     """One attribute of Unsloth (or unsloth_zoo) and what replaces it.
 
     attribute: ``"package.module:name"``, on the leaf module that defines the name.
-    replacement: ``"path.below.unsloth:decorator"``, a function ``stock -> new object``. In the fork it stands
-        as ``@decorator`` above the definition, or as ``name = decorator(name)`` after an import or assignment.
-    fingerprints: accepted AST hashes of the stock function; empty where the replacement checks
-        the stock object itself (a table of templates has no AST).
+    replacement: ``"path.below.unsloth:decorator"``, a function ``stock -> new object``; of a staticmethod or
+        classmethod it takes the plain function. In the fork it stands as ``@decorator`` above the
+        definition, or as ``name = decorator(name)`` after an import or assignment.
+    fingerprints: accepted AST hashes of the stock function: for a replacement that does its body's work
+        itself. Empty where it calls stock (then ``signature`` and ``names`` say what it counts on, and
+        releases that only edit the body keep the patch), or where it checks the stock object itself (a
+        table of templates has no AST).
+    signature: parameters that stock has to have. Those before ``"*"`` are its first ones, in this order;
+        those after it can stand anywhere: ``("model", "labels", "*", "n_items")``.
+    names: what the replacement uses of stock's module, ``"name"``, or of another, ``"package.module:name"``.
     wired_in: the fork's file that is edited; by default the file of ``attribute``'s module. Needed for
         names of unsloth_zoo, which a patch to Unsloth cannot edit.
     import_after: the line of that file that the decorator's import follows; by default the import that sorts
@@ -36,6 +42,8 @@ class Target:
     wired_in: str = ""
     optional: bool = False
     import_after: str = ""
+    signature: Tuple[str, ...] = ()
+    names: Tuple[str, ...] = ()
 
     @property
     def module(self) -> str:
@@ -50,7 +58,8 @@ class Target:
 class Patch:
     """A focused change that is one pull request in the git form.
 
-    modules: files it adds, relative to ``unsloth_patches/unsloth/`` here and to ``unsloth/`` in the fork.
+    modules: files it adds, relative to ``unsloth_patches/unsloth/`` here and to ``unsloth/`` in the fork;
+        of a new package ``__init__.py`` too.
     tests: test file -> backend it needs, ``"cpu"`` (Unsloth's CPU backend) or ``"interpreter"``
         (GPU code paths, Triton kernels in the interpreter) or ``"gloo"`` (the CPU backend, in a process
         that does nothing but fork ranks: a fork after a backward pass would hang).
@@ -67,6 +76,14 @@ class Patch:
     shared: Tuple[str, ...] = ()
     requires: Tuple[str, ...] = ()
     since: str = ""
+
+    @property
+    def dotted_modules(self) -> Tuple[str, ...]:
+        """``modules`` as they are imported below ``unsloth``; a package by its folder's name."""
+        paths = (file[: -len(".py")].replace("/", ".") for file in self.modules)
+        return tuple(
+            path[: -len(".__init__")] if path.endswith(".__init__") else path for path in paths
+        )
 
 
 PATCHES: Tuple[Patch, ...] = (

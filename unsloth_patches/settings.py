@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Environment variables whose value can be mistyped, read as training reads them.
+"""Environment variables whose value can be mistyped, read as training reads them, and their old names.
 
 Training reads each one late (a model's blocks are compiled, a loss is computed, a model is wrapped),
 and on a machine without a GPU some are never read. ``status`` and ``doctor`` say before what they say.
@@ -9,7 +9,29 @@ and on a machine without a GPU some are never read. ``status`` and ``doctor`` sa
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Callable, Dict, Iterator, NamedTuple
+
+# Read until version 0.3.
+OLD_NAMES = {
+    "UNSLOTH_PATCHES_FULLGRAPH": "UNSLOTH_FULLGRAPH",
+    "UNSLOTH_PATCHES_OFFLOAD": "UNSLOTH_FSDP2_OFFLOAD",
+}
+
+
+def take_old_names() -> None:
+    """Give the new name the value that the old one has, with a warning; where both are set and differ,
+    the new one wins."""
+    for old, new in OLD_NAMES.items():
+        value = os.environ.get(old)
+        if value is None or value == os.environ.get(new):  # equal: a parent process was here
+            continue
+        if new in os.environ:
+            what = f"{old}={value} is ignored, because {new}={os.environ[new]} is set, its new name"
+        else:
+            os.environ[new] = value
+            what = f"{old} is now called {new}, and the old name will not be read for long"
+        warnings.warn(f"unsloth_patches: {what}; unset {old}.", FutureWarning, stacklevel = 4)
 
 
 class Switch(NamedTuple):
@@ -56,8 +78,8 @@ def _read_compile_report() -> None:
 
 SWITCHES: Dict[str, Switch] = {
     "UNSLOTH_LOSS_CHUNK_ROWS": Switch("linear-loss", _read_chunk_rows),
-    "UNSLOTH_PATCHES_OFFLOAD": Switch("fsdp2-offload-plan", _read_offload),
-    "UNSLOTH_PATCHES_FULLGRAPH": Switch("fullgraph-report", _read_fullgraph),
+    "UNSLOTH_FSDP2_OFFLOAD": Switch("fsdp2-offload-plan", _read_offload),
+    "UNSLOTH_FULLGRAPH": Switch("fullgraph-report", _read_fullgraph),
     "UNSLOTH_COMPILE_REPORT": Switch("fullgraph-report", _read_compile_report),
 }
 

@@ -8,6 +8,7 @@ stand in modules that nobody has imported yet.
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib.machinery
 import re
@@ -15,7 +16,13 @@ import sys
 from pathlib import Path
 from typing import List, Optional, Set
 
-from .fingerprints import fingerprint_module
+from .fingerprints import (
+    binds,
+    find_definitions,
+    fingerprint_module,
+    fingerprint_node,
+    parameter_misfit,
+)
 from .registry import Patch, Target
 
 
@@ -40,10 +47,14 @@ def _source_file(module: str) -> Optional[Path]:
     return next((path for path in candidates if path.is_file()), None)
 
 
+def has_module(module: str) -> bool:
+    """The installed Unsloth has this module, as a file or as a package."""
+    return _source_file(module) is not None
+
+
 def is_upstreamed(patch: Patch) -> bool:
     """This Unsloth already contains the patch: its first new module is there."""
-    folder = _package_folder("unsloth")
-    return bool(patch.modules) and folder is not None and (folder / patch.modules[0]).is_file()
+    return bool(patch.modules) and has_module(f"unsloth.{patch.dotted_modules[0]}")
 
 
 def upstream_fingerprints(target: Target) -> Set[str]:
@@ -51,18 +62,46 @@ def upstream_fingerprints(target: Target) -> Set[str]:
     return fingerprint_module(target.module, target.name, _source_file)
 
 
-def _misfit(target: Target) -> str:
+@functools.lru_cache(maxsize = None)
+def is_absent(target: Target) -> bool:
+    """This Unsloth's sources have no such module, or it binds no such name."""
+    return not binds(target.module, target.name, _source_file)
+
+
+def on_cpu_backend() -> bool:
+    """Unsloth has been imported, and chose its CPU backend."""
+    zoo = sys.modules.get("unsloth_zoo")
+    return "unsloth" in sys.modules and bool(getattr(zoo, "_IS_CPU_BACKEND", False))
+
+
+@functools.lru_cache(maxsize = None)
+def target_misfit(target: Target) -> str:
     """Why a target cannot be replaced, judged by the source alone; empty where it can."""
-    if _source_file(target.module) is None:
+    if not has_module(target.module):
         return "" if target.optional else f"this Unsloth has no module {target.module}"
-    if not target.fingerprints:
-        return ""
-    found = upstream_fingerprints(target)
-    if not found:
-        return "" if target.optional else f"{target.attribute} is not defined in this Unsloth"
-    if not found & target.fingerprints:
-        return f"{target.attribute} is a version that this patch does not know ({', '.join(sorted(found))})"
+    if target.fingerprints or target.signature:
+        found = find_definitions(target.module, target.name, _source_file)
+        if not found:
+            return "" if target.optional else f"{target.attribute} is not defined in this Unsloth"
+        reason = _unknown_code(target, found)
+        if reason:
+            return reason
+    for place in target.names:
+        module, _, name = place.rpartition(":")
+        if not binds(module or target.module, name, _source_file):
+            return f"{module or target.module} has no {name}, which the patch relies on"
     return ""
+
+
+def _unknown_code(target: Target, definitions: List[ast.AST]) -> str:
+    """One definition that is known is enough: another may be for another device. The live one is
+    checked once it is there."""
+    prints = {fingerprint_node(node) for node in definitions}
+    if target.fingerprints and not prints & target.fingerprints:
+        found = ", ".join(sorted(prints))
+        return f"{target.attribute} is a version that this patch does not know ({found})"
+    reasons = [parameter_misfit(node, target.signature) for node in definitions]
+    return f"{target.attribute}: {reasons[0]}" if all(reasons) else ""
 
 
 @functools.lru_cache(maxsize = None)
@@ -82,10 +121,13 @@ def patch_misfit(patch: Patch) -> str:
     """Why a patch cannot go in whole, judged by the sources alone; empty where it can."""
     if patch.since and _release() and _numbers(_release()) < _numbers(patch.since):
         return f"made for Unsloth {patch.since} and newer; this is {_release()}"
-    return next(filter(None, map(_misfit, patch.targets)), "")
+    for module in map("unsloth.{}".format, patch.dotted_modules):
+        if has_module(module):
+            return f"this Unsloth has a module of its own at {module}"
+    return next(filter(None, map(target_misfit, patch.targets)), "")
 
 
 def forget() -> None:
     """Look again: another Unsloth may be first on the path by now."""
-    _package_folder.cache_clear()
-    _release.cache_clear()
+    for cache in (_package_folder, _release, is_absent, target_misfit):
+        cache.cache_clear()

@@ -2,13 +2,14 @@
 # Copyright 2026 the unsloth_patches authors
 """Tests of this project alone: there is nothing for them to test in the fork or on stock Unsloth.
 
-Fixtures: the toy project on which scripts/patches.py is tested.
+Fixtures: the toy project on which scripts/patches.py is tested, and a fake Unsloth for the hooks.
 """
 
 import os
 import shutil
 
 import pytest
+from fake_unsloth import make_fake
 from toy_project import (
     MESSAGE,
     MODULE,
@@ -64,3 +65,9 @@ def root(tmp_path, cache, monkeypatch):
     upstream.write_pins({**pins, "zoo_wheel_sha256": "0"}, folder / "patches" / "UPSTREAM")
     export_all(folder, tmp_path / "first-export")
     return folder
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """A folder with a fake Unsloth and our package, for processes of ``fake_unsloth.run``."""
+    return make_fake(tmp_path)

@@ -7,27 +7,83 @@ import io
 import pytest
 from rich.console import Console
 
-from unsloth_patches import cli
-from unsloth_patches.patching import PatchStatus
+from unsloth_patches.console import doctor_listing, status_listing, verbose_status_listing
+from unsloth_patches.doctor import Finding
 from unsloth_patches.registry import PATCHES
+from unsloth_patches.reporting import PatchStatus
 
 
 def printed(listing, width = 80):
     console = Console(file = io.StringIO(), width = width)
     console.print(listing)
-    return console.file.getvalue()
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+def rows(state, reason, brief):
+    return [
+        PatchStatus(p.name, p.title, tuple(t.attribute for t in p.targets), state, reason, brief)
+        for p in PATCHES
+    ]
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_status_is_one_line_a_patch(width):
+    """Name and state whole, then as much of the title as the line holds; a common reason once."""
+    found = rows("pending", "whole", "for GPUs, not in use here")
+    lines = printed(status_listing(found), width)
+    assert max(map(len, lines)) <= width and "whole" not in " ".join(lines)
+    for line, patch in zip(lines[1:], PATCHES):
+        name, state, title = line.split(maxsplit = 2)
+        assert (name, state) == (patch.name, "pending")
+        assert (
+            patch.title.startswith(title.rstrip("…"))
+            and len(title) > width / 3
+            or title == patch.title
+        )
+    assert lines[len(PATCHES) + 1 :] == ["", "pending: for GPUs, not in use here"]
+
+
+def test_status_says_why_a_patch_is_not_in():
+    """Each reason once, whole, with the names where it is not all of that state; nothing for the others."""
+    first, second, third, *others = rows("applied", "", "")
+    reason = (
+        "made for Unsloth 2026.10.9 and newer; this is 2026.10.7, which lacks what it stands on"
+    )
+    found = [
+        first._replace(state = "skipped", brief = reason),
+        second._replace(state = "skipped", brief = reason),
+        third._replace(state = "skipped", brief = "switched off"),
+        PatchStatus(
+            "part", "t", ("a:f", "a:g"), "applied", "1 of 2 targets; not …", "1 of 2 targets", 1
+        ),
+        *others,
+    ]
+    lines = printed(status_listing(found))
+    assert [line.split()[:3] for line in lines if line.startswith("part")] == [
+        ["part", "applied", "1/2"]
+    ]
+    below = " ".join(lines[lines.index("") :]).split()
+    expected = (
+        f"skipped: {reason} ({first.name}, {second.name}) skipped: switched off ({third.name})"
+    )
+    assert below == expected.split()
+
+
+def test_a_patch_with_a_mistyped_switch_says_so_though_it_is_in():
+    found = rows("applied", "", "")
+    found[0] = found[0]._replace(
+        brief = "UNSLOTH_FULLGRAPH='stict': choose one of auto, strict, off."
+    )
+    assert printed(status_listing(found), 120)[-1] == (
+        f"applied: UNSLOTH_FULLGRAPH='stict': choose one of auto, strict, off. ({found[0].name})"
+    )
 
 
 @pytest.mark.parametrize("width", [80, 200])
-def test_status_breaks_no_name(width):
+def test_verbose_status_breaks_no_name(width):
     """Every patch, state and replaced function stands whole on one line, reasons break between words."""
     reason = "for GPUs: not imported: " + ", ".join(t.module for p in PATCHES for t in p.targets)
-    rows = [
-        PatchStatus(p.name, p.title, tuple(t.attribute for t in p.targets), "pending", reason)
-        for p in PATCHES
-    ]
-    text = printed(cli.status_listing(rows), width)
-    lines = text.splitlines()
+    lines = printed(verbose_status_listing(rows("pending", reason, "")), width)
     assert max(map(len, lines)) <= width
     words = {word.strip(",") for line in lines for word in line.split()}
     for patch in PATCHES:
@@ -37,14 +93,14 @@ def test_status_breaks_no_name(width):
 
 
 def test_a_short_text_stands_beside_its_name_and_a_long_one_below():
-    entries = [
-        ("python", "ok", ["3.11.7", ""], ()),
-        ("device", "note", ["CPU [4 threads]", "LoRA works"], ()),
-        ("compiled-swiglu-backward", "upstreamed", ["x" * 60], ()),
+    findings = [
+        Finding("python", "3.11.7", "ok"),
+        Finding("device", "CPU [4 threads]", "note", "LoRA works"),
+        Finding("compiled-swiglu-backward-of-old", "x" * 60, "upstreamed"),
     ]
-    lines = [line.rstrip() for line in printed(cli.listing("doctor", entries)).splitlines()]
+    lines = printed(doctor_listing(findings))
     assert lines[1].split() == ["python", "ok", "3.11.7"]
     assert lines[2].split() == ["device", "note"]
     assert lines[3:5] == ["    CPU [4 threads]", "    LoRA works"]
-    assert lines[5].split() == ["compiled-swiglu-backward", "upstreamed"]
+    assert lines[5].split() == ["compiled-swiglu-backward-of-old", "upstreamed"]
     assert lines[6].strip() == "x" * 60

@@ -14,6 +14,7 @@ from toy_project import ROOT
 
 from unsloth_patches import doctor
 from unsloth_patches.registry import PATCHES, SUPPORTED_UPSTREAM
+from unsloth_patches.reporting import PatchStatus
 from unsloth_patches.settings import SWITCHES
 
 NEWEST = SUPPORTED_UPSTREAM[-1]
@@ -154,9 +155,23 @@ def test_unsloth_imported_first(machine, monkeypatch):
 
 
 def test_unknown_patch_switched_off(machine, monkeypatch):
-    monkeypatch.setenv("UNSLOTH_PATCHES_DISABLE", "nf4,linear-loss")
+    monkeypatch.setenv("UNSLOTH_PATCHES_DISABLE", f"nf4,{PATCHES[-1].name}")
     remedy = found("switches", "problem").remedy
-    assert "no such patch: nf4;" in remedy and all(patch.name in remedy for patch in PATCHES)
+    assert "no such patch: nf4;" in remedy and all(
+        patch.name in remedy for patch in PATCHES if patch.targets
+    )
+
+
+def test_every_switch_belongs_to_a_patch():
+    """status() would not tell a mistyped value otherwise."""
+    assert {switch.patch for switch in SWITCHES.values()} <= {patch.name for patch in PATCHES}
+
+
+def renamed(variable, module):
+    """A case that waits for ``module`` to read the variable by its new name."""
+    source = (ROOT / "unsloth_patches" / "unsloth" / "models" / module).read_text(encoding = "utf-8")
+    waits = pytest.mark.xfail(f'"{variable}"' not in source, reason = "read by its old name")
+    return lambda *values: pytest.param(variable, *values, marks = waits)
 
 
 @pytest.mark.parametrize(
@@ -164,8 +179,8 @@ def test_unknown_patch_switched_off(machine, monkeypatch):
     [
         ("UNSLOTH_LOSS_CHUNK_ROWS", "many", "512"),
         ("UNSLOTH_LOSS_CHUNK_ROWS", "0", "1"),
-        ("UNSLOTH_PATCHES_OFFLOAD", "blocks:0", "blocks:3"),
-        ("UNSLOTH_PATCHES_FULLGRAPH", "maybe", "auto"),
+        renamed("UNSLOTH_FSDP2_OFFLOAD", "fsdp2_offload_plan.py")("blocks:0", "blocks:3"),
+        renamed("UNSLOTH_FULLGRAPH", "compile_modes.py")("maybe", "auto"),
         ("UNSLOTH_COMPILE_REPORT", "2", "0"),
     ],
 )
@@ -177,15 +192,20 @@ def test_switches_are_read_as_training_reads_them(machine, monkeypatch, variable
     assert found("switches", "ok").found == f"{variable}={good}"
 
 
-def row(state, reason):
-    return types.SimpleNamespace(name = "some-patch", state = state, reason = reason)
+def row(
+    state,
+    reason,
+    name = "some-patch",
+):
+    return PatchStatus(name, "Its title", (), state, f"{reason}; waits for unsloth.models", reason)
 
 
 @pytest.mark.parametrize(
     "state, reason, verdict, remedy",
     [
-        ("pending", "will apply; waits for unsloth.models", "ok", ""),
-        ("pending", "will be skipped: another version; waits for unsloth.models", "note", "stock"),
+        ("pending", "will apply", "ok", ""),
+        ("pending", "for GPUs, not in use here", "ok", ""),
+        ("pending", "will be skipped: another version", "note", "stock"),
         ("skipped", "switched off by UNSLOTH_PATCHES_DISABLE", "note", "stock functions stay"),
         ("failed", "KeyError: 'x'", "problem", "report this line"),
         ("applied", "", "ok", ""),
@@ -194,7 +214,10 @@ def row(state, reason):
     ],
 )
 def test_patches(machine, monkeypatch, state, reason, verdict, remedy):
-    monkeypatch.setattr(doctor, "status", lambda: [row(state, reason)])
+    rows = (
+        [row(state, reason)._replace(reason = reason)] if state != "pending" else [row(state, reason)]
+    )
+    monkeypatch.setattr(doctor, "status", lambda: rows)
     finding = found("some-patch", verdict)
     assert remedy in finding.remedy and "waits for" not in finding.found
 
@@ -203,9 +226,8 @@ def test_patches(machine, monkeypatch, state, reason, verdict, remedy):
 def test_patches_for_gpus_say_so_without_one(machine, monkeypatch, gpu):
     """The kernels are not in use without a GPU; the chat templates are."""
     monkeypatch.setattr(doctor, "_sees_gpu", lambda: gpu)
-    reason = "will apply; waits for unsloth.kernels.utils"
     names = ("nf4-dequantize", "llama-chat-templates")
-    rows = [types.SimpleNamespace(name = name, state = "pending", reason = reason) for name in names]
+    rows = [row("pending", "will apply", name) for name in names]
     monkeypatch.setattr(doctor, "status", lambda: rows)
     assert found("nf4-dequantize", "ok").found == (
         "will apply" if gpu else "for GPUs, not in use here"

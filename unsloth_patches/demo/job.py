@@ -21,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..console import status_listing
 from . import report, train
 from .checks import DemoError
 from .data import Example, held_out, training_set
@@ -189,7 +190,6 @@ def _show(
     out: Path,
 ) -> None:
     import unsloth_patches
-    from unsloth_patches.cli import status_listing
 
     console.print(status_listing(unsloth_patches.status()))
     console.print(report.settings_table(settings))

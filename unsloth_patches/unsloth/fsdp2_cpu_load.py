@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any, Callable
+from typing import Callable
 
 
-def replace_cpu_from_pretrained(stock: Callable) -> Any:
+def replace_cpu_from_pretrained(stock: Callable) -> Callable:
     """`FastLanguageModel.from_pretrained` of the CPU backend: 4-bit loads are sharded as on a GPU.
 
     Without UNSLOTH_FSDP2 in the environment it is the stock function.
@@ -27,4 +27,4 @@ def replace_cpu_from_pretrained(stock: Callable) -> Any:
 
         return replace_sharded_load_env(lambda loader: loader)(stock)(*args, **kwargs)
 
-    return staticmethod(from_pretrained)
+    return from_pretrained

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any, Callable
+from typing import Callable
 
 import torch
 
@@ -49,7 +49,7 @@ def start_compile_workers() -> bool:
     return True
 
 
-def replace_from_pretrained(stock: Callable) -> Any:
+def replace_from_pretrained(stock: Callable) -> Callable:
     """``from_pretrained`` of FastLanguageModel and FastModel: the workers start, then stock loads."""
 
     @functools.wraps(stock)
@@ -59,4 +59,4 @@ def replace_from_pretrained(stock: Callable) -> Any:
             start_compile_workers()
         return stock(*args, **kwargs)
 
-    return staticmethod(from_pretrained)
+    return from_pretrained

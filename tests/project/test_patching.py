@@ -1,0 +1,529 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""Decorators, what a target relies on, refusals, and what happens when something of ours raises."""
+
+import textwrap
+
+import pytest
+from fake_unsloth import PREAMBLE, python, run, write
+
+# --- decorators --------------------------------------------------------------------------------
+
+LAYER = """
+    class Layer:
+        @staticmethod
+        def scale(x):
+            return ("stock", x)
+
+        @classmethod
+        def make(cls, x):
+            return ("stock", x)
+
+        def plain(self, x):
+            return ("stock", x)
+    """
+
+
+@pytest.mark.parametrize("name", ["scale", "make", "plain"])
+def test_a_method_stays_what_it_is(fake, name):
+    """The decorator takes and returns the plain function, as it does below @staticmethod in the fork."""
+    write(fake, {"unsloth/kernels/utils.py": "def fast(x):\n    pass\n" + textwrap.dedent(LAYER)})
+    run(
+        f"""
+        catalogue(Patch("m", "t", (T("unsloth.kernels.utils:Layer.{name}", "replace_scale"),)))
+        from unsloth.kernels.utils import Layer
+        kind = type(vars(Layer)["{name}"])
+        assert states() == {{"m": "applied"}} and kind.__name__ == dict(
+            scale = "staticmethod", make = "classmethod", plain = "function"
+        )["{name}"]
+        patched = ("patched", ("stock", 1))
+        assert Layer().{name}(1) == patched
+        assert "{name}" == "plain" or Layer.{name}(1) == patched
+        with unsloth_patches.stock():
+            assert Layer().{name}(1) == ("stock", 1) and type(vars(Layer)["{name}"]) is kind
+        assert Layer().{name}(1) == patched
+        unsloth_patches.undo()
+        assert Layer().{name}(1) == ("stock", 1) and type(vars(Layer)["{name}"]) is kind
+        """,
+        fake,
+    )
+
+
+def test_two_decorators_of_a_static_method_chain(fake):
+    run(
+        """
+        target = T("unsloth.kernels.utils:Layer.scale", "replace_scale")
+        catalogue(Patch("a", "t", (target,)), Patch("b", "t", (target,)))
+        from unsloth.kernels.utils import Layer
+        assert Layer.scale(1) == Layer().scale(1) == ("patched", ("patched", ("stock", 1)))
+        with unsloth_patches.stock():
+            assert Layer.scale(1) == ("stock", 1)
+        unsloth_patches.undo()
+        assert Layer.scale(1) == ("stock", 1)
+        """,
+        fake,
+    )
+
+
+# --- what a target relies on -------------------------------------------------------------------
+
+UTILS = """
+    from .tables import *
+    LIMIT = 3
+    class Layer: pass
+    if LIMIT == 3:
+        def fast(x, mode = "a", *, scale = 1): return ("stock", x)
+    else:
+        def fast(y): return ("other device", y)
+    """
+
+
+@pytest.mark.parametrize(
+    "relies, reason",
+    [
+        ("signature = ('x',)", ""),
+        ("signature = ('x', 'mode', '*', 'scale')", ""),
+        ("signature = ('*', 'scale', 'mode')", ""),
+        ("names = ('LIMIT', 'TABLE', 'unsloth.user:use')", ""),
+        ("signature = ('mode', 'x')", "its first parameters are (x, mode), not (mode, x)"),
+        (
+            "signature = ('x', 'mode', 'scale')",
+            "its first parameters are (x, mode), not (x, mode, scale)",
+        ),
+        ("signature = ('x', '*', 'scale', 'bias')", "it has no parameter bias"),
+        (
+            "names = ('LIMIT', 'SIZE')",
+            "unsloth.kernels.utils has no SIZE, which the patch relies on",
+        ),
+        ("names = ('unsloth.user:gone',)", "unsloth.user has no gone, which the patch relies on"),
+        ("names = ('unsloth.gone:use',)", "unsloth.gone has no use, which the patch relies on"),
+    ],
+)
+def test_a_target_says_what_it_relies_on(fake, relies, reason):
+    """Known from the source before anything is replaced; a body that is edited does not matter."""
+    tables = "TABLE = {}\n"
+    write(fake, {"unsloth/kernels/utils.py": UTILS, "unsloth/kernels/tables.py": tables})
+    run(
+        f"""
+        catalogue(Patch("p", "t", (
+            T("unsloth.late:slow", "replace_slow"), T("unsloth.kernels.utils:fast", "replace_fast", {relies}),
+        )))
+        reason = {reason!r}
+        assert ("will be skipped" in reasons()["p"]) == bool(reason) and reason in reasons()["p"]
+        import unsloth.late
+        assert states() == {{"p": "skipped" if reason else "applied"}}, reasons()
+        assert reason in reasons()["p"]
+        assert unsloth.fast(1)[0] == unsloth.late.slow(1)[0] == ("stock" if reason else "patched")
+        """,
+        fake,
+    )
+
+
+def test_a_signature_holds_for_the_live_function_too(fake):
+    """Another library put its own in the place before a late import; and one that the source has not."""
+    write(fake, {"unsloth/kernels/utils.py": UTILS, "unsloth/kernels/tables.py": ""})
+    for theirs in ("lambda a: a", "print"):
+        run(
+            f"""
+            unsloth_patches.undo()
+            import unsloth.kernels.utils as utils
+            utils.fast = theirs = {theirs}
+            relies = dict(signature = ("x",))
+            catalogue(Patch("p", "t", (T("unsloth.kernels.utils:fast", "replace_fast", **relies),)))
+            unsloth_patches.install()
+            assert states() == {{"p": "skipped"}} and utils.fast is theirs, reasons()
+            assert "first parameters are" in reasons()["p"]
+            """,
+            fake,
+        )
+
+
+def test_names_hold_for_the_live_module_too(fake):
+    run(
+        """
+        unsloth_patches.undo()
+        import unsloth.user
+        del unsloth.user.use
+        relies = dict(names = ("unsloth.user:use",))
+        catalogue(Patch("p", "t", (T("unsloth.kernels.utils:fast", "replace_fast", **relies),)))
+        unsloth_patches.install()
+        assert states() == {"p": "skipped"} and "unsloth.user has no use" in reasons()["p"], reasons()
+        """,
+        fake,
+    )
+
+
+def test_a_class_has_no_signature(fake):
+    run(
+        """
+        catalogue(Patch("p", "t", (
+            T("unsloth.kernels.utils:Layer", "replace_fast", signature = ("x",)),
+        )))
+        import unsloth
+        assert states() == {"p": "skipped"} and "it is no function" in reasons()["p"]
+        """,
+        fake,
+    )
+
+
+# --- which definition is the live one ----------------------------------------------------------
+
+TWO = """
+    GPU = False
+    if GPU:
+        {first}
+    else:
+        {second}
+    """
+FUNCTIONS = ("def fast(x): return ('gpu', x)", "def fast(x): return ('stock', x)")
+CLASSES = (
+    "class fast:\n            def run(self): return 'gpu'",
+    "class fast:\n            def run(self): return 'stock'",
+)
+
+
+@pytest.mark.parametrize("definitions", [FUNCTIONS, CLASSES], ids = ["function", "class"])
+def test_the_definition_that_is_live_decides(fake, definitions):
+    """One of two is known: the patch applies where that is the live one, and not where it is the other."""
+    first, second = definitions
+    utils = TWO.format(first = first, second = second)
+    write(fake, {"unsloth/kernels/utils.py": utils})
+    body = """
+        from unsloth_patches.fingerprints import _definitions, _parsed, fingerprint_node
+        first, second = map(fingerprint_node, _definitions(_parsed("unsloth/kernels/utils.py"), "fast"))
+        assert first != second
+        def known(print):
+            return (T("unsloth.kernels.utils:fast", "replace_fast", fingerprints = frozenset({print})),)
+        catalogue(Patch("first", "t", known(first)), Patch("second", "t", known(second)))
+        import unsloth
+        assert states() == {"first": "skipped", "second": "applied"}, reasons()
+        assert f"does not know ({second})" in reasons()["first"]
+        """
+    run(body, fake)
+
+
+def test_a_class_without_methods_that_is_defined_twice_is_not_known(fake):
+    """It cannot be told which of them is live."""
+    first, second = ("class fast: mode = 'gpu'", "class fast: mode = 'stock'")
+    write(fake, {"unsloth/kernels/utils.py": TWO.format(first = first, second = second)})
+    run(
+        """
+        from unsloth_patches.fingerprints import fingerprint_file
+        known = fingerprint_file("unsloth/kernels/utils.py", "fast")
+        catalogue(Patch("p", "t", (
+            T("unsloth.kernels.utils:fast", "replace_fast", fingerprints = frozenset(known)),
+        )))
+        import unsloth
+        assert len(known) == 2 and states() == {"p": "skipped"} and "no source" in reasons()["p"]
+        """,
+        fake,
+    )
+
+
+def test_a_reload_of_an_edited_file_is_judged_by_the_new_text(fake):
+    """A source that was read before the edit is not taken for the one that runs."""
+    run(
+        """
+        from pathlib import Path
+        from unsloth_patches.upstream_source import upstream_fingerprints
+        known = frozenset(upstream_fingerprints(FAST.targets[0]))
+        target = T("unsloth.kernels.utils:fast", "replace_fast", fingerprints = known)
+        catalogue(Patch("p", "t", (target,)))
+        import unsloth.kernels.utils as utils
+        assert states() == {"p": "applied"}
+        source = Path(utils.__file__)
+        source.write_text(source.read_text().replace('("stock", x)', '("edited", x)'))
+        importlib.reload(utils)
+        assert states() == {"p": "skipped"} and utils.fast(1) == ("edited", 1), reasons()
+        """,
+        fake,
+    )
+
+
+# --- requirements ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "replacement, state", [("replace_raising", "failed"), ("replace_refusing", "skipped")]
+)
+def test_a_patch_whose_requirement_failed_is_not_applied(fake, replacement, state):
+    run(
+        f"""
+        first = Patch("first", "t", (T("unsloth.kernels.utils:fast", "{replacement}"),))
+        slow = Patch("slow", "t", (T("unsloth.late:slow", "replace_slow"),), requires = ("first",))
+        more = Patch("more", "t", (T("unsloth.user:use", "replace_slow"),), requires = ("slow",))
+        catalogue(first, slow, more)
+        import unsloth.late
+        assert states() == {{"first": "{state}", "slow": "skipped", "more": "skipped"}}
+        assert reasons()["slow"].startswith("needs first, which is {state}: ")
+        assert unsloth.late.slow(1) == ("stock", 1) == unsloth.user.use(1)
+        """,
+        fake,
+    )
+
+
+def test_a_requirement_that_fails_later_takes_what_needs_it_along(fake):
+    run(
+        """
+        below = Patch("below", "t", (*FAST.targets, T("unsloth.late:slow", "replace_raising")))
+        above = Patch("above", "t", (T("unsloth.user:use", "replace_slow"),), requires = ("below",))
+        other = Patch("other", "t", (T("unsloth.kernels.utils:Layer.scale", "replace_scale"),))
+        catalogue(below, above, other)
+        import unsloth
+        assert set(states().values()) == {"applied"}
+        import unsloth.late
+        assert states() == {"below": "failed", "above": "skipped", "other": "applied"}
+        assert reasons()["above"] == "needs below, which is failed: ValueError: boom"
+        assert unsloth.user.use(1) == unsloth.fast(1) == ("stock", 1)
+        assert unsloth.kernels.utils.Layer.scale(1)[0] == "patched"
+        """,
+        fake,
+    )
+
+
+def test_status_says_before_that_a_requirement_will_be_out(fake):
+    run(
+        """
+        gone = Patch("gone", "t", (T("unsloth.gone:f", "replace_fast"),))
+        catalogue(gone, Patch("fast", "t", FAST.targets, requires = ("gone",)))
+        expected = "needs gone, which is to be skipped: this Unsloth has no module unsloth.gone"
+        assert reasons()["fast"] == f"will be skipped: {expected}"
+        import unsloth
+        assert reasons()["fast"] == expected and unsloth.fast(1) == ("stock", 1)
+        """,
+        fake,
+    )
+
+
+# --- refusals, each provoked once --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "target, reason",
+    [
+        (
+            "T('unsloth.kernels.utils:gone', 'replace_fast')",
+            "unsloth.kernels.utils:gone is not there",
+        ),
+        (
+            "T('unsloth.kernels.utils:Layer.gone', 'replace_fast')",
+            "unsloth.kernels.utils:Layer.gone is not there",
+        ),
+        (
+            "T('unsloth.kernels.utils:gone', 'replace_fast', fingerprints = frozenset({'0'}))",
+            "unsloth.kernels.utils:gone is not defined in this Unsloth",
+        ),
+        ("T('unsloth.gone:fast', 'replace_fast')", "this Unsloth has no module unsloth.gone"),
+        ("T('unsloth.kernels.utils:fast', 'replace_refusing')", "upstream text changed"),
+    ],
+)
+def test_a_patch_that_does_not_fit_leaves_stock(fake, target, reason):
+    """With a second target that would fit: never half patched."""
+    run(
+        f"""
+        catalogue(Patch("p", "t", (T("unsloth.user:use", "replace_slow"), {target})))
+        import unsloth
+        assert unsloth.user.use(1) == ("stock", 1) == unsloth.fast(1)
+        assert {reason!r} in reasons()["p"], reasons()
+        assert states() == {{"p": "skipped"}}
+        """,
+        fake,
+    )
+
+
+def test_an_older_release_is_refused_by_a_patch_for_a_newer_one(fake):
+    write(fake, {"unsloth/_version.py": '__version__ = "2026.9.30"\n'})
+    run(
+        """
+        def since(name, release):
+            return Patch(name, "t", FAST.targets, since = release)
+        catalogue(since("new", "2026.10.1"), since("same", "2026.9.30"), since("old", "2026.9.4"))
+        import unsloth
+        assert states() == {"new": "skipped", "same": "applied", "old": "applied"}
+        assert reasons()["new"] == "made for Unsloth 2026.10.1 and newer; this is 2026.9.30"
+        """,
+        fake,
+    )
+
+
+@pytest.mark.parametrize("name", ["Layer", "Layer.scale"])
+def test_a_class_is_not_replaced_late(fake, name):
+    body = f"""
+        catalogue(Patch("p", "t", (T("unsloth.kernels.utils:{name}", "replace_scale"),)))
+        unsloth_patches.install()
+        assert states()["p"] == "skipped" and "is a class or a part of one" in reasons()["p"]
+        assert "unsloth was imported before unsloth_patches" in reasons()["p"]
+        assert unsloth.kernels.utils.Layer.scale(1) == ("stock", 1)
+        """
+    python("import unsloth\n" + textwrap.dedent(PREAMBLE) + textwrap.dedent(body), fake)
+
+
+def test_what_this_release_lacks_is_not_waited_for(fake):
+    """An optional target whose module, or whose name, an old release has not."""
+    run(
+        """
+        absent = [
+            T("unsloth.gone:f", "replace_fast", optional = True),
+            T("unsloth.user:gone", "replace_fast", optional = True),
+        ]
+        catalogue(
+            Patch("p", "t", (*FAST.targets, *absent)),
+            Patch("q", "t", (T("unsloth.late:slow", "replace_slow"), absent[0])),
+        )
+        assert reasons()["p"] == (
+            "will apply; waits for unsloth.kernels.utils; not in this release: unsloth.gone, unsloth.user"
+        )
+        import unsloth
+        rows = {row.name: row for row in unsloth_patches.status()}
+        assert rows["p"].state == "applied" and (rows["p"].brief, rows["p"].replaced) == ("", 1)
+        assert rows["p"].reason == "not in this release: unsloth.gone, unsloth.user"
+        assert rows["q"].reason == "will apply; waits for unsloth.late; not in this release: unsloth.gone"
+        assert rows["q"].brief == "will apply"
+        """,
+        fake,
+    )
+
+
+# --- something raises, then use again ----------------------------------------------------------
+
+
+def test_undo_restores_everything_though_a_replacement_cannot(fake):
+    """What a replacement's own undo raises is told; every function comes back, and install() works."""
+    done = run(
+        """
+        repl = importlib.import_module("unsloth_patches.unsloth.repl")
+        def replace_stubborn(stock):
+            def fast(x):
+                return ("patched", stock(x))
+            def undo():
+                raise OSError("it is stuck")
+            fast._undo_replacement = undo
+            return fast
+        repl.replace_stubborn = replace_stubborn
+        stubborn = Patch("stubborn", "t", (
+            T("unsloth.kernels.utils:fast", "replace_stubborn"),
+            T("unsloth.kernels.utils:Layer.scale", "replace_stubborn"),
+        ))
+        catalogue(Patch("use", "t", (T("unsloth.user:use", "replace_slow"),)), stubborn)
+        import unsloth
+        assert unsloth.fast(1)[0] == unsloth.user.use(1)[0] == "patched"
+        unsloth_patches.undo()
+        assert unsloth.fast(1) == unsloth.user.use(1) == ("stock", 1)
+        assert unsloth.kernels.utils.Layer.scale(1) == ("stock", 1)
+        assert set(states().values()) == {"off"}
+        catalogue(FAST)
+        unsloth_patches.install()
+        assert unsloth.fast(1) == ("patched", ("stock", 1))
+        """,
+        fake,
+    )
+    assert done.stderr.count("stubborn could not take back all that it had changed") == 2
+
+
+def test_stock_after_an_exception_is_whole(fake):
+    """Raised in the body, in a nested block, by an import inside: everything is back, and works again."""
+    write(fake, {"unsloth/broken.py": "raise KeyError('broken')\n"})
+    run(
+        """
+        catalogue(FAST, Patch("scale", "t", (T("unsloth.kernels.utils:Layer.scale", "replace_scale"),)))
+        import unsloth
+        from unsloth.kernels.utils import Layer
+        def inner():
+            with unsloth_patches.stock():
+                raise KeyError
+        for raising in (lambda: 1 / 0, inner, lambda: importlib.import_module("unsloth.broken")):
+            for _ in range(2):
+                try:
+                    with unsloth_patches.stock():
+                        assert unsloth.fast(1) == unsloth.user.use(1) == Layer.scale(1) == ("stock", 1)
+                        raising()
+                except (KeyError, ZeroDivisionError):
+                    pass
+                else:
+                    raise AssertionError
+                patched = ("patched", ("stock", 1))
+                assert unsloth.fast(1) == unsloth.user.use(1) == Layer.scale(1) == patched
+                assert set(states().values()) == {"applied"}
+        """,
+        fake,
+    )
+
+
+def test_a_module_reloaded_inside_stock_keeps_its_new_replacement(fake):
+    """The block's end must not put back what was made of the functions before the reload."""
+    run(
+        """
+        catalogue(FAST)
+        import unsloth.kernels.utils as utils
+        old = utils.fast
+        with unsloth_patches.stock():
+            importlib.reload(utils)
+            new = utils.fast
+            assert new(1) == ("patched", ("stock", 1)) and new is not old
+        assert utils.fast is new and states() == {"fast": "applied"}
+        """,
+        fake,
+    )
+
+
+def test_a_module_that_raises_is_patched_when_it_is_imported_again(fake):
+    write(
+        fake,
+        {
+            "unsloth/late.py": "import os\n1 / ('READY' in os.environ)\ndef slow(x): return ('stock', x)\n"
+        },
+    )
+    run(
+        """
+        import os
+        catalogue(Patch("slow", "t", (T("unsloth.late:slow", "replace_slow"),)))
+        import unsloth
+        try:
+            import unsloth.late
+        except ZeroDivisionError:
+            pass
+        assert states() == {"slow": "pending"}
+        os.environ["READY"] = "1"
+        import unsloth.late
+        assert unsloth.late.slow(1) == ("patched", ("stock", 1)) and states() == {"slow": "applied"}
+        """,
+        fake,
+    )
+
+
+# --- names of variables ------------------------------------------------------------------------
+
+OLD, NEW = "UNSLOTH_PATCHES_FULLGRAPH", "UNSLOTH_FULLGRAPH"
+
+
+@pytest.mark.parametrize(
+    "given, value, said",
+    [
+        ({OLD: "strict"}, "strict", f"{OLD} is now called {NEW}"),
+        ({OLD: "strict", NEW: "off"}, "off", f"{OLD}=strict is ignored, because {NEW}=off is set"),
+        ({OLD: "off", NEW: "off"}, "off", ""),
+        ({NEW: "off"}, "off", ""),
+        ({}, None, ""),
+    ],
+)
+def test_an_old_variable_is_read_with_a_warning(fake, given, value, said):
+    """Once, naming both names; a process that this one starts says nothing again."""
+    code = f"""
+        import os, subprocess, sys
+        import unsloth_patches
+        unsloth_patches.undo(), unsloth_patches.install()
+        assert os.environ.get("{NEW}") == {value!r}
+        if len(sys.argv) == 1 and {said!r} and "ignored" not in {said!r}:
+            again = [sys.executable, "-c", "import unsloth_patches"]
+            assert subprocess.run(again, capture_output = True).stderr == b""
+        """
+    cleared = dict.fromkeys((OLD, NEW))
+    error = python(textwrap.dedent(code), fake, {**cleared, **given}).stderr
+    assert error.count("FutureWarning: unsloth_patches: ") == bool(said) and said in error
+    assert not said or OLD in error and NEW in error
+
+
+def test_the_other_old_variable(fake):
+    code = "import os, unsloth_patches; print(os.environ['UNSLOTH_FSDP2_OFFLOAD'])"
+    done = python(code, fake, {"UNSLOTH_PATCHES_OFFLOAD": "all", "UNSLOTH_FSDP2_OFFLOAD": None})
+    assert done.stdout.strip() == "all" and "UNSLOTH_FSDP2_OFFLOAD" in done.stderr
