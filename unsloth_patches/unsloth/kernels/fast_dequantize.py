@@ -13,6 +13,7 @@ from .nf4_dequantize_kernel import HIP, DequantizeUnavailable
 __all__ = ["dequantize_in_one_launch"]
 
 is_compiling = torch.compiler.is_compiling
+_empty_like, _contiguous = torch.empty_like, torch.contiguous_format
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
@@ -53,15 +54,15 @@ def dequantize_in_one_launch(stock):
                 result = out
             elif use_global_buffer:
                 result = utils.scratch(plan)
-            else:  # cheaper than torch.empty
-                result = plan.prototype.new_empty(plan.shape)
+            else:
+                result = _empty_like(plan.prototype, memory_format = _contiguous)
             if plan.numel:
-                plan.launch(W, address, plan.tensors, result)
+                plan.launch.run(W, address, plan.tensors, result)
         except DequantizeUnavailable as error:
             utils.failed = True
             warnings.warn(f"{error} Unsloth's own kernels take over.", stacklevel = 2)
             return fast_dequantize(W, quant_state, out, use_global_buffer, dtype)
-        return result.t() if W.size(0) == 1 else result
+        return result.t() if W.shape[0] == 1 else result
 
     return fast_dequantize
 
@@ -90,7 +91,7 @@ class _Utils:
         index = plan.device.index
         # Nothing is captured on the default stream, 0: _can_use_scratch would say yes.
         if index is None or _raw_stream(index) and not self.names["_can_use_scratch"](plan.device):
-            return plan.prototype.new_empty(plan.shape)
+            return _empty_like(plan.prototype, memory_format = _contiguous)
         key, buffer, view = getattr(plan, "scratch", (None, None, None))
         if view is None or self.buffers.get(key) is not buffer:
             view = self.names["_scratch"]("weight", plan.device, plan.numel, plan.dtype)

@@ -284,7 +284,7 @@ class Launch:
 
         self.launch, self.relaunch = launch, relaunch
 
-    def __call__(
+    def run(
         self,
         W: torch.Tensor,
         address: int,
@@ -354,10 +354,10 @@ def _dequantize_into(
     blocksize2: int,
 ) -> None:
     if out.numel():
-        decode = launch_for(
+        launch = launch_for(
             quant_type, blocksize, blocksize2, out.numel(), out.device.index, out.dtype
         )
-        decode(W, W.data_ptr(), (absmax, code2, absmax2, offset), out)
+        launch.run(W, W.data_ptr(), (absmax, code2, absmax2, offset), out)
 
 
 # Opaque: as a triton_op, Inductor parsed, analysed and compiled the kernel anew for each weight of each
