@@ -474,12 +474,13 @@ PATCHES: Tuple[Patch, ...] = (
         targets = (
             Target(
                 attribute = "unsloth.kernels.swiglu:swiglu_DWf_DW_dfg_kernel",
-                replacement = "kernels.swiglu_backward:replace_swiglu_DWf_DW_dfg_kernel",
+                replacement = "kernels.swiglu_backward:backward_in_place_when_traced",
                 fingerprints = frozenset({"c63ff827627e9084"}),
             ),
         ),
         modules = ("kernels/swiglu_backward.py",),
         tests = {"tests/test_swiglu_backward.py": "interpreter"},
+        requires = ("test-backends",),
         since = "2026.10.9",
     ),
     Patch(
