@@ -33,7 +33,7 @@ def kernel(nf4):
 
 @pytest.fixture(scope = "module")
 def decorator(nf4):
-    return importlib.import_module("unsloth.kernels.fast_dequantize").dequantize_in_one_launch
+    return importlib.import_module("unsloth.kernels.nf4_fast_dequantize").dequantize_in_one_launch
 
 
 def as_list(state):

@@ -208,7 +208,7 @@ PATCHES: Tuple[Patch, ...] = (
         targets = (
             Target(
                 attribute = "unsloth.kernels.utils:fast_dequantize",
-                replacement = "kernels.fast_dequantize:dequantize_in_one_launch",
+                replacement = "kernels.nf4_fast_dequantize:dequantize_in_one_launch",
                 fingerprints = frozenset(
                     # One definition per device branch, and the outermost one that is live: 2026.10.9, .7
                     "1454833d36486569 317cbc886535aa9f 6362d349d6e3df04 d01b9c70a43e6aa4 "
@@ -217,7 +217,7 @@ PATCHES: Tuple[Patch, ...] = (
                 import_after = "from .nvfp4 import NVFP4QuantState, nvfp4_dequantize, nvfp4_linear",
             ),
         ),
-        modules = ("kernels/fast_dequantize.py", "kernels/nf4_dequantize.py"),
+        modules = ("kernels/nf4_dequantize.py", "kernels/nf4_fast_dequantize.py"),
         tests = {"tests/test_nf4_dequantize.py": "interpreter"},
         requires = ("nf4-kernel",),
     ),

@@ -79,10 +79,10 @@ def run_form(
     if jobs < 1:
         raise PatchesError(f"{jobs} processes cannot run anything", "--jobs takes 1 or more")
     chosen = _choose(project, wanted)
-    if (
-        form == "stock"
-    ):  # what a patch without targets brings, such as test helpers, needs no change of Unsloth
-        changes = {test for patch in project.patches if patch.targets for test in patch.tests}
+    if form == "stock":
+        # What a patch brings that adds test helpers alone needs no change of Unsloth.
+        patches = [patch for patch in project.patches if patch.targets or patch.modules]
+        changes = {test for patch in patches for test in patch.tests}
         chosen = {file: backend for file, backend in chosen.items() if file in changes}
     home = project.root if form == "import" else _make_home(project, form, scratch)
     result = FormResult(form, [], [])
