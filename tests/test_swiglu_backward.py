@@ -3,29 +3,24 @@
 """SwiGLU's backward inside compiled blocks: exact as the eager kernel, with one buffer less."""
 
 import logging
-import os
 
+import pytest
 import torch
+import torch.nn.functional as F
+from backend import DEVICE, GPU, require
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("UNSLOTH_ALLOW_CPU", "1")
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-import unsloth  # noqa: F401, E402
-import pytest  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-torch.set_num_threads(1)
-logging.getLogger("torch.__trace").disabled = True  # pytest would capture megabytes a compilation
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason = "needs a CUDA GPU")
+require("interpreter")
+on_gpu = pytest.mark.skipif(not GPU, reason = "needs a CUDA GPU")
 
 
 @pytest.fixture
 def swiglu(monkeypatch):
     """The kernel behind LoRA_MLP's backward, and the operator that compiled code calls."""
+    import unsloth  # noqa: F401
     from unsloth.kernels import swiglu, swiglu_backward
 
+    # pytest would capture megabytes a compilation
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
     monkeypatch.setattr(swiglu_backward, "_DEVICES", (DEVICE,))
     torch._dynamo.reset()
     return swiglu
@@ -94,6 +89,20 @@ def test_the_gradient_s_buffer_is_reused_and_e_and_g_are_kept(swiglu):
 def test_the_operator_is_registered_as_it_behaves(swiglu):
     """Schema, mutation, fake tensors and functionalization agree (torch.library.opcheck)."""
     torch.library.opcheck(torch.ops.unsloth.swiglu_backward_.default, tuple(tensors((4, 40))))
+
+
+@pytest.mark.parametrize("case", ["eager", "with grad", "other device"])
+def test_everything_else_goes_to_stock(swiglu, monkeypatch, case):
+    """Eager code, traces that autograd records, and devices without Triton's kernels."""
+    from unsloth.kernels import swiglu_backward
+
+    stock = swiglu_backward.backward_in_place_when_traced(lambda DW, e, g: (DW * 2, e, g))
+    inputs = tensors((2, 8))
+    if case == "other device":
+        monkeypatch.setattr(swiglu_backward, "_DEVICES", ("xpu",))
+    function = stock if case == "eager" else torch.compile(stock, backend = "eager", fullgraph = True)
+    with torch.set_grad_enabled(case == "with grad"):
+        assert torch.equal(function(*inputs)[0], inputs[0] * 2)
 
 
 @pytest.mark.parametrize(

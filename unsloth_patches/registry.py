@@ -211,12 +211,21 @@ PATCHES: Tuple[Patch, ...] = (
         requires = ("llama-chat-templates", "parallel-tool-calls"),
     ),
     Patch(
+        name = "nf4-kernel",
+        title = "Add a Triton kernel that decodes any bitsandbytes 4-bit weight in one launch",
+        targets = (),
+        modules = ("kernels/nf4_decode.py", "kernels/nf4_dequantize_kernel.py"),
+        shared = ("nf4_weights.py",),
+        tests = {"tests/test_nf4_kernel.py": "interpreter"},
+        requires = ("test-backends",),
+    ),
+    Patch(
         name = "nf4-dequantize",
         title = "Dequantize every bitsandbytes 4-bit weight in one Triton launch",
         targets = (
             Target(
                 attribute = "unsloth.kernels.utils:fast_dequantize",
-                replacement = "kernels.nf4_dequantize:replace_fast_dequantize",
+                replacement = "kernels.nf4_fast_dequantize:dequantize_in_one_launch",
                 fingerprints = frozenset(
                     # One definition per device branch, and the outermost one that is live: 2026.10.9, .7
                     "1454833d36486569 317cbc886535aa9f 6362d349d6e3df04 d01b9c70a43e6aa4 "
@@ -224,16 +233,9 @@ PATCHES: Tuple[Patch, ...] = (
                 ),
             ),
         ),
-        modules = (
-            "kernels/nf4_decode.py",
-            "kernels/nf4_dequantize.py",
-            "kernels/nf4_dequantize_kernel.py",
-            "kernels/nf4_launch.py",
-            "kernels/nf4_operator.py",
-            "kernels/nf4_plan.py",
-            "kernels/nf4_quant_state.py",
-        ),
+        modules = ("kernels/nf4_dequantize.py", "kernels/nf4_fast_dequantize.py"),
         tests = {"tests/test_nf4_dequantize.py": "interpreter"},
+        requires = ("nf4-kernel",),
     ),
     Patch(
         name = "linear-loss",
@@ -486,12 +488,13 @@ PATCHES: Tuple[Patch, ...] = (
         targets = (
             Target(
                 attribute = "unsloth.kernels.swiglu:swiglu_DWf_DW_dfg_kernel",
-                replacement = "kernels.swiglu_backward:replace_swiglu_DWf_DW_dfg_kernel",
+                replacement = "kernels.swiglu_backward:backward_in_place_when_traced",
                 fingerprints = frozenset({"c63ff827627e9084"}),
             ),
         ),
         modules = ("kernels/swiglu_backward.py",),
         tests = {"tests/test_swiglu_backward.py": "interpreter"},
+        requires = ("test-backends",),
         since = "2026.10.9",
     ),
     Patch(

@@ -76,8 +76,9 @@ def run_form(
     if jobs < 1:
         raise PatchesError(f"{jobs} processes cannot run anything", "--jobs takes 1 or more")
     backends = _choose(project, wanted)
-    if form == "stock":  # a patch without targets, such as test helpers, needs no change of Unsloth
-        changes = {test for patch in project.patches if patch.targets for test in patch.tests}
+    if form == "stock":  # what a patch brings that adds test helpers alone needs no change of Unsloth
+        patches = [patch for patch in project.patches if patch.targets or patch.modules]
+        changes = {test for patch in patches for test in patch.tests}
         backends = {file: backend for file, backend in backends.items() if file in changes}
     if form == "upstream":
         backends = dict.fromkeys(backends, "all")

@@ -30,7 +30,7 @@ for name, case in cases.items():
     for capability in aot.CAPABILITIES if dequantize else aot.QUICK:
         report[f"{name} {capability}"] = told(aot.compile_case(case, capability))
 for name, options in {"fp32": {"out": "*fp32"}, "no hints": {"ALIGN": 4}}.items():
-    report[name] = told(aot.compile_case(nf4_case(name, "dequantize_kernel", **options), 90))
+    report[name] = told(aot.compile_case(nf4_case(name, **options), 90))
 print(json.dumps(report))
 """
 
@@ -66,10 +66,9 @@ def test_every_launched_kernel_is_compiled():
 
 
 @pytest.mark.parametrize("capability", aot.CAPABILITIES)
-@pytest.mark.parametrize("weights", ("one weight", "several weights"))
-def test_dequantize_is_wide_and_spills_nothing(compiled, weights, capability):
+def test_dequantize_is_wide_and_spills_nothing(compiled, capability):
     """One kernel; 32 elements a thread, loaded and stored 128 bits at a time; no local memory."""
-    code = compiled[f"4-bit dequantize, {weights} {capability}"]
+    code = compiled[f"4-bit dequantize {capability}"]
     assert code["entries"] == 1
     assert total(code, "LDG", ".128") == 1
     assert total(code, "STG") == 4 == total(code, "STG", ".128")

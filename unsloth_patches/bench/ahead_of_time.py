@@ -114,9 +114,7 @@ def compile_case(case: Case, capability: int) -> Code:
 
 
 def _type(case: Case, argument: str, capability: int) -> str:
-    # An argument of several weights, W_0 to W_3, has the type of W.
-    stem = re.sub(r"_\d$", "", argument)
-    return case.types.get(stem, "fp32").replace("T", half(capability))
+    return case.types.get(argument, "fp32").replace("T", half(capability))
 
 
 def _tools() -> Path:

@@ -46,26 +46,18 @@ def half(capability: int) -> str:
 # ------------------------------------------------------------------------------- the kernels
 
 
-def _nf4_settings(capability: int) -> Tuple[int, int]:
-    from unsloth_patches.unsloth.kernels.nf4_dequantize_kernel import (
-        DEFAULT_SETTINGS,
-        LAUNCH_SETTINGS,
-    )
-
-    return LAUNCH_SETTINGS.get(divmod(capability, 10), DEFAULT_SETTINGS)
-
-
 def nf4_case(
     name: str,
-    kernel: str,
     out: str = "*T",
     **changed,
 ) -> Case:
-    """The dequantize kernels on a double quantized NF4 weight of blocksize 64."""
+    """The dequantize kernel on a double quantized NF4 weight of blocksize 64."""
+
+    from unsloth_patches.unsloth.kernels.nf4_dequantize_kernel import CHUNKS, WARPS
 
     def constants(capability: int) -> dict:
         plain = {
-            "CHUNKS": _nf4_settings(capability)[0],
+            "CHUNKS": CHUNKS,
             "BLOCK_SHIFT": 1,
             "BLOCK2_SHIFT": 8,
             "NESTED": True,
@@ -78,9 +70,9 @@ def nf4_case(
         return {**plain, **changed}
 
     types = {"W": "*u8", "absmax": "*u8", "code2": "*fp32", "absmax2": "*fp32", "offset": "*fp32"}
-    types.update(out = out, n_elements = "i32", first_tile = "i32", out_start = "i32")
-    warps = lambda capability: _nf4_settings(capability)[1]  # noqa: E731
-    return Case(name, "nf4_dequantize_kernel", kernel, types, constants, warps)
+    types.update(out = out, n_elements = "i32")
+    module, kernel = "nf4_dequantize_kernel", "dequantize_kernel"
+    return Case(name, module, kernel, types, constants, lambda capability: WARPS)
 
 
 def _rows(half_logits: bool) -> Tuple[int, dict]:
@@ -140,9 +132,8 @@ def _log_probs_case(name: str, kernel: str, **flags) -> Case:
 def cases() -> List[Case]:
     """Every kernel that the patches launch, in the forms that training uses most."""
     return [
-        nf4_case("4-bit dequantize, one weight", "dequantize_kernel"),
-        nf4_case("4-bit dequantize, several weights", "dequantize_many_kernel"),
-        nf4_case("4-bit dequantize, any size", "dequantize_kernel", ON_GRID = False),
+        nf4_case("4-bit dequantize"),
+        nf4_case("4-bit dequantize, any size", ON_GRID = False),
         _cross_entropy_case("cross entropy, plain", half_logits = True, options = False),
         _cross_entropy_case(
             "cross entropy, every option, float32 logits", half_logits = False, options = True

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Callable, Dict, List, Tuple
+from typing import Callable, List, Tuple
 
 from . import harness
 from .dequant_report import plot, print_tables, summarize
@@ -26,7 +26,6 @@ MODELS = {
 }
 OTHER_SHAPES = ((1024, 14336),)
 MLPS = ((2, 3333, 2048, 8192), (5, 777, 1024, 4096), (3, 2048, 4096, 14336))  # of the puzzle
-TOKENS = 8192  # of a training step: 4 sequences of 2048
 
 
 def shapes() -> List[Tuple[int, int]]:
@@ -41,7 +40,7 @@ class Functions:
     def __init__(self):
         import bitsandbytes.functional
         import unsloth  # noqa: F401
-        from unsloth.kernels import nf4_dequantize, utils
+        from unsloth.kernels import utils
 
         self.ours = utils.fast_dequantize
         self.upstream = getattr(self.ours, "__wrapped__", None)
@@ -50,7 +49,6 @@ class Functions:
                 "bench dequant: unsloth.kernels.utils.fast_dequantize is not the patched one, so "
                 "there is nothing to compare. See `python -m unsloth_patches status`."
             )
-        self.many = nf4_dequantize.dequantize_4bit_many
         self.bitsandbytes = bitsandbytes.functional.dequantize_4bit
 
 
@@ -123,43 +121,6 @@ def bench_single(functions: Functions, rounds: int, quick: bool) -> List[dict]:
     return rows
 
 
-def groups() -> Dict[str, List[Tuple[int, int]]]:
-    """Weights that share an input, by name."""
-    found = {}
-    for name, model in MODELS.items():
-        found[f"{name} Q, K, V"] = [model["q, o"], model["k, v"], model["k, v"]]
-        found[f"{name} gate, up"] = [model["gate, up"]] * 2
-    return found
-
-
-def bench_many(functions: Functions, rounds: int) -> List[dict]:
-    """Q, K, V and gate, up: separate calls beside one launch into one buffer; with host time."""
-    import torch
-
-    rows = []
-    for name, members in groups().items():
-        pairs = [make_weight(shape, torch.bfloat16) for shape in members]
-        whole = make_weight((sum(height for height, _ in members), members[0][1]), torch.bfloat16)
-        weights, states = map(list, zip(*pairs))
-        each = lambda f: [f(packed, state) for packed, state in pairs]
-        candidates = {
-            "upstream, separate": lambda: each(functions.upstream),
-            "bitsandbytes, separate": lambda: each(functions.bitsandbytes),
-            "ours, separate": lambda: each(functions.ours),
-            "ours, one launch": lambda: functions.many(weights, states),
-            "upstream, as one weight": lambda: functions.upstream(*whole),
-        }
-        rows.append(
-            {
-                "group": name,
-                # More rounds than for one weight: three launches that follow each other scatter more.
-                "us": harness.measure(candidates, rounds = 3 * rounds),
-                "host_us": harness.host_time(candidates, calls = 60, rounds = 15),
-            }
-        )
-    return rows
-
-
 def bench_host(functions: Functions) -> dict:
     """Host microseconds of a call on a small weight, fresh output and Unsloth's global buffer."""
     import torch
@@ -224,66 +185,24 @@ def bench_mlp(functions: Functions, calls: int) -> List[dict]:
     return rows
 
 
-def bench_backward(functions: Functions, rounds: int) -> List[dict]:
-    """Is one launch worth wiring in? dX of the projections that share an input, weights included.
-
-    As fast_lora.py computes it: decode, multiply, add. Separately, each dense weight is freed
-    before the next is decoded; decoded together, all are in memory at once (Llama-8B's Q, K and V:
-    48 MiB instead of 32; gate and up: 224 instead of 112).
-    """
-    import torch
-
-    rows = []
-    for name, members in groups().items():
-        if "70B" in name:
-            continue
-        pairs = [make_weight(shape, torch.bfloat16) for shape in members]
-        weights, states = map(list, zip(*pairs))
-        grads = [
-            torch.randn(TOKENS, height, dtype = torch.bfloat16, device = "cuda")
-            for height, _ in members
-        ]
-        dX = torch.empty(TOKENS, members[0][1], dtype = torch.bfloat16, device = "cuda")
-
-        def separate(f):
-            for i, ((packed, state), grad) in enumerate(zip(pairs, grads)):
-                dense = f(packed.t(), state).t()
-                torch.mm(grad, dense, out = dX) if i == 0 else dX.addmm_(grad, dense)
-                del dense
-
-        def together():
-            for i, (dense, grad) in enumerate(zip(functions.many(weights, states), grads)):
-                torch.mm(grad, dense, out = dX) if i == 0 else dX.addmm_(grad, dense)
-
-        candidates = {
-            "upstream, separate": lambda: separate(functions.upstream),
-            "ours, separate": lambda: separate(functions.ours),
-            "ours, one launch": together,
-        }
-        times = harness.measure(candidates, rounds = rounds)
-        rows.append({"group": name, "tokens": TOKENS, "us": times})
-    return rows
-
-
 def bench_ablation(rounds: int) -> List[dict]:
     """What the 16-byte hints and the PTX decode are worth: the same kernel without one of them."""
     import torch
-    from unsloth.kernels import nf4_launch, nf4_plan
+    from unsloth.kernels import nf4_dequantize
+    from unsloth.kernels.nf4_dequantize_kernel import WARPS, dequantize_kernel
 
     rows = []
     for shape in ((1024, 4096), (4096, 14336)):
         packed, state = make_weight(shape, torch.bfloat16)
-        plan = nf4_plan.plan_for(packed, state)
-        out = plan.empty()
-        chunks, warps, _ = nf4_launch.settings(plan.index)
-        constants = nf4_launch.constants_of(plan.format, 16, [plan.numel], plan.index)
-        kernel, grid, arguments = nf4_launch.arguments_of(
-            [(packed, *plan.tensors)], out, [plan.numel], chunks
-        )
+        plan = nf4_dequantize.plan_for(packed, state)
+        out = torch.empty(shape, dtype = torch.bfloat16, device = "cuda")
+        arguments = (packed, *plan.tensors, out, plan.numel)
 
         def variant(**changed):
-            options = {**constants, **changed}
-            return lambda: kernel[(grid,)](*arguments, **options, num_warps = warps)
+            options = {**plan.launch.constants, "ALIGN": 16, **changed}
+            return lambda: dequantize_kernel[plan.launch.grid](
+                *arguments, **options, num_warps = WARPS
+            )
 
         times = harness.measure(
             {
@@ -307,10 +226,8 @@ def run(out: Path, quick: bool = False) -> int:
     functions = Functions()
     rounds = 20 if quick else 100
     results = {"single": bench_single(functions, rounds, quick)}
-    results["many"] = bench_many(functions, rounds)
     results["host"] = bench_host(functions)
     results["mlp"] = bench_mlp(functions, 100 if quick else 1000)
-    results["backward"] = bench_backward(functions, rounds // 4)
     results["ablation"] = bench_ablation(rounds)
     results["summary"] = summarize(results["single"])
     print_tables(results)

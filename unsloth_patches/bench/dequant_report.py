@@ -53,14 +53,6 @@ def print_tables(results: dict) -> None:
         )
     columns = ["weight", "upstream", "bitsandbytes", "ours", "copy", "ours/upstream", "ours/copy"]
     harness.print_table("GPU microseconds", columns, rows)
-    tokens = results["backward"][0]["tokens"]
-    titles = {"many": "several weights, GPU us", "backward": f"dX with {tokens} tokens, GPU us"}
-    for key, title in titles.items():
-        for row in results[key]:
-            values = {name: round(time["median"], 1) for name, time in row["us"].items()}
-            print(f"{title}: {row['group']}: {values}")
-            if "host_us" in row:
-                print("   host us:", {n: round(t["median"], 1) for n, t in row["host_us"].items()})
     print("host us a call:", {n: round(t["median"], 2) for n, t in results["host"].items()})
     for row in results["mlp"]:
         print(f"MLP {row['mlp']}, {row['calls']} calls, seconds:", row["seconds"])
@@ -83,29 +75,14 @@ def _plot_single(axes, rows, quant_type):
 
 
 def plot(results: dict, path: Path, gpu: str) -> None:
-    """Writes the PNG: NF4 and FP4 by shape, several weights at once, host time of a call."""
+    """Writes the PNG: NF4 and FP4 by shape, host time of a call."""
     with harness.plot_style() as plt:
         figure = plt.figure(figsize = (11, 9.5))
         grid = figure.add_gridspec(3, 2)
         _plot_single(figure.add_subplot(grid[0, :]), results["single"], "nf4")
         _plot_single(figure.add_subplot(grid[1, :]), results["single"], "fp4")
 
-        axes = figure.add_subplot(grid[2, 0])
-        names = {
-            "upstream, separate": "upstream",
-            "ours, separate": "extra",
-            "ours, one launch": "ours",
-        }
-        base = [r["us"]["upstream, separate"]["median"] for r in results["many"]]
-        series = {
-            n: [b / r["us"][n]["median"] for b, r in zip(base, results["many"])] for n in names
-        }
-        labels = [r["group"].replace(" ", "\n", 1) for r in results["many"]]
-        harness.grouped_bars(axes, labels, series, "speedup over upstream's calls", names)
-        axes.tick_params(axis = "x", labelsize = 7)
-        axes.set_title("Several weights that share an input, GPU time")
-
-        axes = figure.add_subplot(grid[2, 1])
+        axes = figure.add_subplot(grid[2, :])
         host = {name: time["median"] for name, time in results["host"].items()}
         kinds = {"NF4": "", "NF4, global buffer": ", global buffer", "FP4": ", FP4"}
         names = {"upstream": "upstream", "ours": "ours"}

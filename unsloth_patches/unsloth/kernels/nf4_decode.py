@@ -17,26 +17,12 @@ import triton.language as tl
 
 # The constants of bitsandbytes' CUDA kernels, equal to get_4bit_type's float32 tables save for
 # FP4's -0.0, which that table holds as +0.0.
-NF4_CODE = tl.constexpr(
-    (
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    )
-)
+NF4_CODE = tl.constexpr((
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+))  # fmt: skip
 _FP4_MAGNITUDES = tuple(
     struct.unpack("f", struct.pack("f", value / 12))[0]
     for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
@@ -47,7 +33,6 @@ FP4_CODE = tl.constexpr(_FP4_MAGNITUDES + tuple(-value for value in _FP4_MAGNITU
 _SPLIT_BYTES = tl.constexpr("prmt.b32 $0, $2, $3, 0x6420; prmt.b32 $1, $2, $3, 0x7531;")
 # prmt picks a byte of eight by a nibble's low three bits; its fourth bit then chooses between
 # the lower and the upper half of the table. Nibbles come in the order 1, 0, 3, 2 of elements.
-# In one line: Inductor writes a kernel's constants into its source as they are.
 _LOOK_UP = tl.constexpr(
     "{ "
     ".reg .b32 select, half, a, b, low, high; "
@@ -81,14 +66,8 @@ _LOOK_UP = tl.constexpr(
 def multiply(a, b, PTX: tl.constexpr):
     """a * b, rounded on its own (never part of an FMA) and flushed like bitsandbytes' FMUL.FTZ."""
     if PTX:
-        return tl.inline_asm_elementwise(
-            "mul.rn.ftz.f32 $0, $1, $2;",
-            "=f,f,f",
-            [a, b],
-            dtype = tl.float32,
-            is_pure = True,
-            pack = 1,
-        )
+        MUL: tl.constexpr = "mul.rn.ftz.f32 $0, $1, $2;"
+        return tl.inline_asm_elementwise(MUL, "=f,f,f", [a, b], tl.float32, is_pure = True, pack = 1)
     else:
         return a * b
 
@@ -111,9 +90,7 @@ def _pack_pair(a, b, T: tl.constexpr, HAS_CVT2: tl.constexpr):
         CVT: tl.constexpr = (
             "cvt.rn.bf16x2.f32 $0, $2, $1;" if T == tl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
         )
-        return tl.inline_asm_elementwise(
-            CVT, "=r,f,f", [a, b], dtype = tl.uint32, is_pure = True, pack = 1
-        )
+        return tl.inline_asm_elementwise(CVT, "=r,f,f", [a, b], tl.uint32, is_pure = True, pack = 1)
     else:
         low = a.to(T).to(tl.uint16, bitcast = True).to(tl.uint32)
         high = b.to(T).to(tl.uint16, bitcast = True).to(tl.uint32)
@@ -153,13 +130,12 @@ def _byte_table(
     HAS_CVT2: tl.constexpr,
 ):
     """(low bytes, high bytes) of four half words, those of codes I to I + 3."""
+    first = _half_word_pair(scale, I, PART, T, CODE, HAS_CVT2)
+    second = _half_word_pair(scale, I + 2, PART, T, CODE, HAS_CVT2)
     return tl.inline_asm_elementwise(
         _SPLIT_BYTES,
         "=&r,=r,r,r",
-        [
-            _half_word_pair(scale, I, PART, T, CODE, HAS_CVT2),
-            _half_word_pair(scale, I + 2, PART, T, CODE, HAS_CVT2),
-        ],
+        [first, second],
         dtype = (tl.uint32, tl.uint32),
         is_pure = True,
         pack = 1,
@@ -168,12 +144,7 @@ def _byte_table(
 
 @triton.jit
 def _look_up(
-    words,
-    scale,
-    PART: tl.constexpr,
-    T: tl.constexpr,
-    CODE: tl.constexpr,
-    HAS_CVT2: tl.constexpr,
+    words, scale, PART: tl.constexpr, T: tl.constexpr, CODE: tl.constexpr, HAS_CVT2: tl.constexpr
 ):
     """Four words, each the half words of two of the eight elements of a packed word, in order."""
     low0, high0 = _byte_table(scale, 0, PART, T, CODE, HAS_CVT2)
@@ -198,12 +169,7 @@ def _join4(a, b, c, d):
 
 @triton.jit
 def decode_ptx(
-    words,
-    scale,
-    T: tl.constexpr,
-    CODE: tl.constexpr,
-    HAS_CVT2: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    words, scale, T: tl.constexpr, CODE: tl.constexpr, HAS_CVT2: tl.constexpr, CHUNKS: tl.constexpr
 ):
     """[CHUNKS, 4] packed words, [CHUNKS, 1] scales -> the output's memory as 32-bit words, flat."""
     if T == tl.float32:

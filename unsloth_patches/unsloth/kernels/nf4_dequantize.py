@@ -1,116 +1,144 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Dequantize bitsandbytes 4-bit weights, one or several, in one Triton launch.
+"""Dequantize any bitsandbytes 4-bit weight in one Triton launch.
 
-``dequantize_4bit`` and ``dequantize_4bit_many`` are bit-identical to
-``bitsandbytes.functional.dequantize_4bit`` on CUDA, which needs three launches for a double
-quantized weight (QLoRA, https://arxiv.org/abs/2305.14314). NF4 and FP4, flat or double quantized,
-float16, bfloat16 and float32, any element count. The codebook is bitsandbytes' own constant, not
-``quant_state.code``, as in its CUDA kernels.
+``dequantize_4bit`` is bit-identical to ``bitsandbytes.functional.dequantize_4bit`` on CUDA, which
+needs three launches for a double quantized weight (QLoRA, https://arxiv.org/abs/2305.14314). NF4 and
+FP4, flat or double quantized, float16, bfloat16 and float32, any element count. The codebook is
+bitsandbytes' own constant, not ``quant_state.code``, as in its CUDA kernels.
 
-``replace_fast_dequantize`` puts them behind ``unsloth.kernels.utils.fast_dequantize``.
+A quant state is read and checked once. Its ``Plan`` stays on it: later calls compare identities, read
+addresses and launch.
 """
 
 import functools
-import warnings
-from typing import List, Optional, Sequence
+import math
+from typing import Optional, Tuple
 
 import torch
 
 from .nf4_decode import FP4_CODE, NF4_CODE
-from .nf4_launch import HIP, INTERPRETED, DequantizeUnavailable, is_compiling, raw_stream
-from .nf4_operator import decode_traced
-from .nf4_plan import PLAN, group_for, plan_for
-from .nf4_quant_state import (
-    State,
-    check_format,
-    check_one_kind,
-    check_out,
-    check_scales,
-    check_weight,
-    read_quant_state,
-)
+from .nf4_dequantize_kernel import CHUNK, HIP, INTERPRETED, DequantizeUnavailable, launch_for
 
-__all__ = ["dequantize_4bit", "dequantize_4bit_many", "replace_fast_dequantize"]
+__all__ = ["dequantize_4bit"]
+
+PLAN = "_dequantize_plan"  # where a quant state keeps its Plan
+OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+STORAGE_DTYPES = (torch.uint8, *OUT_DTYPES)
+is_compiling = torch.compiler.is_compiling
 
 
-def _as_bitsandbytes(quant_state):
-    """quant_state as bitsandbytes' class: its functions no longer take the list form."""
-    if type(quant_state) is not list:
-        return quant_state
-    from bitsandbytes.functional import QuantState
+class Plan:
+    """A 4-bit weight's quant state, read and checked, and the launch that decodes it.
 
-    state = read_quant_state(quant_state)
-    second = None
-    if state.nested:
-        second = QuantState(
-            absmax = state.absmax2,
-            code = state.code2,
-            blocksize = state.blocksize2,
-            dtype = torch.float32,
-        )
-    return QuantState(
-        absmax = state.absmax,
-        shape = torch.Size(state.shape),
-        blocksize = state.blocksize,
-        quant_type = state.quant_type,
-        dtype = state.dtype,
-        offset = state.offset,
-        state2 = second,
-    )
-
-
-def _decode_in_torch(W: torch.Tensor, state: State) -> torch.Tensor:
-    """The definition, in plain torch operations."""
-    packed = W.view(torch.uint8).reshape(-1)[: (state.numel + 1) // 2]
-    nibbles = torch.stack((packed >> 4, packed & 15), dim = 1).reshape(-1)[: state.numel].long()
-    scale = state.absmax
-    if state.nested:
-        scale2 = state.absmax2.repeat_interleave(state.blocksize2)[: scale.numel()]
-        scale = state.code2[scale.long()] * scale2 + state.offset
-    scale = scale.repeat_interleave(state.blocksize)[: state.numel]
-    code = torch.tensor((FP4_CODE if state.quant_type == "fp4" else NF4_CODE).value)
-    return (code[nibbles] * scale).to(state.dtype).reshape(state.shape)
-
-
-def _on_cpu(W: torch.Tensor, quant_state, out: Optional[torch.Tensor]) -> torch.Tensor:
-    """bitsandbytes' CPU operator where it is right, else plain torch.
-
-    bitsandbytes 0.50.2's AVX512 kernel takes rows for whole blocks: wherever a row is no multiple
-    of the blocksize it returns other numbers than its CUDA kernel (and than the format says).
+    absmax: uint8 if double quantized, else float32; one per block of ``blocksize`` elements.
+    absmax2, code2 [256], offset: the second level, float32; None, and blocksize2 0, without one.
+    Copies and pickles of a quant state drop its plan (it holds a loaded kernel).
     """
-    from bitsandbytes.functional import dequantize_4bit as bitsandbytes_dequantize
 
-    state = read_quant_state(quant_state)
-    check_format(state)
-    check_weight(W, state)
-    check_scales(state, W.device)
-    if out is not None:
-        check_out(out, state.shape, state.dtype, W.device)
-    if state.shape[-1] % state.blocksize == 0:
-        # A transposed W returns a transposed result there; the bytes are the same.
-        result = bitsandbytes_dequantize(W.view(-1, 1), _as_bitsandbytes(quant_state))
-    else:
-        result = _decode_in_torch(W, state)
-    result = result if out is None else out.copy_(result)
-    return result.t() if W.size(0) == 1 else result
+    def __init__(self, W: torch.Tensor, quant_state):
+        """Raises ValueError, TypeError or DequantizeUnavailable for what cannot be decoded."""
+        if type(quant_state) is list:
+            # [absmax, shape, dtype, blocksize, [offset, state2] or None, quant_type, code]
+            absmax, shape, dtype, blocksize, second, quant_type = quant_state[:6]
+            offset, state2 = second if second is not None else (None, None)
+        else:
+            absmax, shape, dtype = quant_state.absmax, quant_state.shape, quant_state.dtype
+            blocksize, quant_type = quant_state.blocksize, quant_state.quant_type
+            offset, state2 = quant_state.offset, quant_state.state2
+            _check_not_repacked(quant_state)
+        absmax2, code2, blocksize2 = None, None, 0
+        if type(state2) is list:
+            absmax2, code2, blocksize2 = state2[:3]
+        elif state2 is not None:
+            absmax2, code2, blocksize2 = state2.absmax, state2.code, state2.blocksize
+        self.absmax, self.absmax2, self.code2, self.offset = absmax, absmax2, code2, offset
+        self.shape, self.dtype, self.quant_type = shape, dtype, quant_type
+        self.state2, self.blocksize, self.blocksize2 = state2, blocksize, blocksize2
+        self.numel, self.device = math.prod(shape), W.device
+        _check_format(self)
+        _check_weight(W, self)
+        _check_scales(self)
+
+    def __reduce__(self):
+        return (type(None), ())
+
+    def scales(self) -> Tuple[torch.Tensor, ...]:
+        """(absmax, code2, absmax2, offset) for the kernel; absmax fills what a flat state lacks."""
+        if self.absmax2 is None:
+            return (self.absmax,) * 4
+        offset = self.offset
+        if not isinstance(offset, torch.Tensor):
+            offset = torch.full((1,), float(offset), dtype = torch.float32, device = self.device)
+        return self.absmax, self.code2, self.absmax2, offset
+
+    def keep(self, W: torch.Tensor, quant_state) -> "Plan":
+        """Prepares launches, and stays on the quant state for later calls."""
+        self.address, self.bytes = W.data_ptr(), W.nbytes
+        self.tensors = self.scales()
+        # empty_like of it costs the host half of what torch.empty does.
+        self.prototype = _element(self.dtype, self.device).expand(tuple(self.shape))
+        self.launch = launch_for(
+            self.quant_type,
+            self.blocksize,
+            self.blocksize2,
+            self.numel,
+            self.device.index,
+            self.dtype,
+        )
+        if type(quant_state) is not list and type(self.state2) is not list:
+            setattr(quant_state, PLAN, self)
+        return self
+
+    def locate(self, W: torch.Tensor, quant_state) -> int:
+        """W's address if this plan still describes W and quant_state, else 0.
+
+        By identity: whoever moves or replaces a part of a quant state assigns another object. The
+        plan holds the parts, so that no other object can get the identity of one.
+        """
+        state2 = self.state2
+        if (
+            quant_state.absmax is not self.absmax
+            or quant_state.shape is not self.shape
+            or quant_state.dtype is not self.dtype
+            or quant_state.state2 is not state2
+            or quant_state.offset is not self.offset
+            or quant_state.quant_type != self.quant_type
+            or quant_state.blocksize != self.blocksize
+        ):
+            return 0
+        if state2 is not None and (
+            state2.absmax is not self.absmax2
+            or state2.code is not self.code2
+            or state2.blocksize != self.blocksize2
+        ):
+            return 0
+        address = W.data_ptr()
+        if W.nbytes != self.bytes:
+            return 0
+        if address != self.address:
+            # Another one each time where FSDP2 gathers the weight.
+            if W.device != self.device or not W.is_contiguous():
+                return 0
+            self.address = address
+        return address
 
 
-def _destination(out: Optional[torch.Tensor], shape, dtype, device) -> torch.Tensor:
-    if out is None:
-        return torch.empty(shape, dtype = dtype, device = device)
-    check_out(out, shape, dtype, device)
-    return out
+@functools.lru_cache(maxsize = None)
+def _element(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.empty(1, dtype = dtype, device = device)
 
 
-def _views(out: torch.Tensor, states: Sequence) -> List[torch.Tensor]:
-    """A view of each weight's shape into out; states: anything with numel and shape."""
-    parts = out.split([state.numel for state in states])
-    return [part.view(state.shape) for part, state in zip(parts, states)]
+def plan_for(W: torch.Tensor, quant_state) -> Plan:
+    """The quant state's plan, made and checked first if it has none that still fits."""
+    plan = getattr(quant_state, PLAN, None)
+    if plan is not None and plan.locate(W, quant_state):
+        return plan
+    return Plan(W, quant_state).keep(W, quant_state)
 
 
-def _goes_to_bitsandbytes(W: torch.Tensor) -> bool:
-    return W.device.type == "cpu" and not INTERPRETED
+# ---- The function ----------------------------------------------------------------------------
 
 
 def dequantize_4bit(
@@ -127,146 +155,186 @@ def dequantize_4bit(
 
     Returns a tensor of quant_state's shape and dtype, or its transpose where W is transposed, as
     bitsandbytes does. Bit-identical to ``bitsandbytes.functional.dequantize_4bit`` on CUDA. CPU
-    tensors go to bitsandbytes' CPU operator. Works under torch.compile(fullgraph = True) and in
-    CUDA graphs.
+    tensors are decoded by PyTorch. Works under torch.compile(fullgraph = True) and in CUDA graphs.
 
     Raises ValueError or TypeError, before anything is launched, for a quant_type, blocksize, dtype,
     shape, length, layout or device that does not fit; RuntimeError on devices without the kernel.
     """
-    if _goes_to_bitsandbytes(W):
-        return _on_cpu(W, quant_state, out)
-    if is_compiling():
-        state = read_quant_state(quant_state)
-        out = _destination(out, state.shape, state.dtype, W.device)
-        decode_traced([W], [state], out.view(-1))
+    eager = not is_compiling() and not goes_to_pytorch(W)
+    plan = plan_for(W, quant_state) if eager else Plan(W, quant_state)
+    if out is not None:
+        check_out(out, plan)
+    if goes_to_pytorch(W):
+        result = _in_pytorch(W, quant_state, plan)
+        out = result if out is None else out.copy_(result)
     else:
-        plan = plan_for(W, quant_state)
-        out = _destination(out, plan.shape, plan.dtype, plan.device)
-        if plan.numel:
-            plan.launch(W, W.data_ptr(), out)
+        if out is None:
+            out = torch.empty(plan.shape, dtype = plan.dtype, device = plan.device)
+        if not eager:
+            blocksizes = _constant(plan.blocksize), _constant(plan.blocksize2)
+            torch.ops.unsloth.dequantize_4bit_(out, W, *plan.scales(), plan.quant_type, *blocksizes)
+        elif plan.numel:
+            plan.launch.run(W, W.data_ptr(), plan.tensors, out)
     return out.t() if W.size(0) == 1 else out
 
 
-def dequantize_4bit_many(
-    weights: Sequence[torch.Tensor],
-    quant_states: Sequence,
-    out: Optional[torch.Tensor] = None,
-) -> List[torch.Tensor]:
-    """Several 4-bit weights (Q, K and V; gate and up) in one launch, into one buffer.
+def goes_to_pytorch(W: torch.Tensor) -> bool:
+    return W.device.type == "cpu" and not INTERPRETED
 
-    weights, quant_states: as for dequantize_4bit, all of one dtype and device. Neighbours of one
-        quant_type, blocksize and nesting share a launch, up to four at a time.
-    out: 1-D buffer for all elements, of that dtype and device.
 
-    Returns a list of views into the buffer, each of its weight's shape, one after another without
-    gaps, so that weights of one width are also one tall matrix: ``out.view(-1, width)``.
-    Raises as dequantize_4bit does, and ValueError for lists of different lengths, or of mixed
-    dtypes or devices.
+def _in_pytorch(W: torch.Tensor, quant_state, plan: Plan) -> torch.Tensor:
+    """bitsandbytes' CPU operator where it is right, else the definition.
+
+    bitsandbytes 0.50.2's AVX512 kernel takes rows for whole blocks: wherever a row is no multiple
+    of the blocksize it returns other numbers than its CUDA kernel (and than the format says).
     """
-    weights, quant_states = list(weights), list(quant_states)
-    if not weights or len(weights) != len(quant_states):
+    if plan.shape[-1] % plan.blocksize == 0 and type(quant_state) is not list:
+        from bitsandbytes.functional import dequantize_4bit as bitsandbytes_dequantize
+
+        # A transposed W returns a transposed result there; the bytes are the same.
+        return bitsandbytes_dequantize(W.view(-1, 1), quant_state)
+    packed = W.view(torch.uint8).reshape(-1)[: (plan.numel + 1) // 2]
+    nibbles = torch.stack((packed >> 4, packed & 15), dim = 1).reshape(-1)[: plan.numel].long()
+    scale = plan.absmax
+    if plan.absmax2 is not None:
+        scale2 = plan.absmax2.repeat_interleave(plan.blocksize2)[: scale.numel()]
+        scale = plan.code2[scale.long()] * scale2 + plan.offset
+    scale = scale.repeat_interleave(plan.blocksize)[: plan.numel]
+    code = torch.tensor((FP4_CODE if plan.quant_type == "fp4" else NF4_CODE).value)
+    return (code[nibbles] * scale).to(plan.dtype).reshape(plan.shape)
+
+
+def _constant(power: int) -> int:
+    """A power of two, or 0, as a constant of the graph: where shapes are dynamic, the numbers of a
+    quant state are traced as symbols, and Inductor loses those that are no tensor's size."""
+    for shift in range(31):
+        if power == 1 << shift:
+            return 1 << shift
+    return 0
+
+
+# ---- Checks ----------------------------------------------------------------------------------
+
+
+def _is_power_of_two(value) -> bool:
+    return isinstance(value, int) and value > 0 and value & (value - 1) == 0
+
+
+def _check_not_repacked(quant_state) -> None:
+    if getattr(quant_state, "packing_format_for_cpu", False):
         raise ValueError(
-            f"dequantize_4bit_many: {len(weights)} weights and {len(quant_states)} quant states; "
-            "pass one quant state for each of at least one weight."
-        )
-    if is_compiling() or _goes_to_bitsandbytes(weights[0]):
-        states = [read_quant_state(quant_state) for quant_state in quant_states]
-        check_one_kind([W.device for W in weights], [state.dtype for state in states])
-        total = sum(state.numel for state in states)
-    else:
-        states = [plan_for(W, quant_state) for W, quant_state in zip(weights, quant_states)]
-        group = group_for(states)
-        total = group.total
-    out = _destination(out, (total,), states[0].dtype, weights[0].device)
-    views = _views(out, states)
-    if _goes_to_bitsandbytes(weights[0]):
-        for W, quant_state, view in zip(weights, quant_states, views):
-            _on_cpu(W, quant_state, view)
-    elif is_compiling():
-        decode_traced(weights, states, out)
-    else:
-        group.launch(weights, out)
-    return [view.t() if W.size(0) == 1 else view for W, view in zip(weights, views)]
-
-
-def replace_fast_dequantize(stock):
-    """``unsloth.kernels.utils.fast_dequantize`` on these kernels, with ``stock`` behind them.
-
-    Serves bitsandbytes 4-bit weights (QuantState or its list form, NF4 and FP4) on NVIDIA GPUs and
-    the CPU. Everything else goes to stock: dense weights, FP8, NVFP4, Int4 and packed states, xpu,
-    npu and hip, and all of it where UNSLOTH_BNB_TRITON=0 switched Unsloth's own kernels off. A
-    kernel that Triton cannot compile falls back to stock for good, with one warning.
-
-    Raises NotImplementedError if stock's module lacks the scratch buffers that
-    ``use_global_buffer`` shares with it.
-    """
-    names = stock.__globals__
-    needed = ("_SCRATCH", "_scratch", "_can_use_scratch", "_USE_NF4_KERNELS", "bnb_functional")
-    missing = [name for name in needed if name not in names]
-    if missing:
-        raise NotImplementedError(f"unsloth.kernels.utils has no {', '.join(missing)}")
-    bitsandbytes_state = getattr(names["bnb_functional"], "QuantState", ())
-    scratch_of, can_use_scratch, buffers = (
-        names["_scratch"],
-        names["_can_use_scratch"],
-        names["_SCRATCH"],
-    )
-    unavailable = False  # until a launch fails
-
-    def served(W, quant_state) -> bool:
-        return (
-            isinstance(quant_state, (bitsandbytes_state, list))
-            and (W.is_cuda and not HIP or W.device.type == "cpu")
-            and names["_USE_NF4_KERNELS"]
+            "dequantize_4bit: this weight was repacked for bitsandbytes' CPU inference kernel "
+            "(packing_format_for_cpu is set), which no dequantize function reads. Repack it with "
+            "bitsandbytes.functional._convert_weight_packed_for_cpu_inverse, or load the model again."
         )
 
-    def scratch(plan):
-        """Unsloth's shared buffer, viewed as the plan's weight; the plan keeps the view."""
-        index = plan.index
-        # Nothing is captured on the default stream, 0: can_use_scratch would say yes.
-        if index is None or raw_stream(index) and not can_use_scratch(plan.device):
-            return plan.empty()
-        kept = plan.scratch
-        if kept is None or buffers.get(kept[0]) is not kept[1]:
-            view = scratch_of("weight", plan.device, plan.numel, plan.dtype).view(plan.shape)
-            key = ("weight", index)
-            kept = plan.scratch = (key, buffers[key], view)
-        return kept[2]
 
-    def to_stock(W, quant_state, out, use_global_buffer, dtype):
-        keywords = {} if dtype is None else {"dtype": dtype}  # 2026.10.7 has no dtype
-        return stock(W, quant_state, out, use_global_buffer, **keywords)
+def _check_format(plan: Plan) -> None:
+    if plan.quant_type not in ("nf4", "fp4"):
+        raise ValueError(
+            f"dequantize_4bit: quant_type is {plan.quant_type!r}; it must be 'nf4' or 'fp4'. Other "
+            "formats have functions of their own."
+        )
+    if plan.dtype not in OUT_DTYPES:
+        raise TypeError(
+            f"dequantize_4bit: quant_state.dtype is {plan.dtype}; it must be float16, bfloat16 or "
+            "float32. Set it to one of them and convert the result."
+        )
+    if not _is_power_of_two(plan.blocksize) or plan.blocksize < CHUNK:
+        raise ValueError(
+            f"dequantize_4bit: blocksize is {plan.blocksize!r}; it must be a power of two, {CHUNK} "
+            "or more (bitsandbytes makes 32, 64, 128, 256, 512, 1024, 2048 and 4096). Quantize the "
+            "weight again with one."
+        )
+    if plan.absmax2 is not None and not _is_power_of_two(plan.blocksize2):
+        raise ValueError(
+            f"dequantize_4bit: state2.blocksize is {plan.blocksize2!r}; it must be a power of two "
+            "(bitsandbytes makes 256). Quantize the weight again."
+        )
 
-    @functools.wraps(stock)
-    def fast_dequantize(
-        W,
-        quant_state = None,
-        out = None,
-        use_global_buffer = False,
-        dtype = None,
+
+def _check_weight(W: torch.Tensor, plan: Plan) -> None:
+    if W.device.type == "meta":
+        raise ValueError(
+            "dequantize_4bit: the weight is on the meta device, where there are no bytes to decode. "
+            "Load its values first (load_state_dict(..., assign = True), or to_empty and a checkpoint)."
+        )
+    if W.dtype not in STORAGE_DTYPES:
+        raise TypeError(
+            f"dequantize_4bit: the packed weight has dtype {W.dtype}; it must be uint8, float16, "
+            "bfloat16 or float32. View it as uint8."
+        )
+    if not W.is_contiguous():
+        raise ValueError(
+            f"dequantize_4bit: the packed weight has strides {tuple(W.stride())} for shape "
+            f"{tuple(W.shape)}; its bytes must be contiguous. Pass weight.contiguous()."
+        )
+    # Two elements a byte, filled up to W's own dtype.
+    size = W.element_size()
+    needed = -(-((plan.numel + 1) // 2) // size) * size
+    held = W.numel() * size
+    if held != needed:
+        raise ValueError(
+            f"dequantize_4bit: the packed weight holds {held} bytes, but shape "
+            f"{tuple(plan.shape)} packs into {needed}. Pass the weight that belongs to this "
+            "quant_state."
+        )
+    if W.device.type != "cpu" and (HIP or not W.is_cuda):
+        raise DequantizeUnavailable(
+            f"dequantize_4bit: the weight is on {W.device}, where the kernel was never tested. Use "
+            "bitsandbytes.functional.dequantize_4bit there."
+        )
+
+
+def _check_scales(plan: Plan) -> None:
+    blocks = -(-plan.numel // plan.blocksize)
+    nested = plan.absmax2 is not None
+    _check_scale("absmax", plan.absmax, torch.uint8 if nested else torch.float32, blocks, plan)
+    if not nested:
+        return
+    _check_scale("state2.absmax", plan.absmax2, torch.float32, -(-blocks // plan.blocksize2), plan)
+    _check_scale("state2.code", plan.code2, torch.float32, 256, plan)
+    if not isinstance(plan.offset, (int, float)):
+        _check_scale("offset", plan.offset, torch.float32, 1, plan)
+
+
+def _check_scale(name: str, tensor, dtype: torch.dtype, numel: int, plan: Plan) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(
+            f"dequantize_4bit: {name} is {tensor!r}; it must be a tensor. Quantize the weight again."
+        )
+    if tensor.dtype != dtype:
+        raise TypeError(
+            f"dequantize_4bit: {name} has dtype {tensor.dtype}; it must be {dtype}. Quantize the "
+            "weight again."
+        )
+    if tensor.numel() != numel or not tensor.is_contiguous():
+        raise ValueError(
+            f"dequantize_4bit: {name} has {tensor.numel()} elements with strides "
+            f"{tuple(tensor.stride())}; it must have {numel}, contiguous. Pass the quant_state that "
+            "belongs to this weight."
+        )
+    if tensor.device != plan.device:
+        raise ValueError(
+            f"dequantize_4bit: {name} is on {tensor.device} and the weight on {plan.device}. Move "
+            "both to one device (quant_state.to(device))."
+        )
+
+
+def check_out(out: torch.Tensor, plan: Plan) -> None:
+    """Raises ValueError unless ``out`` is contiguous and of the weight's shape, dtype and device."""
+    for what, given, due in (
+        ("has shape", tuple(out.shape), tuple(plan.shape)),
+        ("has dtype", out.dtype, plan.dtype),
+        ("is on", out.device, plan.device),
     ):
-        nonlocal unavailable
-        plan = None if is_compiling() else getattr(quant_state, PLAN, None)
-        address = 0 if plan is None or unavailable else plan.locate(W, quant_state)
-        if not address:
-            if unavailable or not served(W, quant_state):
-                return to_stock(W, quant_state, out, use_global_buffer, dtype)
-            if is_compiling() or _goes_to_bitsandbytes(W):
-                return dequantize_4bit(W, quant_state, out)
-        try:
-            if not address:
-                plan, address = plan_for(W, quant_state), W.data_ptr()
-            if out is not None:
-                check_out(out, plan.shape, plan.dtype, plan.device)
-                result = out
-            else:
-                result = scratch(plan) if use_global_buffer else plan.empty()
-            if plan.numel:
-                plan.launch(W, address, result)
-        except DequantizeUnavailable as error:
-            unavailable = True
-            warnings.warn(f"{error} Unsloth's own kernels take over.", stacklevel = 2)
-            return to_stock(W, quant_state, out, use_global_buffer, dtype)
-        return result.t() if W.size(0) == 1 else result
-
-    return fast_dequantize
+        if given != due:
+            raise ValueError(
+                f"dequantize_4bit: out {what} {given}; the weight {what} {due}. Pass out like that, "
+                "or none."
+            )
+    if not out.is_contiguous():
+        raise ValueError(
+            f"dequantize_4bit: out has strides {tuple(out.stride())} for shape {tuple(out.shape)}; "
+            "it must be contiguous."
+        )

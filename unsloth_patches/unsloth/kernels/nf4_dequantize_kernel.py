@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Triton kernels behind nf4_dequantize: one launch for a weight, or for several.
+"""The Triton kernel that decodes a bitsandbytes 4-bit weight in one launch, and that launch.
 
     scale[k] = code2[absmax[k]] * absmax2[k // blocksize2] + offset      (double quantized)
     out[j]   = T(CODE[nibble j] * scale[j // blocksize])
@@ -10,20 +10,20 @@ followed by PyTorch's add. The unit of work is a chunk of 32 elements: 16 packed
 load a thread. No blocksize served is below 32, so a chunk has one scale.
 """
 
+import functools
+from contextlib import nullcontext
+from typing import Optional, Tuple
+
+import torch
 import triton
 import triton.language as tl
 
 from .nf4_decode import FP4_CODE, NF4_CODE, decode_plain, decode_ptx, elements, multiply
 
 CHUNK = 32  # elements of a chunk, and so the smallest blocksize served
-MANY = 4  # weights that one launch of dequantize_many_kernel takes
-
-# (chunks a program decodes, warps) by compute capability.
-#   (9, 0): H200, torch 2.11, triton 3.6: the fastest of 29 settings on 1024 x 4096 to
-#           8192 x 28672. One chunk a thread, few warps: little to wait for at the tile's end.
-#   others: not measured; the same shape of work.
-LAUNCH_SETTINGS = {(9, 0): (64, 2)}
-DEFAULT_SETTINGS = (64, 2)
+# One chunk a thread and few warps, so that there is little to wait for at a tile's end: the fastest
+# of 29 settings on an H200 (1024 x 4096 to 8192 x 28672; torch 2.11, triton 3.6).
+CHUNKS, WARPS = 64, 2  # of a program
 
 # min(index, anything | 255) is index, which has 8 bits; ptxas cannot know it.
 _AFTER = tl.constexpr(
@@ -110,12 +110,7 @@ def _last_word(W, left):
 
 @triton.jit
 def _load_words(
-    W,
-    first,
-    n_elements,
-    ALIGN: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    GUARDED: tl.constexpr,
+    W, first, n_elements, ALIGN: tl.constexpr, CHUNKS: tl.constexpr, GUARDED: tl.constexpr
 ):
     """[CHUNKS, 4] packed words from chunk ``first`` on; zeros past the end, if GUARDED."""
     # The launch tells Triton nothing of the addresses: these hints make the loads 128 bits wide.
@@ -135,13 +130,7 @@ def _load_words(
 
 @triton.jit
 def _store(
-    out,
-    values,
-    first,
-    n_elements,
-    ALIGN: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    GUARDED: tl.constexpr,
+    out, values, first, n_elements, ALIGN: tl.constexpr, CHUNKS: tl.constexpr, GUARDED: tl.constexpr
 ):
     """values: 32-bit words (uint32) or elements of out's dtype, from chunk ``first`` on."""
     T: tl.constexpr = out.dtype.element_ty
@@ -202,49 +191,8 @@ def _decode_tile(
     _store(out, values, first, n_elements, ALIGN, CHUNKS, GUARDED)
 
 
-@triton.jit
-def _decode_guarded_tile(
-    W,
-    absmax,
-    code2,
-    absmax2,
-    offset,
-    out,
-    tile,
-    n_elements,
-    CHUNKS: tl.constexpr,
-    BLOCK_SHIFT: tl.constexpr,
-    BLOCK2_SHIFT: tl.constexpr,
-    NESTED: tl.constexpr,
-    FP4: tl.constexpr,
-    ALIGN: tl.constexpr,
-    ON_GRID: tl.constexpr,
-    PTX: tl.constexpr,
-    HAS_CVT2: tl.constexpr,
-):
-    """Tile ``tile`` of a weight; without masks where all of it lies inside the weight.
-
-    ALIGN: bytes that the addresses of W and out are multiples of: 16, 4, or 1 for anything.
-    ON_GRID: n_elements is a multiple of the tile, so that no guard is compiled at all.
-    """
-    first = tile.to(tl.int64) * CHUNKS
-    if ALIGN >= 4 and (ON_GRID or (first + CHUNKS) * 32 <= n_elements):
-        _decode_tile(
-            W, absmax, code2, absmax2, offset, out, first, n_elements,
-            CHUNKS, BLOCK_SHIFT, BLOCK2_SHIFT, NESTED, FP4, ALIGN, False, PTX, HAS_CVT2,
-        )  # fmt: skip
-    else:
-        _decode_tile(
-            W, absmax, code2, absmax2, offset, out, first, n_elements,
-            CHUNKS, BLOCK_SHIFT, BLOCK2_SHIFT, NESTED, FP4, ALIGN, True, PTX, HAS_CVT2,
-        )  # fmt: skip
-
-
-_SINGLE = ["W", "absmax", "code2", "absmax2", "offset", "out", "n_elements"]
-
-
 # Nothing is specialized on: a launch passes plain addresses, and ALIGN says what they allow.
-@triton.jit(do_not_specialize = _SINGLE)
+@triton.jit(do_not_specialize = ["W", "absmax", "code2", "absmax2", "offset", "out", "n_elements"])
 def dequantize_kernel(
     W,
     absmax,
@@ -263,66 +211,160 @@ def dequantize_kernel(
     PTX: tl.constexpr,
     HAS_CVT2: tl.constexpr,
 ):
-    """One weight; grid: (its tiles of CHUNKS * 32 elements,).
+    """Decodes a weight; grid: (its tiles of CHUNKS * 32 elements,).
 
     W: packed bytes in any dtype. absmax: uint8 (NESTED) or float32, one per block of
     32 << BLOCK_SHIFT elements. code2 [256], absmax2 (one per 1 << BLOCK2_SHIFT blocks) and
     offset [1]: float32, read only if NESTED. out: float16, bfloat16 or float32, n_elements long.
+    ALIGN: bytes that the addresses of W and out are multiples of: 16, 4, or 1 for anything.
+    ON_GRID: n_elements is a multiple of the tile, so that no guard is compiled at all; otherwise
+    only the last tile is guarded.
     """
-    _decode_guarded_tile(
-        W, absmax, code2, absmax2, offset, out, tl.program_id(0), n_elements,
-        CHUNKS, BLOCK_SHIFT, BLOCK2_SHIFT, NESTED, FP4, ALIGN, ON_GRID, PTX, HAS_CVT2,
-    )  # fmt: skip
-
-
-# A slot of dequantize_many_kernel: what it is given for each weight, beside the common out.
-SLOT = ("W", "absmax", "code2", "absmax2", "offset", "n_elements", "first_tile", "out_start")
-
-
-@triton.jit(do_not_specialize = ["out"] + [f"{name}_{i}" for i in range(MANY) for name in SLOT])
-def dequantize_many_kernel(
-    out,
-    W_0, absmax_0, code2_0, absmax2_0, offset_0, n_elements_0, first_tile_0, out_start_0,
-    W_1, absmax_1, code2_1, absmax2_1, offset_1, n_elements_1, first_tile_1, out_start_1,
-    W_2, absmax_2, code2_2, absmax2_2, offset_2, n_elements_2, first_tile_2, out_start_2,
-    W_3, absmax_3, code2_3, absmax2_3, offset_3, n_elements_3, first_tile_3, out_start_3,
-    CHUNKS: tl.constexpr,
-    BLOCK_SHIFT: tl.constexpr,
-    BLOCK2_SHIFT: tl.constexpr,
-    NESTED: tl.constexpr,
-    FP4: tl.constexpr,
-    ALIGN: tl.constexpr,
-    ON_GRID: tl.constexpr,
-    PTX: tl.constexpr,
-    HAS_CVT2: tl.constexpr,
-):  # fmt: skip
-    """Up to MANY weights of one format into one buffer; grid: (the tiles of all weights,).
-
-    Weight i takes the tiles from first_tile_i on and the elements of out from out_start_i on; the
-    rest of its arguments are those of dequantize_kernel. A slot that is not used repeats another
-    weight's, with a first_tile that no program reaches.
-    """
-    # From the last tile to the first: 3% faster on an H200 (Q, K and V of Llama-8B, twice each among
-    # six variants in random order; why is not known).
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    # Sums and casts, not the bare arguments: Inductor makes constants of those that are 1.
-    if tile >= first_tile_3:
-        W, absmax, code2, absmax2, offset = W_3, absmax_3, code2_3, absmax2_3, offset_3
-        tile -= first_tile_3
-        n_elements, start = tl.cast(n_elements_3, tl.int64), tl.cast(out_start_3, tl.int64)
-    elif tile >= first_tile_2:
-        W, absmax, code2, absmax2, offset = W_2, absmax_2, code2_2, absmax2_2, offset_2
-        tile -= first_tile_2
-        n_elements, start = tl.cast(n_elements_2, tl.int64), tl.cast(out_start_2, tl.int64)
-    elif tile >= first_tile_1:
-        W, absmax, code2, absmax2, offset = W_1, absmax_1, code2_1, absmax2_1, offset_1
-        tile -= first_tile_1
-        n_elements, start = tl.cast(n_elements_1, tl.int64), tl.cast(out_start_1, tl.int64)
+    first = tl.program_id(0).to(tl.int64) * CHUNKS
+    if ALIGN >= 4 and (ON_GRID or (first + CHUNKS) * 32 <= n_elements):
+        _decode_tile(
+            W, absmax, code2, absmax2, offset, out, first, n_elements,
+            CHUNKS, BLOCK_SHIFT, BLOCK2_SHIFT, NESTED, FP4, ALIGN, False, PTX, HAS_CVT2,
+        )  # fmt: skip
     else:
-        W, absmax, code2, absmax2, offset = W_0, absmax_0, code2_0, absmax2_0, offset_0
-        tile -= first_tile_0
-        n_elements, start = tl.cast(n_elements_0, tl.int64), tl.cast(out_start_0, tl.int64)
-    _decode_guarded_tile(
-        W, absmax, code2, absmax2, offset, out + start, tile, n_elements,
-        CHUNKS, BLOCK_SHIFT, BLOCK2_SHIFT, NESTED, FP4, ALIGN, ON_GRID, PTX, HAS_CVT2,
-    )  # fmt: skip
+        _decode_tile(
+            W, absmax, code2, absmax2, offset, out, first, n_elements,
+            CHUNKS, BLOCK_SHIFT, BLOCK2_SHIFT, NESTED, FP4, ALIGN, True, PTX, HAS_CVT2,
+        )  # fmt: skip
+
+
+# TRITON_INTERPRET=1 makes @triton.jit return another class, which runs on CPU tensors.
+INTERPRETED = not isinstance(dequantize_kernel, triton.runtime.JITFunction)
+HIP = torch.version.hip is not None
+current_device = getattr(torch._C, "_cuda_getDevice", None)
+
+
+class DequantizeUnavailable(RuntimeError):
+    """The kernel cannot run: a device it was never tested on, or Triton failed to compile it."""
+
+
+class Launch:
+    """The kernel for weights of one format and size on one device.
+
+    Each alignment's first launch goes through Triton, which compiles. Later ones repeat it by
+    Unsloth's ``relaunch`` with plain addresses, which spare the launcher a driver query for each
+    pointer; the kernel is specialized on none of its arguments, so they may differ.
+    """
+
+    def __init__(
+        self,
+        quant_type: str,
+        blocksize: int,
+        blocksize2: int,
+        numel: int,
+        index: Optional[int],
+    ):
+        capability = (0, 0) if index is None else torch.cuda.get_device_capability(index)
+        if index is not None and capability < (7, 0):
+            raise DequantizeUnavailable(
+                f"dequantize_4bit: compute capability {capability[0]}.{capability[1]} has no cache "
+                "eviction policies; 7.0 or newer is needed. Use "
+                "bitsandbytes.functional.dequantize_4bit."
+            )
+        self.index, self.numel = index, numel
+        self.grid = (-(-numel // (CHUNKS * CHUNK)),)
+        self.constants = {
+            "CHUNKS": CHUNKS,
+            "BLOCK_SHIFT": (blocksize // CHUNK).bit_length() - 1,
+            "BLOCK2_SHIFT": max(blocksize2.bit_length() - 1, 0),
+            "NESTED": blocksize2 > 0,
+            "FP4": quant_type == "fp4",
+            "ON_GRID": numel % (CHUNKS * CHUNK) == 0,
+            "PTX": not (INTERPRETED or HIP),
+            "HAS_CVT2": capability >= (8, 0),
+        }
+        self.entries = {}  # alignment -> what relaunch takes, or None
+        # They obey UNSLOTH_TRITON_FAST_LAUNCH and step aside for profilers that hook Triton.
+        from unsloth.kernels.triton_launch import launch, relaunch
+
+        self.launch, self.relaunch = launch, relaunch
+
+    def run(
+        self,
+        W: torch.Tensor,
+        address: int,
+        scales: Tuple[torch.Tensor, ...],
+        out: torch.Tensor,
+    ) -> None:
+        """Decodes W, which lies at ``address``, with (absmax, code2, absmax2, offset) into out."""
+        out_address = out.data_ptr()
+        bits = address | out_address
+        align = 16 if not bits & 15 else 4 if not bits & 3 else 1
+        entry = self.entries.get(align)
+        if entry is not None and current_device() == self.index:
+            # The scales' addresses are read anew: a storage may have been freed and filled again.
+            absmax, code2, absmax2, offset = scales
+            arguments = (
+                address, absmax.data_ptr(), code2.data_ptr(), absmax2.data_ptr(),
+                offset.data_ptr(), out_address, self.numel,
+            )  # fmt: skip
+            try:
+                if self.relaunch(entry, self.grid, self.index, arguments):
+                    return
+            except TypeError:
+                pass  # a Triton whose launcher takes other arguments, which launch() finds out, too
+        self.entries[align] = self._through_triton(W, scales, out, align)
+
+    def _through_triton(self, W, scales, out, align):
+        # Packed bytes are bytes to the kernel: one compiled kernel serves every storage dtype.
+        arguments = (W.view(torch.uint8), *scales, out, self.numel)
+        constants = {**self.constants, "ALIGN": align}
+        try:
+            with nullcontext() if self.index is None else torch.cuda.device(self.index):
+                return self.launch(
+                    dequantize_kernel, self.grid, arguments, 6, constants, self.index,
+                    num_warps = WARPS,
+                )  # fmt: skip
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise DequantizeUnavailable(
+                f"dequantize_4bit: Triton {triton.__version__} could not run the kernel "
+                f"({type(error).__name__}: {error}). Use bitsandbytes.functional.dequantize_4bit."
+            ) from error
+
+
+@functools.lru_cache(maxsize = None)
+def launch_for(
+    quant_type: str,
+    blocksize: int,
+    blocksize2: int,
+    numel: int,
+    index: Optional[int],
+    dtype: torch.dtype,
+) -> Launch:
+    """The one Launch of weights of this format, size and output dtype on a device."""
+    return Launch(quant_type, blocksize, blocksize2, numel, index)
+
+
+def _dequantize_into(
+    out: torch.Tensor,
+    W: torch.Tensor,
+    absmax: torch.Tensor,
+    code2: torch.Tensor,
+    absmax2: torch.Tensor,
+    offset: torch.Tensor,
+    quant_type: str,
+    blocksize: int,
+    blocksize2: int,
+) -> None:
+    if out.numel():
+        launch = launch_for(
+            quant_type, blocksize, blocksize2, out.numel(), out.device.index, out.dtype
+        )
+        launch.run(W, W.data_ptr(), (absmax, code2, absmax2, offset), out)
+
+
+# Opaque: as a triton_op, Inductor parsed, analysed and compiled the kernel anew for each weight of each
+# graph, 7 s of the first step of a Llama, and its launch costs the host no less than ours. By Library
+# and not custom_op, for a call of that costs the host 20 us.
+_library = torch.library.Library("unsloth", "FRAGMENT")  # collected, it takes its operators with it
+_schema = torch.library.infer_schema(_dequantize_into, mutates_args = ("out",))
+_library.define("dequantize_4bit_" + _schema)
+_library.impl("dequantize_4bit_", _dequantize_into, "CompositeExplicitAutograd")
+torch.library.register_fake("unsloth::dequantize_4bit_", lambda *_: None, lib = _library)

@@ -12,13 +12,13 @@ and writes.
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Tuple
+from typing import Callable, Tuple
 
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["replace_swiglu_DWf_DW_dfg_kernel", "swiglu_backward_"]
+__all__ = ["backward_in_place_when_traced", "swiglu_backward_"]
 
 _DEVICES = ("cuda",)  # where Triton's kernels run
 _BLOCK = 1024
@@ -77,23 +77,15 @@ def _fake(
     return h, torch.empty_like(h)
 
 
-_library: Any = None  # a Library takes its operators with it when it is collected
+# Library and not custom_op: in a compiled block a call of that costs the host 20 us.
+_library = torch.library.Library("unsloth", "FRAGMENT")  # collected, it takes its operators with it
+_schema = torch.library.infer_schema(swiglu_backward_, mutates_args = ("gradient",))
+_library.define("swiglu_backward_" + _schema)
+_library.impl("swiglu_backward_", swiglu_backward_, "CompositeExplicitAutograd")
+torch.library.register_fake("unsloth::swiglu_backward_", _fake, lib = _library)
 
 
-def _register() -> None:
-    # torch.library.Library: in a compiled block a call of a custom_op costs the host 20 us.
-    global _library
-    _library = torch.library.Library("unsloth", "FRAGMENT")
-    schema = torch.library.infer_schema(swiglu_backward_, mutates_args = ("gradient",))
-    _library.define("swiglu_backward_" + schema)
-    _library.impl("swiglu_backward_", swiglu_backward_, "CompositeExplicitAutograd")
-    torch.library.register_fake("unsloth::swiglu_backward_", _fake, lib = _library)
-
-
-_register()
-
-
-def replace_swiglu_DWf_DW_dfg_kernel(stock: Callable) -> Callable:
+def backward_in_place_when_traced(stock: Callable) -> Callable:
     """``swiglu_DWf_DW_dfg_kernel(DW, e, g)`` -> (h, df, de), in a trace by ``swiglu_backward_``."""
 
     @functools.wraps(stock)
