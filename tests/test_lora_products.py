@@ -6,20 +6,17 @@ Every function is checked through the class that fast_lora.py calls: LoRA_QKV, L
 """
 
 import importlib
-import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+from backend import DEVICE, GPU, require
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ.setdefault("UNSLOTH_ALLOW_CPU", "1")
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-DEVICE = "cuda" if GPU else "cpu"
+require("interpreter")
+
 KINDS = ("LoRA_QKV", "LoRA_W", "LoRA_MLP")
 
 
