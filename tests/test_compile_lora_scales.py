@@ -146,7 +146,4 @@ def test_a_set_up_that_raises_costs_no_model(build, monkeypatch):
     monkeypatch.setattr(compile_lora_scales, "scales_as_inputs", broken)
     with pytest.warns(UserWarning, match = "LoRA scales stay constants.*ours"):
         model = build(alpha_pattern = SCALES)
-    ours = step(model, 2, 24)
-    assert graphs() == LAYERS
-    if DEVICE == "cpu":
-        assert_bit_equal(ours, eager(model, 2, 24))
+    assert not any("_lora_scales_held" in layer.__dict__ for layer in layers_of(model))

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from backend import DEVICE, GPU, require
+from backend import DEVICE, require
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -73,7 +73,7 @@ PATCHES: Tuple[Patch, ...] = (
         name = "test-backends",
         title = "Let a test file say which backend of Unsloth it needs",
         targets = (),
-        shared = ("backend.py", "fast_models.py", "llama_blocks.py", "toy_blocks.py"),
+        shared = ("backend.py", "fast_models.py"),
         tests = {"tests/test_shared_backend.py": "cpu"},
     ),
     Patch(
@@ -301,6 +301,7 @@ PATCHES: Tuple[Patch, ...] = (
         ),
         modules = ("models/checkpoint_shared_graph.py", "models/compile_wrapping.py"),
         tests = {"tests/test_checkpoint_shared_graph.py": "interpreter"},
+        shared = ("llama_blocks.py",),
         requires = ("test-backends",),
     ),
     Patch(
@@ -566,6 +567,7 @@ PATCHES: Tuple[Patch, ...] = (
             "models/compile_strict.py",
         ),
         tests = {"tests/test_compile_strict.py": "interpreter"},
+        shared = ("toy_blocks.py",),
         requires = ("test-backends", "checkpoint-shared-graph"),
         since = "2026.10.9",
     ),

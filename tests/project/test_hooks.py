@@ -809,15 +809,15 @@ def test_a_mistyped_switch_is_told_at_import():
         assert "torch" not in sys.modules, "status() must leave Unsloth to be imported first"
         import unsloth
         reasons = {row.name: row.reason for row in unsloth_patches.status()}
-        print(reasons["fullgraph-report"])
+        print(reasons["compile-strict"])
         assert "choose" not in reasons["linear-loss"]
         """
     )
-    switches = {"UNSLOTH_PATCHES_FULLGRAPH": "stict", "UNSLOTH_PATCHES_QUIET": "0"}
+    switches = {"UNSLOTH_FULLGRAPH": "stict", "UNSLOTH_PATCHES_QUIET": "0"}
     done = python(code, ROOT, {**switches, "CUDA_VISIBLE_DEVICES": ""})
-    words = "UNSLOTH_PATCHES_FULLGRAPH='stict': choose one of auto, strict, off."
+    words = "UNSLOTH_FULLGRAPH='stict': choose one of auto, strict, off."
     assert words in done.stdout and f"unsloth_patches: {words}" in done.stderr
-    done = python(code, ROOT, {**switches, "UNSLOTH_PATCHES_FULLGRAPH": "strict"})
+    done = python(code, ROOT, {**switches, "UNSLOTH_FULLGRAPH": "strict"})
     assert "choose" not in done.stdout + done.stderr
 
 

@@ -23,7 +23,6 @@ from .compile_table import table
 __all__ = ["CompileReportCallback", "add_compile_report", "report_compilation"]
 
 SWITCH = "UNSLOTH_COMPILE_REPORT"
-_CHOICES = ("1", "0")
 
 
 def _unharmed(method: Callable) -> Callable:
@@ -53,16 +52,9 @@ class CompileReportCallback(TrainerCallback):
         self.broken = ""
         self._hook: Any = None
 
-    def on_train_begin(
-        self,
-        args,
-        state,
-        control,
-        model = None,
-        **kwargs,
-    ):
+    def on_train_begin(self, args, state, control, **kwargs):
         self.broken = ""  # an earlier train()'s
-        self._begin(model)
+        self._begin(kwargs.get("model"))
 
     @_unharmed
     def _begin(self, model):
@@ -106,7 +98,6 @@ class CompileReportCallback(TrainerCallback):
     def _finish(self) -> Dict[str, Any]:
         """This rank's summary, or what kept it from one."""
         try:
-            self._unhook()
             if self.broken:
                 return {"error": self.broken}
             return self.report.summary()
@@ -116,15 +107,12 @@ class CompileReportCallback(TrainerCallback):
             with contextlib.suppress(Exception):
                 self.close()
 
-    def _unhook(self):
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
     def close(self) -> None:
         """Stop recording without a report."""
-        self._unhook()
+        hook, self._hook = self._hook, None
         report, self.report = self.report, None
+        if hook is not None:
+            hook.remove()
         if report is not None:
             report.__exit__()
 
@@ -151,18 +139,14 @@ def _tell(summaries: List[Dict[str, Any]], folder: str) -> None:
 def report_switch() -> str:
     """``UNSLOTH_COMPILE_REPORT``: 1 (the default) or 0. Raises ValueError if it is none."""
     value = os.environ.get(SWITCH, "").strip().lower() or "1"
-    if value not in _CHOICES:
-        raise ValueError(f"{SWITCH}={os.environ[SWITCH]!r}: choose one of {', '.join(_CHOICES)}.")
+    if value not in ("1", "0"):
+        raise ValueError(f"{SWITCH}={os.environ[SWITCH]!r}: choose one of 1, 0.")
     return value
 
 
 def add_compile_report(trainer: Any) -> Optional[CompileReportCallback]:
-    """Add the report to a Trainer, once; None where the environment switches it off.
-
-    Raises ValueError for a mode or a switch that does not exist.
-    """
-    mode, switch = fullgraph_mode(), report_switch()
-    if mode == "off" or switch == "0":
+    """Add the report to a Trainer, once; None where the environment switches it off."""
+    if fullgraph_mode() == "off" or report_switch() == "0":
         return None
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, CompileReportCallback):
@@ -179,10 +163,8 @@ def _closing(trainer: Any, callback: CompileReportCallback) -> Callable:
 
     @functools.wraps(train)
     def closing(*args, **kwargs):
-        try:
+        with contextlib.closing(callback):
             return train(trainer(), *args, **kwargs)
-        finally:
-            callback.close()
 
     return closing
 
