@@ -152,9 +152,6 @@ def _grouped(compilations: List[Compilation], reason: Any) -> List[Dict[str, Any
     ]
 
 
-# ---------------------------------------------------------------------------- speed and memory
-
-
 class StepClock:
     """Times whole optimizer steps, from the end of one to the end of the next.
 
