@@ -447,6 +447,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models.llama:_legacy_block_compile",
                 replacement = "models.compile_lora_scales:share_graph_between_lora_scales",
+                import_after = "from . import _decode_graphs",
             ),
         ),
         modules = ("kernels/lora_scale_inputs.py", "models/compile_lora_scales.py"),
@@ -462,6 +463,7 @@ PATCHES: Tuple[Patch, ...] = (
                 attribute = "unsloth.models._block_compile:_mark_seq_dynamic",
                 replacement = "models.compile_rope_tables:without_rope_tables",
                 fingerprints = frozenset({"97cfd424baf498ba"}),
+                import_after = "import functools",
             ),
         ),
         modules = ("models/compile_rope_tables.py",),
@@ -535,6 +537,7 @@ PATCHES: Tuple[Patch, ...] = (
                 attribute = "unsloth.models._block_compile:patch_block_compile",
                 replacement = "models.compile_cache:load_compile_cache_first",
                 fingerprints = frozenset({"cbe892e347d670cf"}),
+                import_after = "import sys",
             ),
         ),
         modules = (
