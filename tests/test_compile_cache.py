@@ -562,6 +562,15 @@ def test_a_save_that_raises_ends_no_run_and_can_be_done_again(
     assert len(caches(tmp_path / "cache")) == 1
 
 
+def test_a_pytorch_without_such_caches_says_so(cache, tmp_path, monkeypatch, capsys):
+    """The model is set up all the same; nothing is written."""
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.delattr(torch.compiler, "load_cache_artifacts")
+    _set_up(Compiled())
+    assert f"{VARIABLE} needs PyTorch 2.7" in capsys.readouterr().out
+    assert not (tmp_path / "cache").exists() and cache._automatic["folder"] is None
+
+
 def test_without_the_variable_nothing_happens(cache, new_machine, trainer, tmp_path):
     """No folder, no callback."""
     import transformers

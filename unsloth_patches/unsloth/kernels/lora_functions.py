@@ -156,7 +156,7 @@ _LoRAMLP: Any = None
 
 
 def _attach(stock: type) -> None:
-    """Make the Functions, once fast_lora is there; NotImplementedError without bitsandbytes."""
+    """Make the Functions. Without bitsandbytes, quantized weights of every kind stay with stock."""
     global _LoRAParallel, _LoRAMLP, _QuantState
     module = sys.modules[stock.__module__]
     if lora_products.fast_lora is module:
@@ -164,7 +164,7 @@ def _attach(stock: type) -> None:
     try:
         from bitsandbytes.functional import QuantState
     except ImportError:
-        raise NotImplementedError("bitsandbytes is not installed") from None
+        QuantState = None
 
     def function(name: str, forward: Callable, backward: Callable) -> type:
         methods = {

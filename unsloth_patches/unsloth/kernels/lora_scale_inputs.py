@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""LoRA scales that enter a compiled block as tensors; models/compile_lora_scales.py makes
-them.
+"""LoRA scales that enter a compiled block as tensors; models/compile_lora_scales.py makes them.
 
 Apart from it, because unsloth.kernels must not need unsloth.models to be imported.
 """

@@ -191,13 +191,14 @@ def _callback_class() -> type:
 
 def load_compile_cache_first(stock: Callable) -> Callable:
     """``patch_block_compile``: as before, after an earlier run's cache has been loaded."""
-    if not hasattr(torch.compiler, "load_cache_artifacts"):
-        raise NotImplementedError("torch.compiler.load_cache_artifacts needs PyTorch 2.7")
 
     @functools.wraps(stock)
     def patch_block_compile(model):
-        cache_lora_functions()
-        _start()
+        if hasattr(torch.compiler, "load_cache_artifacts"):
+            cache_lora_functions()
+            _start()
+        elif os.environ.get(VARIABLE):
+            _say(f"{VARIABLE} needs PyTorch 2.7 (torch.compiler.load_cache_artifacts).")
         return stock(model)
 
     return patch_block_compile
