@@ -8,10 +8,14 @@ import logging
 import os
 import stat
 
-import unsloth  # noqa: F401
 import pytest
 import torch
+from backend import require
 from torch._dynamo.utils import counters
+
+require("cpu")
+
+import unsloth  # noqa: F401, E402
 
 torch.set_num_threads(1)
 logging.getLogger("torch.__trace").disabled = True  # pytest would capture megabytes a compilation
@@ -265,6 +269,45 @@ def test_what_others_may_have_written_is_not_loaded(cache, saved, capsys, tmp_pa
             cache.save_compile_cache(saved.parent)
 
 
+@pytest.mark.skipif(os.name != "posix", reason = "needs POSIX permissions")
+@pytest.mark.parametrize("place", ["file", "folder"])
+def test_what_another_user_owns_is_not_loaded(cache, files, saved, capsys, monkeypatch, place):
+    """Neither a file nor a folder of another user's; root's and one's own are."""
+    owner = {"file": 0, "folder": 0}
+    real = files._distrust
+
+    def owned(status):
+        what = "folder" if stat.S_ISDIR(status.st_mode) else "file"
+        fields = list(status)
+        fields[stat.ST_UID] = owner[what] or status.st_uid
+        return real(os.stat_result(fields))
+
+    monkeypatch.setattr(files, "_distrust", owned)
+    owner[place] = os.geteuid() + 1
+    assert cache.load_compile_cache(saved.parent) == 0
+    assert "it belongs to another user" in capsys.readouterr().out
+    trained()
+    assert hits() == 0
+    if place == "folder":
+        with pytest.raises(cache.CompileCacheError, match = "belongs to another user"):
+            cache.save_compile_cache(saved.parent)
+    owner[place] = 0
+    assert cache.load_compile_cache(saved.parent) > 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason = "needs POSIX permissions")
+def test_root_and_oneself_are_trusted(files, monkeypatch):
+    """By user id alone: 0, the own, and nobody else's."""
+
+    def status(uid, mode = 0o100600):
+        return os.stat_result((mode, 0, 0, 1, uid, 0, 0, 0, 0, 0))
+
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert files._distrust(status(0)) is None and files._distrust(status(1000)) is None
+    assert "another user" in files._distrust(status(1001))
+    assert "everybody may write" in files._distrust(status(1000, 0o100602))
+
+
 def test_a_missing_folder_is_an_empty_cache(cache, new_machine, tmp_path):
     """Nothing to load is no error, and loading makes no folder."""
     assert cache.load_compile_cache(tmp_path / "none") == 0
@@ -497,6 +540,35 @@ def test_one_process_a_machine_saves(cache, new_machine, trainer, tmp_path, monk
     trained()
     cache._finish()
     assert caches(tmp_path / "cache") == []
+
+
+def test_a_save_that_raises_ends_no_run_and_can_be_done_again(
+    cache, new_machine, trainer, tmp_path, monkeypatch, capsys
+):
+    """The run has trained; what went wrong is told, and the save at exit may still succeed."""
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    _set_up(Compiled())
+    trained()
+    save = cache.save_compile_cache
+
+    def full(folder):
+        raise cache.CompileCacheError("No space left on device")
+
+    monkeypatch.setattr(cache, "save_compile_cache", full)
+    cache._finish()
+    assert "was not saved: No space left" in capsys.readouterr().out
+    monkeypatch.setattr(cache, "save_compile_cache", save)
+    cache._finish()
+    assert len(caches(tmp_path / "cache")) == 1
+
+
+def test_a_pytorch_without_such_caches_says_so(cache, tmp_path, monkeypatch, capsys):
+    """The model is set up all the same; nothing is written."""
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.delattr(torch.compiler, "load_cache_artifacts")
+    _set_up(Compiled())
+    assert f"{VARIABLE} needs PyTorch 2.7" in capsys.readouterr().out
+    assert not (tmp_path / "cache").exists() and cache._automatic["folder"] is None
 
 
 def test_without_the_variable_nothing_happens(cache, new_machine, trainer, tmp_path):

@@ -2,16 +2,12 @@
 # Copyright 2026 the unsloth_patches authors
 """Inductor's compile workers start with the load of a model, where something will be compiled."""
 
-import os
+import pytest
+from backend import require
 
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("UNSLOTH_ALLOW_CPU", "1")
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+require("interpreter")
 
 import unsloth  # noqa: F401, E402
-import pytest  # noqa: E402
 from torch._inductor import async_compile  # noqa: E402
 from unsloth.models import loader  # noqa: E402
 
@@ -83,3 +79,23 @@ def test_a_pytorch_without_the_function(load, monkeypatch):
     """Nothing starts, and the load goes on."""
     monkeypatch.delattr(async_compile, "maybe_warm_pool")
     assert load("FastLanguageModel") == ["TypeError"]
+
+
+@pytest.mark.parametrize("kind", (staticmethod, lambda function: function))
+def test_a_plain_function_and_a_staticmethod(load, kind):
+    """Each comes back as what it was, and passes on what the load returns and raises."""
+    from unsloth.models.compile_workers import start_compile_workers_early
+
+    def stock(name, fast_inference = False):
+        return name.upper()
+
+    new = start_compile_workers_early(kind(stock))
+    assert isinstance(new, staticmethod) == (kind is staticmethod)
+
+    class Model:
+        from_pretrained = staticmethod(getattr(new, "__func__", new))
+
+    assert Model.from_pretrained("a") == "A"
+    with pytest.raises(AttributeError):
+        Model.from_pretrained(None)
+    assert Model.from_pretrained(name = "b", fast_inference = True) == "B"

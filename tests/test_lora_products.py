@@ -6,20 +6,17 @@ Every function is checked through the class that fast_lora.py calls: LoRA_QKV, L
 """
 
 import importlib
-import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+from backend import DEVICE, require
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ.setdefault("UNSLOTH_ALLOW_CPU", "1")
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-DEVICE = "cuda" if GPU else "cpu"
+require("interpreter")
+
 KINDS = ("LoRA_QKV", "LoRA_W", "LoRA_MLP")
 
 
@@ -318,6 +315,28 @@ def test_weights_of_another_kind_stay_with_stock(fast_lora):
     assert not handled(W, SimpleNamespace(dtype = torch.bfloat16), A, B, S)
     assert not handled(W, torch.ones(1), A, B, S)
     assert not functions._handles(X[0], [functions.Projection(W, None, A, B, S)], ())
+
+
+def test_without_bitsandbytes(fast_lora, monkeypatch):
+    """Dense weights are handled, quantized ones of every kind stay with stock; nothing raises."""
+    import sys
+
+    from unsloth.kernels import lora_functions, lora_products
+
+    class LoRA_W(torch.autograd.Function):
+        __module__ = fast_lora.__name__
+
+    for name in ("_LoRAParallel", "_LoRAMLP", "_QuantState"):
+        monkeypatch.setattr(lora_functions, name, None)
+    monkeypatch.setattr(lora_products, "fast_lora", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    lora_functions.add_lora_before_product(LoRA_W)
+    assert lora_products.fast_lora is fast_lora and lora_functions._QuantState is None
+    X = make_X(torch.bfloat16)
+    (W, _, A, B, S), *_ = make_projections("LoRA_W", torch.bfloat16)
+    for state, expected in ((None, True), (SimpleNamespace(dtype = torch.bfloat16), False)):
+        projection = lora_functions.Projection(W, state, A, B, S)
+        assert lora_functions._handles(X, [projection], ()) is expected
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -91,7 +91,7 @@ PATCHES: Tuple[Patch, ...] = (
         name = "test-backends",
         title = "Let a test file say which backend of Unsloth it needs",
         targets = (),
-        shared = ("backend.py",),
+        shared = ("backend.py", "fast_models.py"),
         tests = {"tests/test_shared_backend.py": "cpu"},
     ),
     Patch(
@@ -307,38 +307,45 @@ PATCHES: Tuple[Patch, ...] = (
         },
     ),
     Patch(
+        name = "checkpoint-shared-graph",
+        title = "Compile a checkpointed block once for both of its runs",
+        targets = (
+            Target(
+                attribute = "unsloth.models._block_compile:_wrap",
+                replacement = "models.checkpoint_shared_graph:share_graph_between_checkpoint_runs",
+                # 2026.10.9, .7
+                fingerprints = frozenset({"dbf509ead6fcfe32", "1a15d9c39b96959f"}),
+            ),
+        ),
+        modules = ("models/checkpoint_shared_graph.py", "models/compile_wrapping.py"),
+        tests = {"tests/test_checkpoint_shared_graph.py": "interpreter"},
+        shared = ("llama_blocks.py",),
+        requires = ("test-backends",),
+    ),
+    Patch(
         name = "checkpoint-recompute",
-        title = "Run a checkpointed block by one graph, and leave out its down projection in the recompute",
+        title = "Leave out the down projection where a checkpointed block is recomputed",
         targets = (
             Target(
                 attribute = "unsloth.kernels.fast_lora:LoRA_MLP",
-                replacement = "kernels.lora_mlp_unread:replace_LoRA_MLP",
+                replacement = "kernels.lora_mlp_recompute:with_recompute_variant",
                 # 2026.10.9, .7
                 fingerprints = frozenset({"dd30ee9b11bdbcbc", "c23a99c78e2f62b1"}),
             ),
             Target(
                 attribute = "unsloth.kernels.fast_lora:apply_lora_mlp_swiglu",
-                replacement = "kernels.lora_mlp_unread:replace_apply_lora_mlp_swiglu",
+                replacement = "kernels.lora_mlp_recompute:skip_down_proj_in_recompute",
                 fingerprints = frozenset({"4a7fb6cce038f12d"}),
             ),
             Target(
                 attribute = "unsloth.models.llama:LlamaDecoderLayer_fast_forward",
-                replacement = "models.checkpoint_recompute:replace_LlamaDecoderLayer_fast_forward",
+                replacement = "models.checkpoint_recompute:skip_down_proj_where_unread",
                 fingerprints = frozenset({"5282151279fcd9ae"}),
             ),
-            Target(
-                attribute = "unsloth.models._block_compile:_wrap",
-                replacement = "models.checkpoint_recompute:replace_wrap",
-                # 2026.10.9, .7
-                fingerprints = frozenset({"dbf509ead6fcfe32", "1a15d9c39b96959f"}),
-            ),
         ),
-        modules = (
-            "kernels/lora_mlp_unread.py",
-            "models/checkpoint_one_graph.py",
-            "models/checkpoint_recompute.py",
-        ),
+        modules = ("kernels/lora_mlp_recompute.py", "models/checkpoint_recompute.py"),
         tests = {"tests/test_checkpoint_recompute.py": "interpreter"},
+        requires = ("test-backends", "checkpoint-shared-graph"),
     ),
     Patch(
         name = "lora-products",
@@ -346,23 +353,23 @@ PATCHES: Tuple[Patch, ...] = (
         targets = (
             Target(
                 attribute = "unsloth.kernels.fast_lora:LoRA_QKV",
-                replacement = "kernels.lora_functions:replace_LoRA_QKV",
+                replacement = "kernels.lora_functions:share_products_of_QKV",
                 fingerprints = frozenset({"a055294701a0831d"}),
             ),
             Target(
                 attribute = "unsloth.kernels.fast_lora:LoRA_W",
-                replacement = "kernels.lora_functions:replace_LoRA_W",
+                replacement = "kernels.lora_functions:add_lora_before_product",
                 fingerprints = frozenset({"1c29b35a96a040cf"}),
             ),
             Target(
                 attribute = "unsloth.kernels.fast_lora:LoRA_MLP",
-                replacement = "kernels.lora_functions:replace_LoRA_MLP",
+                replacement = "kernels.lora_functions:share_products_of_MLP",
                 fingerprints = frozenset({"dd30ee9b11bdbcbc"}),
             ),
         ),
         modules = ("kernels/lora_products.py", "kernels/lora_functions.py"),
         tests = {"tests/test_lora_products.py": "interpreter"},
-        requires = ("checkpoint-recompute",),
+        requires = ("test-backends", "checkpoint-shared-graph", "checkpoint-recompute"),
         since = "2026.10.9",
     ),
     Patch(
@@ -445,41 +452,63 @@ PATCHES: Tuple[Patch, ...] = (
         since = "2026.10.9",
     ),
     Patch(
-        name = "compile-variants",
-        title = "Compile a block once for all its LoRA scales, lengths and packed rows",
+        name = "compile-lora-scales",
+        title = "Compile a block once for all its LoRA scales",
         targets = (
             Target(
                 attribute = "unsloth.kernels.utils:get_lora_parameters",
-                replacement = "kernels.lora_scale_inputs:replace_get_lora_parameters",
+                replacement = "kernels.lora_scale_inputs:scales_from_graph_inputs",
                 fingerprints = frozenset({"a6b2704a01310d5d"}),
             ),
+            # No fingerprint: the function is called as it is.
             Target(
-                attribute = "unsloth.models._block_compile:patch_block_compile",
-                replacement = "models.compile_variants:replace_patch_block_compile",
-                fingerprints = frozenset({"cbe892e347d670cf"}),
+                attribute = "unsloth.models.llama:_legacy_block_compile",
+                replacement = "models.compile_lora_scales:share_graph_between_lora_scales",
             ),
+        ),
+        modules = ("kernels/lora_scale_inputs.py", "models/compile_lora_scales.py"),
+        tests = {"tests/test_compile_lora_scales.py": "interpreter"},
+        requires = ("test-backends",),
+        since = "2026.10.9",
+    ),
+    Patch(
+        name = "compile-rope-tables",
+        title = "Keep a block's graphs when a batch is as long as a head is wide",
+        targets = (
             Target(
                 attribute = "unsloth.models._block_compile:_mark_seq_dynamic",
-                replacement = "models.compile_variants:replace_mark_seq_dynamic",
+                replacement = "models.compile_rope_tables:without_rope_tables",
                 fingerprints = frozenset({"97cfd424baf498ba"}),
             ),
+        ),
+        modules = ("models/compile_rope_tables.py",),
+        tests = {"tests/test_compile_rope_tables.py": "interpreter"},
+        requires = ("test-backends",),
+        since = "2026.10.9",
+    ),
+    Patch(
+        name = "packed-attention",
+        title = "Compile a block once for all packed rows",
+        targets = (
             Target(
                 attribute = "unsloth.utils.packing:get_packed_info_from_kwargs",
-                replacement = "models.compile_packed:replace_get_packed_info_from_kwargs",
+                replacement = "utils.packed_attention:prepared_packed_rows",
                 fingerprints = frozenset({"e5ace2c4f3b413db"}),
             ),
             Target(
                 attribute = "unsloth.utils.attention_dispatch:_run_attention",
-                replacement = "models.compile_packed:replace_run_attention",
+                replacement = "utils.packed_attention:attend_to_packed_rows",
                 fingerprints = frozenset({"63208249b6f37a45"}),
             ),
+            # No fingerprint: the function is called as it is.
+            Target(
+                attribute = "unsloth.models.llama:FastLlamaModel.patch_peft_model",
+                replacement = "utils.packed_attention:compile_packed_rows",
+            ),
         ),
-        modules = (
-            "kernels/lora_scale_inputs.py",
-            "models/compile_packed.py",
-            "models/compile_variants.py",
-        ),
-        tests = {"tests/test_compile_variants.py": "interpreter"},
+        modules = ("utils/packed_attention.py",),
+        tests = {"tests/test_packed_attention.py": "interpreter"},
+        requires = ("test-backends",),
         since = "2026.10.9",
     ),
     Patch(
@@ -504,15 +533,16 @@ PATCHES: Tuple[Patch, ...] = (
             # No fingerprints: the functions are called as they are.
             Target(
                 attribute = "unsloth.models.loader:FastLanguageModel.from_pretrained",
-                replacement = "models.compile_workers:replace_from_pretrained",
+                replacement = "models.compile_workers:start_compile_workers_early",
             ),
             Target(
                 attribute = "unsloth.models.loader:FastModel.from_pretrained",
-                replacement = "models.compile_workers:replace_from_pretrained",
+                replacement = "models.compile_workers:start_compile_workers_early",
             ),
         ),
         modules = ("models/compile_workers.py",),
         tests = {"tests/test_compile_workers.py": "interpreter"},
+        requires = ("test-backends",),
         since = "2026.10.9",
     ),
     Patch(
@@ -521,7 +551,7 @@ PATCHES: Tuple[Patch, ...] = (
         targets = (
             Target(
                 attribute = "unsloth.models._block_compile:patch_block_compile",
-                replacement = "models.compile_cache:replace_patch_block_compile",
+                replacement = "models.compile_cache:load_compile_cache_first",
                 fingerprints = frozenset({"cbe892e347d670cf"}),
             ),
         ),
@@ -531,35 +561,52 @@ PATCHES: Tuple[Patch, ...] = (
             "models/compile_cache_triton.py",
         ),
         tests = {"tests/test_compile_cache.py": "cpu"},
-        requires = ("compile-variants",),
+        requires = ("test-backends",),
         since = "2026.10.9",
     ),
     Patch(
-        name = "fullgraph-report",
-        title = "Report what was compiled, and enforce full graphs where they are asked for",
+        name = "compile-strict",
+        title = "Enforce full graphs where they are asked for",
         targets = (
             Target(
                 attribute = "unsloth.models._block_compile:_wrap",
-                replacement = "models.compile_modes:replace_wrap",
+                replacement = "models.compile_modes:enforce_full_graphs",
                 fingerprints = frozenset({"dbf509ead6fcfe32", "1a15d9c39b96959f"}),
             ),
             Target(
                 attribute = "unsloth.trainer:_backwards_compatible_trainer",
-                replacement = "models.compile_callback:replace_backwards_compatible_trainer",
+                replacement = "models.compile_strict:require_full_graphs",
+                fingerprints = frozenset({"cbc126cbc4a01683", "f543f55889f17d6c"}),
+            ),
+        ),
+        modules = (
+            "models/compile_failures.py",
+            "models/compile_modes.py",
+            "models/compile_strict.py",
+        ),
+        tests = {"tests/test_compile_strict.py": "interpreter"},
+        shared = ("toy_blocks.py",),
+        requires = ("test-backends", "checkpoint-shared-graph"),
+        since = "2026.10.9",
+    ),
+    Patch(
+        name = "compile-report",
+        title = "Report what was compiled, what was not and why",
+        targets = (
+            Target(
+                attribute = "unsloth.trainer:_backwards_compatible_trainer",
+                replacement = "models.compile_callback:report_compilation",
                 fingerprints = frozenset({"cbc126cbc4a01683", "f543f55889f17d6c"}),
             ),
         ),
         modules = (
             "models/compile_callback.py",
             "models/compile_events.py",
-            "models/compile_logs.py",
-            "models/compile_modes.py",
             "models/compile_report.py",
-            "models/compile_speed.py",
             "models/compile_table.py",
         ),
-        tests = {"tests/test_fullgraph_report.py": "interpreter"},
-        requires = ("checkpoint-recompute",),
+        tests = {"tests/test_compile_report.py": "interpreter"},
+        requires = ("test-backends", "checkpoint-shared-graph", "compile-strict"),
         since = "2026.10.9",
     ),
 )

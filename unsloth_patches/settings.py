@@ -79,8 +79,8 @@ def _read_compile_report() -> None:
 SWITCHES: Dict[str, Switch] = {
     "UNSLOTH_LOSS_CHUNK_ROWS": Switch("linear-loss", _read_chunk_rows),
     "UNSLOTH_FSDP2_OFFLOAD": Switch("fsdp2-offload-plan", _read_offload),
-    "UNSLOTH_FULLGRAPH": Switch("fullgraph-report", _read_fullgraph),
-    "UNSLOTH_COMPILE_REPORT": Switch("fullgraph-report", _read_compile_report),
+    "UNSLOTH_FULLGRAPH": Switch("compile-strict", _read_fullgraph),
+    "UNSLOTH_COMPILE_REPORT": Switch("compile-report", _read_compile_report),
 }
 
 

@@ -13,9 +13,9 @@ from typing import Any, Callable, List, Sequence, Tuple, Union
 
 import torch
 
-from . import lora_mlp_unread, lora_products
+from . import lora_mlp_recompute, lora_products
+from .lora_mlp_recompute import Projection, as_projections
 from .lora_products import (
-    Projection,
     gradient_A,
     gradient_B,
     gradients,
@@ -26,13 +26,9 @@ from .lora_products import (
     stacked_A,
 )
 
-__all__ = ["replace_LoRA_MLP", "replace_LoRA_QKV", "replace_LoRA_W"]
+__all__ = ["add_lora_before_product", "share_products_of_MLP", "share_products_of_QKV"]
 
 _QuantState: Any = None  # bitsandbytes' class, set when the patch is applied
-
-
-def _projections(arguments: Sequence[Any]) -> Tuple[Projection, ...]:
-    return tuple(Projection(*arguments[i : i + 5]) for i in range(0, len(arguments), 5))
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
@@ -67,7 +63,7 @@ def _per_argument(found: Sequence[torch.Tensor]) -> List[Any]:
 
 def _parallel_forward(ctx: Any, X: torch.Tensor, inplace: bool, *arguments: Any) -> Any:
     """X (batch, length, K) -> Y (batch, length, N) of each projection of X."""
-    projections = _projections(arguments)
+    projections = as_projections(arguments)
     x = _rows(X)
     XA = narrow(x, stacked_A(projections, X.dtype).t())
     _save(ctx, projections, X, XA)
@@ -97,9 +93,9 @@ def _mlp_forward(
 ) -> torch.Tensor:
     """X (batch, length, K) -> down(activation(gate(X), up(X))); zeros if not ``needed``.
 
-    needed as a tensor, in a graph of SwiGLU: see ``lora_mlp_unread.output_if_needed``.
+    needed as a tensor, in a graph of SwiGLU: see ``lora_mlp_recompute.down_proj_if_needed``.
     """
-    gate, up, down = projections = _projections(arguments)
+    gate, up, down = projections = as_projections(arguments)
     x = _rows(X)
     XA = narrow(x, stacked_A((gate, up), X.dtype).t())
     gate_XA, up_XA = split_ranks(XA, (gate, up), 1)
@@ -110,7 +106,7 @@ def _mlp_forward(
     if needed is False:
         return X.new_zeros(()).expand(batch, length, down.B.shape[0])
     if needed is not True:
-        return lora_mlp_unread.output_if_needed(e, g, needed, *down).view(batch, length, -1)
+        return lora_mlp_recompute.down_proj_if_needed(e, g, needed, down).view(batch, length, -1)
     h = _rows(activation(e.view(batch, length, -1), g.view(batch, length, -1)))
     return project(h, narrow(h, down.A.to(X.dtype).t()), down).view(batch, length, -1)
 
@@ -160,7 +156,7 @@ _LoRAMLP: Any = None
 
 
 def _attach(stock: type) -> None:
-    """Make the Functions, once fast_lora is there; NotImplementedError without bitsandbytes."""
+    """Make the Functions. Without bitsandbytes, quantized weights of every kind stay with stock."""
     global _LoRAParallel, _LoRAMLP, _QuantState
     module = sys.modules[stock.__module__]
     if lora_products.fast_lora is module:
@@ -168,7 +164,7 @@ def _attach(stock: type) -> None:
     try:
         from bitsandbytes.functional import QuantState
     except ImportError:
-        raise NotImplementedError("bitsandbytes is not installed") from None
+        QuantState = None
 
     def function(name: str, forward: Callable, backward: Callable) -> type:
         methods = {
@@ -191,7 +187,7 @@ def _inplace(X: torch.Tensor, rest: Sequence[Any]) -> bool:
     return not stock._rms_layernorm._SAVE_OUTPUT or stock._may_overwrite_input(X)
 
 
-def replace_LoRA_QKV(stock: type) -> type:
+def share_products_of_QKV(stock: type) -> type:
     """LoRA_QKV.apply(X, 3 x (W, W_quant, A, B, S), inplace, dropout_p, 3 biases) -> Q, K, V"""
     _attach(stock)
 
@@ -199,14 +195,14 @@ def replace_LoRA_QKV(stock: type) -> type:
         @staticmethod
         def apply(X, *arguments):
             parameters, rest = arguments[:15], arguments[15:]
-            if not _handles(X, _projections(parameters), rest[1:]):
+            if not _handles(X, as_projections(parameters), rest[1:]):
                 return stock.apply(X, *arguments)
             return _LoRAParallel.apply(X, _inplace(X, rest), *parameters)
 
     return LoRA_QKV
 
 
-def replace_LoRA_W(stock: type) -> type:
+def add_lora_before_product(stock: type) -> type:
     """LoRA_W.apply(X, W, W_quant, A, B, S, dropout_p, bias) -> X W^T + S (X A^T) B^T"""
     _attach(stock)
 
@@ -214,7 +210,7 @@ def replace_LoRA_W(stock: type) -> type:
         @staticmethod
         def apply(X, *arguments):
             parameters, rest = arguments[:5], arguments[5:]
-            if not _handles(X, _projections(parameters), rest):
+            if not _handles(X, as_projections(parameters), rest):
                 return stock.apply(X, *arguments)
             # dX is not written into this X, the attention's output: stock does not either.
             return _LoRAParallel.apply(X, False, *parameters)[0]
@@ -222,26 +218,26 @@ def replace_LoRA_W(stock: type) -> type:
     return LoRA_W
 
 
-def replace_LoRA_MLP(stock: type) -> type:
+def share_products_of_MLP(stock: type) -> type:
     """LoRA_MLP.apply(X, 3 x (W, W_quant, A, B, S), activation and its backward, inplace, dropout_p,
-    3 biases). The function of lora_mlp_unread.py, which leaves out the output, is replaced too."""
+    3 biases). The function of lora_mlp_recompute.py, which leaves out the output, is replaced too."""
     _attach(stock)
 
-    def variant(otherwise: type, unread: bool = False) -> type:
+    def variant(otherwise: type, recompute: bool = False) -> type:
         class LoRA_MLP:
             @staticmethod
             def apply(X, *arguments):
                 parameters, functions, rest = arguments[:15], arguments[15:17], arguments[17:]
                 # Where stock has the dropout, the other function has its tensor, or None.
-                needed, extras = (rest[1], rest[2:]) if unread else (None, rest[1:])
-                if not _handles(X, _projections(parameters), extras):
+                needed, extras = (rest[1], rest[2:]) if recompute else (None, rest[1:])
+                if not _handles(X, as_projections(parameters), extras):
                     return otherwise.apply(X, *arguments)
                 if needed is None:
-                    needed = not unread
+                    needed = not recompute
                 return _LoRAMLP.apply(X, _inplace(X, rest), needed, *functions, *parameters)
 
         return LoRA_MLP
 
-    lora_mlp_unread.function = variant(lora_mlp_unread.function, unread = True)
-    lora_mlp_unread.down_ = _down_
+    lora_mlp_recompute.function = variant(lora_mlp_recompute.function, recompute = True)
+    lora_mlp_recompute.down_ = _down_
     return variant(stock)

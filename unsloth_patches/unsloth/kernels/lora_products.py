@@ -17,23 +17,15 @@ float32, where S is applied too.
 
 from __future__ import annotations
 
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 
-__all__ = ["Projection", "narrow", "project", "project_back", "stacked_A"]
+from .lora_mlp_recompute import Projection, define_inplace_operator
+
+__all__ = ["narrow", "project", "project_back", "stacked_A"]
 
 fast_lora: Any = None  # unsloth.kernels.fast_lora, set by lora_functions; a global for Dynamo
-
-
-class Projection(NamedTuple):
-    """What get_lora_parameters returns: weight, quant state, A, B, scaling."""
-
-    W: torch.Tensor
-    W_quant: Any
-    A: torch.Tensor
-    B: torch.Tensor
-    S: float
 
 
 def _products_(
@@ -52,25 +44,8 @@ def _products_(
 
 
 # Traced, addmm_ copies what it adds to first; an operator that mutates ``out`` stays in place. One
-# call for both products of a projection, and torch.library.Library rather than custom_op: in a
-# compiled block every call of an operator costs the host, a custom_op's 20 us.
-_library: Any = None  # a Library takes its operators with it when it is collected
-_operator: Any = None
-
-
-def _register() -> None:
-    global _library, _operator
-    _library = torch.library.Library("unsloth", "FRAGMENT")
-    _library.define(
-        "lora_products_(Tensor(a!) out, Tensor a, Tensor b, float alpha, float beta, "
-        "Tensor? c=None, Tensor? d=None) -> ()"
-    )
-    _library.impl("lora_products_", _products_, "CompositeExplicitAutograd")
-    torch.library.register_fake("unsloth::lora_products_", lambda *_: None, lib = _library)
-    _operator = torch.ops.unsloth.lora_products_.default
-
-
-_register()
+# call for both products of a projection: every call of an operator costs the host.
+_operator: Any = define_inplace_operator("lora_products_", _products_)
 
 
 def _into(

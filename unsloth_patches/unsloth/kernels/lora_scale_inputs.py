@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""LoRA scales that enter a compiled block as tensors; see models/compile_variants.py, which makes them.
+"""LoRA scales that enter a compiled block as tensors; models/compile_lora_scales.py makes them.
 
 Apart from it, because unsloth.kernels must not need unsloth.models to be imported.
 """
@@ -12,13 +12,13 @@ from typing import Callable
 
 import torch
 
-__all__ = ["SCALE_INPUTS", "replace_get_lora_parameters"]
+__all__ = ["SCALE_INPUTS", "scales_from_graph_inputs"]
 
 # On a projection: adapter -> its scale as a float32 tensor of no dimensions, a graph input.
 SCALE_INPUTS = "_lora_scale_inputs"
 
 
-def replace_get_lora_parameters(stock: Callable) -> Callable:
+def scales_from_graph_inputs(stock: Callable) -> Callable:
     """``get_lora_parameters``: (W, quant state, A, B, scale), in a trace with B * scale and 1.0."""
 
     @functools.wraps(stock)

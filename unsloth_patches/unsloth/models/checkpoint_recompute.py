@@ -6,26 +6,23 @@ Reentrant gradient checkpointing runs a block twice: without grad for its output
 backward pass with grad for what the block saves. The second output is handed to
 ``torch.autograd.backward``, which reads its graph and never its values. In a Llama block the MLP's
 output only enters the last residual addition, which saves nothing, so the MLP may leave it out
-(``kernels/lora_mlp_unread.py``). A compiled block takes one graph for both runs
-(``checkpoint_one_graph.py``), to which the MLP tells it by a tensor.
+(``kernels/lora_mlp_recompute.py``). A compiled block takes one graph for both runs
+(``checkpoint_shared_graph.py``), to which the MLP tells it by a tensor.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from typing import Any, Callable
+from typing import Callable
 
 import torch
 import torch.utils.checkpoint
 from torch.nn.modules import module as torch_module
 
-from ..kernels.lora_mlp_unread import OUTPUT_NEEDED, OUTPUT_UNREAD
-from .checkpoint_one_graph import compiling_once, one_graph_wanted, runs_without_grad
+from ..kernels.lora_mlp_recompute import DOWN_PROJ_NEEDED, SKIP_DOWN_PROJ
+from .checkpoint_shared_graph import AROUND_COMPILED, runs_without_grad
 
-__all__ = ["output_unread", "replace_LlamaDecoderLayer_fast_forward", "replace_wrap"]
-
-_MARKS = "_unsloth_marks_unread_output"
+__all__ = ["output_unread", "skip_down_proj_where_unread"]
 
 
 def _reentrant(layer: torch.nn.Module) -> bool:
@@ -78,7 +75,7 @@ def output_unread(layer: torch.nn.Module) -> bool:
 
 
 def _marking(forward: Callable) -> Callable:
-    """``forward`` of a block, with its MLP's OUTPUT_UNREAD set while it runs."""
+    """``forward`` of a block, with its MLP's SKIP_DOWN_PROJ set while it runs."""
 
     @functools.wraps(forward)
     def marked(self, hidden_states, *args, **kwargs):
@@ -86,24 +83,18 @@ def _marking(forward: Callable) -> Callable:
         if torch.compiler.is_compiling():
             return forward(self, hidden_states, *args, **kwargs)
         state = self.mlp.__dict__
-        before = state.get(OUTPUT_UNREAD, False)
-        state[OUTPUT_UNREAD] = output_unread(self)
+        before = state.get(SKIP_DOWN_PROJ, False)
+        state[SKIP_DOWN_PROJ] = output_unread(self)
         try:
             return forward(self, hidden_states, *args, **kwargs)
         finally:
-            state[OUTPUT_UNREAD] = before
+            state[SKIP_DOWN_PROJ] = before
 
-    setattr(marked, _MARKS, True)
     return marked
 
 
-def replace_LlamaDecoderLayer_fast_forward(stock: Callable) -> Callable:
-    """The block of Llama, Mistral, Qwen2 and Qwen3: residual + mlp(norm(...)) comes last in it."""
-    return _marking(stock)
-
-
 def _telling_the_graph(forward: Callable) -> Callable:
-    """``forward`` of a compiled block, with its MLP's OUTPUT_NEEDED False where nobody reads it.
+    """``forward`` of a compiled block, with its MLP's DOWN_PROJ_NEEDED False where nobody reads it.
 
     The tensor stays and is True at all other times, so that no graph has to guard on it.
     """
@@ -112,9 +103,9 @@ def _telling_the_graph(forward: Callable) -> Callable:
     def told(self, hidden_states, *args, **kwargs):
         if torch.compiler.is_compiling() or not self.training:
             return forward(self, hidden_states, *args, **kwargs)
-        needed = self.mlp.__dict__.get(OUTPUT_NEEDED)
+        needed = self.mlp.__dict__.get(DOWN_PROJ_NEEDED)
         if needed is None:
-            needed = self.mlp.__dict__[OUTPUT_NEEDED] = torch.tensor(True, device = "cpu")
+            needed = self.mlp.__dict__[DOWN_PROJ_NEEDED] = torch.tensor(True, device = "cpu")
         if not torch.is_grad_enabled() or not output_unread(self):
             return forward(self, hidden_states, *args, **kwargs)
         needed.fill_(False)
@@ -126,20 +117,17 @@ def _telling_the_graph(forward: Callable) -> Callable:
     return told
 
 
-def replace_wrap(stock: Callable) -> Callable:
-    """Block compile of a class: one graph for both runs of a checkpoint, and its MLP told in which
-    of them it is. That is done outside the graph, where the checkpoint's thread-local state can be
-    read. Blocks with CUDA graphs keep a graph for each run.
+def skip_down_proj_where_unread(stock: Callable) -> Callable:
+    """``LlamaDecoderLayer_fast_forward``, of Llama, Mistral, Qwen2 and Qwen3, where residual +
+    mlp(norm(...)) comes last: its MLP is told in which run of a checkpoint it is.
+
+    Of a compiled block that is done outside the graph, where the checkpoint's thread-local state can
+    be read.
     """
 
-    @functools.wraps(stock)
-    def _wrap(cls: type, compile_options: Any, *args: Any, **kwargs: Any) -> Any:
-        marks = getattr(cls.forward, _MARKS, False)
-        once = one_graph_wanted(compile_options)
-        with compiling_once() if once else contextlib.nullcontext():
-            result = stock(cls, compile_options, *args, **kwargs)
-        if marks:
-            cls.forward = (_telling_the_graph if once else _marking)(cls.forward)
-        return result
+    def around_compiled(forward: Callable, shared: bool) -> Callable:
+        return (_telling_the_graph if shared else _marking)(forward)
 
-    return _wrap
+    marked = _marking(stock)
+    setattr(marked, AROUND_COMPILED, around_compiled)
+    return marked

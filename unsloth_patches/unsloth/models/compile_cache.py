@@ -32,7 +32,7 @@ __all__ = [
     "CompileCacheError",
     "cache_lora_functions",
     "load_compile_cache",
-    "replace_patch_block_compile",
+    "load_compile_cache_first",
     "save_compile_cache",
 ]
 
@@ -189,15 +189,16 @@ def _callback_class() -> type:
     return CompileCacheCallback
 
 
-def replace_patch_block_compile(stock: Callable) -> Callable:
+def load_compile_cache_first(stock: Callable) -> Callable:
     """``patch_block_compile``: as before, after an earlier run's cache has been loaded."""
-    if not hasattr(torch.compiler, "load_cache_artifacts"):
-        raise NotImplementedError("torch.compiler.load_cache_artifacts needs PyTorch 2.7")
 
     @functools.wraps(stock)
     def patch_block_compile(model):
-        cache_lora_functions()
-        _start()
+        if hasattr(torch.compiler, "load_cache_artifacts"):
+            cache_lora_functions()
+            _start()
+        elif os.environ.get(VARIABLE):
+            _say(f"{VARIABLE} needs PyTorch 2.7 (torch.compiler.load_cache_artifacts).")
         return stock(model)
 
     return patch_block_compile

@@ -2,8 +2,7 @@
 # Copyright 2026 the unsloth_patches authors
 """The compile report in SFTTrainer: recorded in silence, one table and one JSON file at the end.
 
-UNSLOTH_COMPILE_REPORT=0 leaves it out, UNSLOTH_COMPILE_REPORT=probe adds the loss of the first
-batch with compiled and with eager blocks; UNSLOTH_PATCHES_FULLGRAPH=off leaves out everything.
+UNSLOTH_COMPILE_REPORT=0 leaves it out, and so does UNSLOTH_FULLGRAPH=off.
 """
 
 from __future__ import annotations
@@ -11,24 +10,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import weakref
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from transformers import TrainerCallback
 
-from .compile_modes import VARIABLE, FullgraphError, fullgraph_mode, layers_by_state, regions_of
-from .compile_report import CompileReport, loss_state, save
-from .compile_speed import batch_work
+from .compile_modes import fullgraph_mode
+from .compile_report import CompileReport, batch_tokens, save
 from .compile_table import table
 
-__all__ = ["CompileReportCallback", "add_compile_report", "replace_backwards_compatible_trainer"]
+__all__ = ["CompileReportCallback", "add_compile_report", "report_compilation"]
 
 SWITCH = "UNSLOTH_COMPILE_REPORT"
-_CHOICES = ("1", "0", "probe")
 
 
 def _unharmed(method: Callable) -> Callable:
-    """An error of the report ends the report, not the training; strict mode's own error passes."""
+    """An error of the report ends the report, not the training."""
 
     @functools.wraps(method)
     def guarded(self, *args, **kwargs):
@@ -36,8 +34,6 @@ def _unharmed(method: Callable) -> Callable:
             return None
         try:
             return method(self, *args, **kwargs)
-        except FullgraphError:
-            raise
         except Exception as error:
             self.broken = f"{type(error).__name__}: {error}"
             with contextlib.suppress(Exception):
@@ -49,35 +45,21 @@ def _unharmed(method: Callable) -> Callable:
 
 
 class CompileReportCallback(TrainerCallback):
-    """Records one ``train()`` and prints and saves its report when it ends.
+    """Records one ``train()`` and prints and saves its report when it ends."""
 
-    probe: keep the first training batch and compare its loss with that of eager blocks at the end.
-    """
-
-    def __init__(self, probe: bool = False):
-        self.probe = probe
+    def __init__(self):
         self.report: Optional[CompileReport] = None
         self.broken = ""
         self._hook: Any = None
-        self._first_batch: Optional[Dict[str, Any]] = None
 
-    def on_train_begin(
-        self,
-        args,
-        state,
-        control,
-        model = None,
-        **kwargs,
-    ):
+    def on_train_begin(self, args, state, control, **kwargs):
         self.broken = ""  # an earlier train()'s
-        self._begin(args, model)
+        self._begin(kwargs.get("model"))
 
     @_unharmed
-    def _begin(self, args, model):
+    def _begin(self, model):
         self.close()  # of an earlier train() that was interrupted
-        if fullgraph_mode() == "strict":
-            require_compiled_blocks(model)
-        self.report = CompileReport(model, bf16 = bool(args.bf16), fp16 = bool(args.fp16))
+        self.report = CompileReport(model)
         self.report.__enter__()
         if model is not None:
             self._hook = model.register_forward_pre_hook(self._count, with_kwargs = True)
@@ -86,19 +68,9 @@ class CompileReportCallback(TrainerCallback):
         try:
             if not model.training or not torch.is_grad_enabled() or self.report is None:
                 return
-            self.report.clock.add(batch_work(args, kwargs))
-            if self.probe and self._first_batch is None and not args:
-                self._first_batch = dict(kwargs)
+            self.report.clock.add(batch_tokens(args, kwargs))
         except Exception as error:
             self.broken = f"{type(error).__name__}: {error}"
-
-    @_unharmed
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if fullgraph_mode() == "strict" and loss_state().startswith("demoted"):
-            raise FullgraphError(
-                f"Unsloth: the fused loss is not one compiled graph, and {VARIABLE}=strict; "
-                "upstream fell back to its eager loss. UNSLOTH_COMPILE_DEBUG=1 shows the error."
-            )
 
     @_unharmed
     def on_step_end(self, args, state, control, **kwargs):
@@ -107,15 +79,10 @@ class CompileReportCallback(TrainerCallback):
 
     @_unharmed
     def on_evaluate(self, args, state, control, **kwargs):
-        self._interrupted()
-
-    @_unharmed
-    def on_save(self, args, state, control, **kwargs):
-        self._interrupted()
-
-    def _interrupted(self):
         if self.report is not None:
             self.report.clock.interrupted()
+
+    on_save = on_evaluate
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.report is None and not self.broken:
@@ -123,7 +90,7 @@ class CompileReportCallback(TrainerCallback):
         try:
             # Collective, so every rank comes here, also one whose report stopped.
             summaries = _of_all_ranks(self._finish())
-            if _rank() == 0:
+            if state.is_world_process_zero:
                 _tell(summaries, args.output_dir)
         except Exception as error:
             print(f"Unsloth: no compile report ({type(error).__name__}: {error}).")
@@ -131,11 +98,8 @@ class CompileReportCallback(TrainerCallback):
     def _finish(self) -> Dict[str, Any]:
         """This rank's summary, or what kept it from one."""
         try:
-            self._unhook()
             if self.broken:
                 return {"error": self.broken}
-            if self.probe and self._first_batch is not None:
-                self._compare()
             return self.report.summary()
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"}
@@ -143,50 +107,14 @@ class CompileReportCallback(TrainerCallback):
             with contextlib.suppress(Exception):
                 self.close()
 
-    def _compare(self):
-        try:
-            self.report.compare_with_eager(self._first_batch)
-        except Exception as error:
-            self.report.eager_loss = {"error": f"{type(error).__name__}: {error}"}
-
-    def _unhook(self):
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
     def close(self) -> None:
         """Stop recording without a report."""
-        self._unhook()
-        report, self.report, self._first_batch = self.report, None, None
+        hook, self._hook = self._hook, None
+        report, self.report = self.report, None
+        if hook is not None:
+            hook.remove()
         if report is not None:
             report.__exit__()
-
-
-def require_compiled_blocks(model: Optional[torch.nn.Module]) -> None:
-    """Strict mode, before the first step: raise FullgraphError unless blocks are set up for it."""
-    regions = regions_of(model) if model is not None else []
-    if not regions:
-        raise FullgraphError(
-            f"Unsloth: {VARIABLE}=strict, but no decoder block of this model is set up for "
-            "compiling. That needs a CUDA GPU, torch 2.11 or newer, LoRA by "
-            "FastLanguageModel.get_peft_model, and neither UNSLOTH_BLOCK_COMPILE=0 nor "
-            f"UNSLOTH_COMPILE_DISABLE; set {VARIABLE} before the model is loaded."
-        )
-    for region in regions:
-        if region.mode != "strict":
-            raise FullgraphError(
-                f"Unsloth: {VARIABLE}=strict was set after {region.name} had been set up for "
-                "compiling; set it before the model is loaded."
-            )
-        if layers_by_state(model, region).get("eager"):
-            why = "; ".join(map(str, region.failures)) or "by Unsloth"
-            raise region.error(None, f"layers are demoted already: {why}")
-
-
-def _rank() -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def _of_all_ranks(mine: Dict[str, Any]) -> List[Dict[str, Any]]:
@@ -209,30 +137,39 @@ def _tell(summaries: List[Dict[str, Any]], folder: str) -> None:
 
 
 def report_switch() -> str:
-    """``UNSLOTH_COMPILE_REPORT``: 1 (the default), 0 or probe. Raises ValueError if it is none."""
+    """``UNSLOTH_COMPILE_REPORT``: 1 (the default) or 0. Raises ValueError if it is none."""
     value = os.environ.get(SWITCH, "").strip().lower() or "1"
-    if value not in _CHOICES:
-        raise ValueError(f"{SWITCH}={os.environ[SWITCH]!r}: choose one of {', '.join(_CHOICES)}.")
+    if value not in ("1", "0"):
+        raise ValueError(f"{SWITCH}={os.environ[SWITCH]!r}: choose one of 1, 0.")
     return value
 
 
 def add_compile_report(trainer: Any) -> Optional[CompileReportCallback]:
-    """Add the report to a Trainer, once; None where the environment switches it off.
-
-    Raises ValueError for a mode or a switch that does not exist.
-    """
-    mode, switch = fullgraph_mode(), report_switch()
-    if mode == "off" or switch == "0":
+    """Add the report to a Trainer, once; None where the environment switches it off."""
+    if fullgraph_mode() == "off" or report_switch() == "0":
         return None
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, CompileReportCallback):
             return callback
-    callback = CompileReportCallback(probe = switch == "probe")
+    callback = CompileReportCallback()
     trainer.add_callback(callback)
+    trainer.train = _closing(trainer, callback)
     return callback
 
 
-def replace_backwards_compatible_trainer(stock: Callable) -> Callable:
+def _closing(trainer: Any, callback: CompileReportCallback) -> Callable:
+    """``trainer.train`` that ends the recording where training raises; no reference cycle."""
+    train, trainer = type(trainer).train, weakref.ref(trainer)
+
+    @functools.wraps(train)
+    def closing(*args, **kwargs):
+        with contextlib.closing(callback):
+            return train(trainer(), *args, **kwargs)
+
+    return closing
+
+
+def report_compilation(stock: Callable) -> Callable:
     """``_backwards_compatible_trainer`` of trainer.py: an SFTTrainer gets the compile report."""
 
     @functools.wraps(stock)
@@ -243,7 +180,7 @@ def replace_backwards_compatible_trainer(stock: Callable) -> Callable:
 
         @functools.wraps(init)
         def reporting_init(self, *args, **kwargs):
-            fullgraph_mode(), report_switch()  # a wrong value is told before any work is done
+            report_switch()  # a wrong value is told before any work is done
             init(self, *args, **kwargs)
             add_compile_report(self)
 

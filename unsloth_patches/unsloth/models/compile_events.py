@@ -9,24 +9,127 @@ Sources, all read and none changed for others: Dynamo's compilation metrics (it 
 
 from __future__ import annotations
 
+import functools
+import logging
+import re
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
-import torch
+from .compile_failures import Place, last_frame, one_line, reason_and_hint
 
-from .compile_logs import (
-    BreakHandler,
-    GraphBreak,
-    Place,
-    RecompileHandler,
-    listen,
-    one_line,
-    reason_and_hint,
+__all__ = ["Compilation", "CompileEvents", "GraphBreak"]
+
+_BREAKS = (
+    "torch._dynamo.symbolic_convert.__graph_breaks",
+    "torch._dynamo.convert_frame.__graph_breaks",
 )
-
-__all__ = ["Compilation", "CompileEvents", "compiler_version"]
-
+_RECOMPILES = ("torch._dynamo.guards.__recompiles",)
+_IN_USER_CODE = re.compile(r"in user code at (?P<file>.+):(?P<line>\d+)\s*\n")
+_REASON = re.compile(
+    r"Graph Break Reason:\s*(?P<text>.*?)(?:\n\s*\n\s*For more|\n\nUser code|\Z)", re.S
+)
+_RECOMPILED = re.compile(r"Recompiling function \S+ in (?P<file>.+):(?P<line>\d+)\s*\n")
+_GUARD = re.compile(r"(?m)^\s*- (?P<text>\d+/\d+: .+)$")
 _METRICS_KEPT = 4096  # between two drains; 126 layers that all recompile make some 500
+
+
+class GraphBreak(NamedTuple):
+    """A graph that ended early: where, why in torch's words, and torch's hint if it gave one."""
+
+    place: Place
+    reason: str
+    hint: str
+
+
+class BreakHandler(logging.Handler):
+    """Turns records of Dynamo's graph-break log into GraphBreak entries."""
+
+    def __init__(self, found: Dict[GraphBreak, int]):
+        super().__init__(logging.DEBUG)
+        self._found = found
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            found = _parse_break(record.getMessage())
+            self._found[found] = self._found.get(found, 0) + 1
+        except Exception:  # a log handler must not raise into a compilation
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        unread = GraphBreak(Place(), "unreadable entry of torch's graph-break log", "")
+        self._found[unread] = self._found.get(unread, 0) + 1
+
+
+class RecompileHandler(logging.Handler):
+    """Keeps, by frame and in order, the guards that made Dynamo recompile it.
+
+    The metrics name one failing guard, of the graph compiled last, which is often only that of the
+    other gradient mode; the log has one for every graph that did not fit.
+    """
+
+    def __init__(self):
+        super().__init__(logging.DEBUG)
+        self._reasons: Dict[Place, List[str]] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            message = record.getMessage()
+            where = _RECOMPILED.search(message)
+        except Exception:  # as above; the metrics' own reason stays
+            return
+        if where is None:
+            return
+        guards = [one_line(found["text"]) for found in _GUARD.finditer(message)]
+        telling = [guard for guard in guards if "grad_mode" not in guard] or guards
+        place = Place(where["file"], int(where["line"]))
+        self._reasons.setdefault(place, []).append("; ".join(telling[:3])[:400])
+
+    def take(self, place: Place) -> str:
+        """The reason of the frame's next recompilation; empty where the log had none."""
+        waiting = self._reasons.get(place)
+        return waiting.pop(0) if waiting else ""
+
+
+def _parse_break(message: str) -> GraphBreak:
+    where = _IN_USER_CODE.search(message)
+    place = Place(where["file"], int(where["line"])) if where else last_frame(message)
+    told = _REASON.search(message)
+    return GraphBreak(place, *reason_and_hint(told["text"] if told else message))
+
+
+def listen(breaks: BreakHandler, recompiles: RecompileHandler) -> List[Callable[[], None]]:
+    """Let the handlers hear Dynamo; returns what undoes it."""
+    undo = _listen(_BREAKS, breaks) + _listen(_RECOMPILES, recompiles)
+    return undo + _recompiles_on()
+
+
+def _listen(names: Tuple[str, ...], handler: logging.Handler) -> List[Callable[[], None]]:
+    """Let `handler` hear these loggers; returns what undoes it."""
+    undo: List[Callable[[], None]] = []
+    for logger in map(logging.getLogger, names):
+        undo.append(functools.partial(logger.removeHandler, handler))
+        undo.append(functools.partial(logger.setLevel, logger.level))
+        undo.append(functools.partial(setattr, logger, "propagate", logger.propagate))
+        wanted = logger.isEnabledFor(logging.DEBUG)
+        logger.addHandler(handler)
+        if not wanted:
+            logger.setLevel(logging.DEBUG)
+            logger.propagate = False  # nobody asked for this log: we read it, it is not printed
+    return undo
+
+
+def _recompiles_on() -> List[Callable[[], None]]:
+    """Dynamo writes its log of recompilations only where torch's own list of logs names it."""
+    try:
+        from torch._logging._internal import log_state
+
+        names = log_state.artifact_names
+        if "recompiles" in names:
+            return []
+        names.add("recompiles")
+        return [functools.partial(names.discard, "recompiles")]
+    except (ImportError, AttributeError):
+        return []  # another torch: the metrics' own reason stays
 
 
 @dataclass(frozen = True)
@@ -45,10 +148,6 @@ class Compilation:
     cached: Optional[bool]
     recompile_reason: str
     failure: str
-
-    @property
-    def is_graph(self) -> bool:
-        return self.part == "forward" and not self.failure
 
 
 def _total_graphs() -> int:
@@ -94,12 +193,12 @@ class CompileEvents:
             raise RuntimeError("CompileEvents.start: it records already; call stop first.")
         kept = getattr(utils, "_compilation_metrics", None)
         self._limit = getattr(kept, "maxlen", None) or 64
-        utils.set_compilation_metrics_limit(max(self._limit, _METRICS_KEPT))
         self._last = (utils.get_compilation_metrics() or [None])[-1]
         self._graphs, self._breaks = _Tally(_total_graphs), _Tally(_total_breaks)
         self._recompiles = RecompileHandler()
         self._restore = listen(BreakHandler(self.breaks), self._recompiles)
         self.running = True
+        utils.set_compilation_metrics_limit(max(self._limit, _METRICS_KEPT))
 
     def drain(self) -> List[Compilation]:
         """Compilations that ended since the last call; ``compilations`` gets them too."""
@@ -182,15 +281,3 @@ def _from_cache(known: Any) -> Optional[bool]:
     hits = sum(known(f"{kind}_hit_count") or 0 for kind in kinds)
     misses = sum(known(f"{kind}_miss_count") or 0 for kind in kinds)
     return None if not hits + misses else hits > 0 and not misses
-
-
-def compiler_version() -> Dict[str, str]:
-    """Versions that decide what compiles: torch and, where it is there, triton."""
-    found = {"torch": torch.__version__}
-    try:
-        import triton
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        pass
-    return found

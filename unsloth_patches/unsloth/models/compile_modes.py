@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""UNSLOTH_PATCHES_FULLGRAPH = auto | strict | off: how strictly decoder blocks have to compile.
+"""UNSLOTH_FULLGRAPH = auto | strict | off: how strictly decoder blocks have to compile.
 
 auto (the default): Unsloth's own behaviour; a block that does not compile runs eagerly, and the
 report at the end says which and why. strict: blocks compile with ``fullgraph = True``, and whatever
@@ -10,21 +10,27 @@ nothing is watched and no report is made. Read when a model's blocks are set up 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-import threading
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 
-from .compile_logs import Place, failure_place, reason_and_hint
+from .compile_failures import Place, failure_place, reason_and_hint
+from .compile_wrapping import torch_compile_as
 
-__all__ = ["BlockRegion", "FullgraphError", "fullgraph_mode", "regions_of", "replace_wrap"]
+__all__ = [
+    "BlockRegion",
+    "FullgraphError",
+    "enforce_full_graphs",
+    "fullgraph_mode",
+    "layers_by_state",
+    "regions_of",
+]
 
-VARIABLE = "UNSLOTH_PATCHES_FULLGRAPH"
+VARIABLE = "UNSLOTH_FULLGRAPH"
 MODES = ("auto", "strict", "off")
 _MODE_OF_LAYER = "_unsloth_block_mode"  # upstream's: 0 eager, 1 compiled, 2 flex attention outside
 _EAGER = 0
@@ -107,11 +113,10 @@ _PADDED = (
 )
 _NO_STRICT = f"{VARIABLE}=auto trains all the same and counts such calls in its report."
 _regions: List[BlockRegion] = []
-_swapping = threading.RLock()
 
 
 def fullgraph_mode() -> str:
-    """``UNSLOTH_PATCHES_FULLGRAPH``, ``auto`` by default. Raises ValueError if it is no mode."""
+    """``UNSLOTH_FULLGRAPH``, ``auto`` by default. Raises ValueError if it is no mode."""
     value = os.environ.get(VARIABLE, "").strip().lower() or "auto"
     if value not in MODES:
         raise ValueError(f"{VARIABLE}={os.environ[VARIABLE]!r}: choose one of {', '.join(MODES)}.")
@@ -129,7 +134,12 @@ def regions_of(model: Optional[torch.nn.Module] = None) -> List[BlockRegion]:
 def layers_by_state(model: torch.nn.Module, region: BlockRegion) -> Dict[str, int]:
     """How many of the model's layers of a region are compiled, compiled around flex attention,
     eager, or not yet run."""
-    names = {None: "not run", 0: "eager", 1: "compiled", 2: "compiled, flex attention outside"}
+    names = {
+        None: "not run",
+        _EAGER: "eager",
+        1: "compiled",
+        2: "compiled, flex attention outside",
+    }
     layers = [m for m in model.modules() if type(m) is region.layer_class]
     return dict(Counter(names.get(m.__dict__.get(_MODE_OF_LAYER), "unknown") for m in layers))
 
@@ -152,7 +162,7 @@ def _why_outside(layer: torch.nn.Module, kwargs: Dict[str, Any]) -> Optional[str
     return "upstream ran its stock forward"
 
 
-def replace_wrap(stock: Callable) -> Callable:
+def enforce_full_graphs(stock: Callable) -> Callable:
     """``_wrap`` of ``models/_block_compile.py``: the region is watched, in strict mode with
     ``fullgraph = True``; with mode ``off`` as upstream does it.
     """
@@ -163,7 +173,7 @@ def replace_wrap(stock: Callable) -> Callable:
         if mode == "off":
             return stock(cls, *args, **kwargs)
         region = BlockRegion(cls.__name__, mode, cls)
-        with _compiling_for(region):
+        with torch_compile_as(functools.partial(_compile_region, region = region)):
             result = stock(cls, *args, **kwargs)
         code = getattr(getattr(cls.forward, "_unsloth_block_original", None), "__code__", None)
         if code is not None:
@@ -185,22 +195,11 @@ def _mode_or_auto() -> str:
         return "auto"
 
 
-@contextlib.contextmanager
-def _compiling_for(region: BlockRegion) -> Iterator[None]:
-    """While upstream sets a region up, ``torch.compile`` counts its calls and keeps its errors."""
-    with _swapping:
-        plain = torch.compile
-
-        def compile_region(function, *args, **options):
-            if region.mode == "strict":
-                options["fullgraph"] = True
-            return _counted(plain(function, *args, **options), region)
-
-        torch.compile = compile_region
-        try:
-            yield
-        finally:
-            torch.compile = plain
+def _compile_region(compile: Callable, function: Callable, *, region: BlockRegion, **options: Any):
+    """``torch.compile`` for a region: its calls are counted and its errors kept."""
+    if region.mode == "strict":
+        options["fullgraph"] = True
+    return _counted(compile(function, **options), region)
 
 
 def _counted(compiled: Callable, region: BlockRegion) -> Callable:

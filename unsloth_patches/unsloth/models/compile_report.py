@@ -4,22 +4,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
+import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 
-from .compile_events import CompileEvents, Compilation, compiler_version
+from .compile_events import Compilation, CompileEvents
 from .compile_modes import BlockRegion, fullgraph_mode, layers_by_state, regions_of
-from .compile_speed import StepClock, Work, memory_peaks, model_flops, peak_tflops
+from .compile_strict import loss_state
 from .compile_table import table
 
-__all__ = ["CompileReport", "blocks_uncompiled", "loss_state"]
+__all__ = ["CompileReport", "batch_tokens", "save"]
 
 FILE_NAME = "compile_report.json"
 
@@ -34,22 +34,14 @@ class CompileReport:
         print(report.table())
         report.save("outputs")
 
-    model: the model that is trained; without it the report cannot say how many layers are compiled,
-        nor the FLOP utilisation. bf16, fp16: the training's precision, for the peak of the device.
+    model: the model that is trained; without it the report cannot say how many layers are compiled.
     Nothing is printed while it records. Entering it twice raises RuntimeError, and so does a
     summary before it was entered.
     """
 
-    def __init__(
-        self,
-        model: Optional[torch.nn.Module] = None,
-        bf16: bool = False,
-        fp16: bool = False,
-    ):
+    def __init__(self, model: Optional[torch.nn.Module] = None):
         self.model = model
         self.clock = StepClock()
-        self.eager_loss: Optional[Dict[str, Any]] = None
-        self._precision = {"bf16": bf16, "fp16": fp16}
         self._events: Optional[CompileEvents] = None
 
     def __enter__(self) -> "CompileReport":
@@ -67,10 +59,8 @@ class CompileReport:
     def step(self, tokens: Any = None) -> None:
         """An optimizer step ended. tokens: of all its micro-batches, for the tokens a second."""
         if tokens is not None:
-            self.clock.add(Work(tokens))
+            self.clock.add(tokens)
         self.clock.step(compiled = bool(self._events.drain()))
-
-    # --- summing up ------------------------------------------------------------------------------
 
     def summary(self) -> Dict[str, Any]:
         """Everything recorded so far, ready for JSON; memory in bytes, times in seconds."""
@@ -83,7 +73,10 @@ class CompileReport:
             events.drain()
         return {
             "mode": fullgraph_mode(),
-            "versions": compiler_version(),
+            "versions": {
+                "torch": torch.__version__,
+                "triton": getattr(sys.modules.get("triton"), "__version__", "none"),
+            },
             "regions": self._regions(),
             "loss": loss_state(),
             "graphs": events.graphs,
@@ -101,8 +94,7 @@ class CompileReport:
                 "cold": events.seconds(cached = False),
             },
             "memory": self._memory(),
-            "speed": self._speed(),
-            "eager_loss": self.eager_loss,
+            "speed": self.clock.figures(),
         }
 
     def _regions(self) -> List[Dict[str, Any]]:
@@ -127,19 +119,6 @@ class CompileReport:
         raised = {f"{k}_in_training": v > self._memory_before.get(k, 0) for k, v in peaks.items()}
         return {**peaks, **raised}
 
-    def _speed(self) -> Dict[str, Any]:
-        found: Dict[str, Any] = dict(self.clock.figures())
-        if self.model is None or "tokens_per_second" not in found:
-            return found
-        flops = model_flops(self.model, Work(found["tokens"], found["pairs"]))
-        peak = peak_tflops(self.model, **self._precision)
-        if flops:
-            found["model_tflops"] = flops / found["seconds"] / 1e12
-        if flops and peak:
-            found["peak_tflops"] = peak
-            found["mfu"] = found["model_tflops"] / peak
-        return found
-
     def table(self) -> str:
         """The summary as lines of plain text."""
         return table([self.summary()])
@@ -147,37 +126,6 @@ class CompileReport:
     def save(self, folder: Union[str, os.PathLike]) -> Path:
         """Write ``compile_report.json`` into `folder`, making it. Raises OSError naming it."""
         return save([self.summary()], folder)
-
-    # --- the loss beside eager -----------------------------------------------------------------
-
-    def compare_with_eager(self, batch: Dict[str, Any]) -> Dict[str, float]:
-        """The loss of `batch` (the model's keyword arguments) with compiled and with eager blocks.
-
-        Returns and keeps {compiled, eager, relative_difference}. The model is in training mode for
-        it; that, the random state and the layers are as before afterwards, and no gradient is
-        computed. Raises ValueError without a model, if the model returns no loss, and if no block
-        of it runs compiled.
-        """
-        if self.model is None:
-            raise ValueError("CompileReport: compare_with_eager needs CompileReport(model).")
-        with _probing(self.model):
-            before = sum(region.entered for region in regions_of(self.model))
-            losses = {"compiled": self._probe_loss(batch)}
-            if sum(region.entered for region in regions_of(self.model)) == before:
-                raise ValueError("CompileReport: no block ran compiled: nothing to compare.")
-            with blocks_uncompiled(self.model):
-                losses["eager"] = self._probe_loss(batch)
-        gap = abs(losses["compiled"] - losses["eager"]) / max(abs(losses["eager"]), 1e-30)
-        self.eager_loss = {**losses, "relative_difference": gap}
-        return self.eager_loss
-
-    def _probe_loss(self, batch: Dict[str, Any]) -> float:
-        devices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices = sorted(devices)), torch.enable_grad():
-            loss = getattr(self.model(**batch), "loss", None)
-        if loss is None:
-            raise ValueError("CompileReport: the probe batch gives no loss; it needs labels.")
-        return float(loss.detach())
 
 
 def save(summaries: List[Dict[str, Any]], folder: Union[str, os.PathLike]) -> Path:
@@ -194,74 +142,6 @@ def save(summaries: List[Dict[str, Any]], folder: Union[str, os.PathLike]) -> Pa
     return path
 
 
-@contextlib.contextmanager
-def blocks_uncompiled(model: torch.nn.Module) -> Iterator[None]:
-    """Run the model's decoder blocks eagerly inside the block, uncounted; then all is as before."""
-    regions = regions_of(model)
-    classes = {region.layer_class for region in regions}
-    layers = [module for module in model.modules() if type(module) in classes]
-    states = [layer.__dict__.get("_unsloth_block_mode") for layer in layers]
-    stricts = [region.mode for region in regions]
-    for layer in layers:
-        layer.__dict__["_unsloth_block_mode"] = 0
-    for region in regions:
-        region.mode = "auto"
-    try:
-        with _counts_kept(model):
-            yield
-    finally:
-        for region, mode in zip(regions, stricts):
-            region.mode = mode
-        for layer, state in zip(layers, states):
-            if state is None:
-                layer.__dict__.pop("_unsloth_block_mode", None)
-            else:
-                layer.__dict__["_unsloth_block_mode"] = state
-
-
-@contextlib.contextmanager
-def _counts_kept(model: torch.nn.Module) -> Iterator[None]:
-    """What runs inside is no training: its calls are not counted."""
-    counts = [(r, r.compiled_calls, Counter(r.outside)) for r in regions_of(model)]
-    try:
-        yield
-    finally:
-        for region, compiled, outside in counts:
-            region.compiled_calls, region.outside = compiled, outside
-
-
-@contextlib.contextmanager
-def _probing(model: torch.nn.Module) -> Iterator[None]:
-    """Training mode, in which alone blocks compile; each module's own mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    try:
-        with _counts_kept(model):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def loss_state() -> str:
-    """How the loss ran: by hand-written kernels, compiled by upstream, or demoted by it."""
-    calls = _fused_loss_calls()
-    if calls and not any(name.startswith("stock") for name in calls):
-        return "hand-written kernels, nothing to compile"
-    zoo = sys.modules.get("unsloth_zoo.fused_losses.cross_entropy_loss")
-    compiled = getattr(zoo, "_FUSED_CE_COMPILE_SUPPORTED", None)
-    names = {True: "compiled with fullgraph = True", False: "demoted to eager: it does not compile"}
-    return names.get(compiled, "not seen")
-
-
-def _fused_loss_calls() -> Dict[str, int]:
-    try:
-        from unsloth.fused_loss import calls
-    except ImportError:
-        return {}
-    return {name: count for name, count in calls().items() if count}
-
-
 def _grouped(compilations: List[Compilation], reason: Any) -> List[Dict[str, Any]]:
     # Upstream's wrapper of a block's forward is called `gated` in Dynamo's metrics.
     names = {region.place: region.name for region in regions_of()}
@@ -270,3 +150,69 @@ def _grouped(compilations: List[Compilation], reason: Any) -> List[Dict[str, Any
         {"frame": frame, "where": where, "why": why, "count": count}
         for (frame, where, why), count in counted.most_common()
     ]
+
+
+class StepClock:
+    """Times whole optimizer steps, from the end of one to the end of the next.
+
+    Warm-up does not count: the first step, steps in which something compiled, and steps with an
+    evaluation or a checkpoint in them. On a GPU the host runs ahead of the work by less than a
+    step, so a sum over many steps is exact to one part in their number.
+    """
+
+    def __init__(self):
+        self._warm: List[Tuple[float, Any]] = []  # seconds and tokens of each warm step
+        self._steps, self._tokens = 0, 0
+        self._last: Optional[float] = None
+        self._interrupted = False
+
+    def add(self, tokens: Any) -> None:
+        """A micro-batch's tokens; tensors stay on their device and are not waited for."""
+        self._tokens = self._tokens + tokens
+
+    def interrupted(self) -> None:
+        """Something other than training takes place in this step."""
+        self._interrupted = True
+
+    def step(self, compiled: bool) -> None:
+        """A step ended; `compiled`: something was compiled in it."""
+        now = time.perf_counter()
+        if self._last is not None and not (compiled or self._interrupted):
+            self._warm.append((now - self._last, self._tokens))
+        self._steps += 1
+        self._last, self._tokens, self._interrupted = now, 0, False
+
+    def figures(self) -> Dict[str, float]:
+        """{steps, warm_steps, seconds, tokens, tokens_per_second}: all but the first of warm steps
+        only, and the last only where there are any."""
+        seconds = sum(seconds for seconds, _ in self._warm)
+        tokens = float(sum(tokens for _, tokens in self._warm))
+        found = {"steps": self._steps, "warm_steps": len(self._warm)}
+        found.update(seconds = seconds, tokens = tokens)
+        if seconds > 0 and tokens > 0:
+            found["tokens_per_second"] = tokens / seconds
+        return found
+
+
+def batch_tokens(args: tuple, kwargs: Dict[str, Any]) -> Any:
+    """The tokens that are no padding of a model call with these arguments; 0 where it cannot be told."""
+    lengths, mask = kwargs.get("packed_seq_lengths"), kwargs.get("attention_mask")
+    ids = kwargs.get("input_ids", args[0] if args and torch.is_tensor(args[0]) else None)
+    if torch.is_tensor(lengths):
+        return lengths.sum()
+    if torch.is_tensor(mask) and mask.dim() == 2:
+        return mask.sum()
+    return ids.numel() if torch.is_tensor(ids) and ids.dim() == 2 else 0
+
+
+def memory_peaks() -> Dict[str, int]:
+    """{allocated, reserved}: the process's peaks in bytes on the current GPU; empty without one.
+
+    The peaks are read, never reset: a script that prints them itself still sees its own.
+    """
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return {}
+    return {
+        "allocated": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.max_memory_reserved(),
+    }

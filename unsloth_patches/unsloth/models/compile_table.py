@@ -39,12 +39,6 @@ def _rows(summary: Dict[str, Any]) -> Iterator[Tuple[str, str]]:
     yield "compiling", f"{seconds['total']:.1f} s{split if seconds['cached'] else ''}"
     yield from _memory_rows(summary["memory"])
     yield from _speed_rows(summary["speed"])
-    loss = summary["eager_loss"] or {}
-    if "error" in loss:
-        yield "probe loss", f"not compared: {loss['error']}"
-    elif loss:
-        told = f"{loss['compiled']:.6f} compiled, {loss['eager']:.6f} eager"
-        yield "probe loss", f"{told}, relative difference {loss['relative_difference']:.1e}"
 
 
 def _region_rows(region: Dict[str, Any]) -> Iterator[Tuple[str, str]]:
@@ -89,9 +83,6 @@ def _speed_rows(speed: Dict[str, Any]) -> Iterator[Tuple[str, str]]:
     else:
         steps = f"{speed['warm_steps']} of {speed['steps']} steps, warm-up left out"
         yield "speed", f"{speed['tokens_per_second']:.0f} tokens/s ({steps})"
-    if "mfu" in speed:
-        peak = f"{speed['model_tflops']:.1f} of {speed['peak_tflops']:.0f} TFLOP/s"
-        yield "FLOP utilisation", f"{100 * speed['mfu']:.1f}% ({peak})"
 
 
 def _other_ranks(summaries: List[Dict[str, Any]]) -> Iterator[str]:

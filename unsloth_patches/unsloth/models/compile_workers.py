@@ -16,7 +16,7 @@ from typing import Callable
 
 import torch
 
-__all__ = ["replace_from_pretrained", "start_compile_workers"]
+__all__ = ["start_compile_workers", "start_compile_workers_early"]
 
 VARIABLE = "UNSLOTH_COMPILE_WORKERS_EARLY"
 
@@ -49,14 +49,15 @@ def start_compile_workers() -> bool:
     return True
 
 
-def replace_from_pretrained(stock: Callable) -> Callable:
+def start_compile_workers_early(stock: Callable) -> Callable:
     """``from_pretrained`` of FastLanguageModel and FastModel: the workers start, then stock loads."""
+    plain = stock.__func__ if isinstance(stock, staticmethod) else stock
 
-    @functools.wraps(stock)
+    @functools.wraps(plain)
     def from_pretrained(*args, **kwargs):
         # vLLM, behind fast_inference, has compile workers and processes of its own.
         if not kwargs.get("fast_inference", False):
             start_compile_workers()
-        return stock(*args, **kwargs)
+        return plain(*args, **kwargs)
 
-    return from_pretrained
+    return staticmethod(from_pretrained) if isinstance(stock, staticmethod) else from_pretrained

@@ -1,41 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Keep one graph a block where only a LoRA scale or a sequence length differs.
+"""Keep one graph a block where only a LoRA scale differs.
 
 Dynamo compiles a Python float into the graph and guards on its value. Layers whose LoRA scales
 differ (PEFT's ``alpha_pattern``) therefore got a graph each, times two under gradient checkpointing
 and times two again for batches of one row. Here such a scale enters the graph as a tensor: B *
 scale takes B's place, and the scale that is left is 1. Models whose layers share their scales are
 untouched.
-
-Lengths are marked dynamic by comparing a tensor's sizes with the batch's length. The cos and sin
-tables of RoPE, shared by all batches, match when the length equals the head's width (64, 128): the
-mark then stays on them and invalidates the graphs compiled before. Tables are left out here.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence, Tuple
 
 import torch
 
 from ..kernels.lora_scale_inputs import SCALE_INPUTS
-from .compile_packed import prepare_packed_rows
 
-__all__ = [
-    "replace_mark_seq_dynamic",
-    "replace_patch_block_compile",
-    "scales_as_inputs",
-    "update_scale_inputs",
-]
+__all__ = ["scales_as_inputs", "share_graph_between_lora_scales", "update_scale_inputs"]
 
 # On a layer: its projections that have such inputs, with the scale that each input holds.
 _HELD = "_lora_scales_held"
-_TABLES = "position_embeddings"
-
-
-# ------------------------------------------------------------------------------- LoRA scales
 
 
 def scales_as_inputs(layers: Sequence[torch.nn.Module]) -> int:
@@ -103,43 +90,21 @@ def update_scale_inputs(layer: torch.nn.Module, args: Any) -> None:
         entry[2] = scale
 
 
-def replace_patch_block_compile(stock: Callable) -> Callable:
-    """``patch_block_compile``: with differing LoRA scales and packed lengths as graph inputs."""
-    layers_of = stock.__globals__.get("_layers")
-    if not callable(layers_of):
-        raise NotImplementedError("block compile no longer has _layers, which lists the blocks")
+def share_graph_between_lora_scales(stock: Callable) -> Callable:
+    """``_legacy_block_compile``, block compile of the models whose forward passes read their LoRA by
+    ``get_lora_parameters``: with LoRA scales that differ as graph inputs."""
 
     @functools.wraps(stock)
-    def patch_block_compile(model):
+    def _legacy_block_compile(model):
         wrapped = stock(model)
-        mark = stock.__globals__["_MARK"]
-        layers = [layer for layer, _ in layers_of(model)]
-        # Not `wrapped`: it names only the classes that this call wrapped, none for a second model.
-        layers = [layer for layer in layers if getattr(type(layer).forward, mark, False)]
-        scales_as_inputs(layers)
-        prepare_packed_rows(layers)
+        try:
+            from unsloth.models._block_compile import _MARK, _layers
+
+            layers = [layer for layer, _ in _layers(model)]
+            # Not `wrapped`: it names only the classes that this call wrapped, none for a second model.
+            scales_as_inputs([x for x in layers if getattr(type(x).forward, _MARK, False)])
+        except Exception as error:  # as where block compile fails: the model trains without
+            warnings.warn(f"Unsloth: LoRA scales stay constants: {error}", stacklevel = 2)
         return wrapped
 
-    return patch_block_compile
-
-
-# ------------------------------------------------------------------------- sequence lengths
-
-
-def _is_tables(value: Any) -> bool:
-    """(cos, sin) as [positions, head_dim] tables; transformers' are [batch, length, head_dim]."""
-    return isinstance(value, (tuple, list)) and all(
-        isinstance(x, torch.Tensor) and x.dim() == 2 and x.is_floating_point() for x in value
-    )
-
-
-def replace_mark_seq_dynamic(stock: Callable) -> Callable:
-    """``_mark_seq_dynamic(seq_len, arguments)`` without the RoPE tables."""
-
-    @functools.wraps(stock)
-    def _mark_seq_dynamic(seq_len, obj):
-        if isinstance(obj, dict) and _is_tables(obj.get(_TABLES)):
-            obj = {name: value for name, value in obj.items() if name != _TABLES}
-        return stock(seq_len, obj)
-
-    return _mark_seq_dynamic
+    return _legacy_block_compile

@@ -17,15 +17,17 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import warnings
 from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import torch
 
 __all__ = [
     "PackedRow",
+    "attend_to_packed_rows",
+    "compile_packed_rows",
     "prepare_packed_rows",
-    "replace_get_packed_info_from_kwargs",
-    "replace_run_attention",
+    "prepared_packed_rows",
 ]
 
 VARIABLE = "UNSLOTH_BLOCK_COMPILE_PACKED"
@@ -63,6 +65,24 @@ def prepare_packed_rows(layers: Sequence[torch.nn.Module]) -> None:
         if name in _ATTENTION and _prepared not in layer.__dict__:
             layer.__dict__[_prepared] = True
             layer.register_forward_pre_hook(_prepare, with_kwargs = True)
+
+
+def compile_packed_rows(stock: Callable) -> Callable:
+    """``FastLlamaModel.patch_peft_model``: the decoder blocks that it compiles take packed rows."""
+    plain = stock.__func__ if isinstance(stock, staticmethod) else stock
+
+    @functools.wraps(plain)
+    def patch_peft_model(*args, **kwargs):
+        model = plain(*args, **kwargs)
+        try:
+            block_compile = importlib.import_module("unsloth.models._block_compile")
+            layers, mark = block_compile._layers(model), block_compile._MARK
+            prepare_packed_rows([x for x, _ in layers if getattr(type(x).forward, mark, False)])
+        except Exception as error:  # as where block compile fails: the model trains without
+            warnings.warn(f"Unsloth: packed rows stay uncompiled: {error}", stacklevel = 2)
+        return model
+
+    return staticmethod(patch_peft_model) if isinstance(stock, staticmethod) else patch_peft_model
 
 
 def _prepare(layer: torch.nn.Module, args: tuple, kwargs: dict):
@@ -171,7 +191,7 @@ def _kernel_runs(index, dtype, head_dim: int, heads: int, keys: int, window) -> 
 # ------------------------------------------------------------------------- inside the block
 
 
-def replace_get_packed_info_from_kwargs(stock: Callable) -> Callable:
+def prepared_packed_rows(stock: Callable) -> Callable:
     """``get_packed_info_from_kwargs``: a PackedRow as itself in a trace, else as its lengths."""
 
     @functools.wraps(stock)
@@ -214,14 +234,11 @@ def flash_varlen(Q, K, V, offsets, longest, scale, window):
     )[0]
 
 
-def replace_run_attention(stock: Callable) -> Callable:
+def attend_to_packed_rows(stock: Callable) -> Callable:
     """``_run_attention``: for a PackedRow in a trace, attention within its documents.
 
     Q [1, heads, T, head_dim], K and V [1, key heads, T, head_dim] -> [1, T, heads, head_dim].
     """
-    for name in ("get_cp_manager", "_VARLEN_CUDNN_ARCH_MAJORS", "_varlen_backward_overflows_int32"):
-        if name not in stock.__globals__:
-            raise NotImplementedError(f"attention_dispatch no longer has {name}")
 
     @functools.wraps(stock)
     def _run_attention(*, config, context, Q, K, V):

@@ -12,21 +12,32 @@ graph; that is no more than the second run holds, and the kernels are the same.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import os
-import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Dict, Iterator
+from typing import Any, Callable, Dict
 
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["compiling_once", "one_graph_wanted", "runs_without_grad"]
+from .compile_wrapping import torch_compile_as
+
+__all__ = [
+    "AROUND_COMPILED",
+    "runs_without_grad",
+    "share_graph_between_checkpoint_runs",
+    "shared_graph_wanted",
+]
 
 VARIABLE = "UNSLOTH_CHECKPOINT_ONE_GRAPH"
+# Attribute of a block's forward: around(forward, shared) is put around it once it is compiled;
+# shared: True if both runs of a checkpoint take one graph.
+AROUND_COMPILED = "_unsloth_around_compiled"
 _ADAPTER = "_unsloth_first_adapter"
-_swapping = threading.Lock()
+# How Dynamo marks a tensor, beside the attributes that begin with _dynamo_: PyTorch 2.13 and newer.
+_MARKS = ("_has_dynamo_dim_marking", "_specialize_on")
 
 
 @functools.lru_cache(maxsize = 64)
@@ -51,7 +62,7 @@ def runs_without_grad(checkpoint: Callable) -> bool:
     return seen == [False]
 
 
-def one_graph_wanted(compile_options: Dict[str, Any]) -> bool:
+def shared_graph_wanted(compile_options: Dict[str, Any]) -> bool:
     """False with UNSLOTH_CHECKPOINT_ONE_GRAPH=0, and with CUDA graphs: those wait for a backward
     pass after every forward pass with grad."""
     return os.environ.get(VARIABLE, "1") != "0" and not compile_options.get("triton.cudagraphs")
@@ -93,8 +104,8 @@ def _leaf_of(hidden_states: torch.Tensor) -> torch.Tensor:
     marked sizes as dynamic, on the tensor object."""
     leaf = hidden_states.detach().requires_grad_()
     for name, mark in vars(hidden_states).items():
-        if name.startswith("_dynamo_"):
-            setattr(leaf, name, mark)
+        if name.startswith("_dynamo_") or name in _MARKS:
+            setattr(leaf, name, copy.copy(mark))
     return leaf
 
 
@@ -114,18 +125,23 @@ def _first_run_with_grad(compiled: Callable) -> Callable:
     return run
 
 
-@contextlib.contextmanager
-def compiling_once() -> Iterator[None]:
-    """While block compile sets a class up, what ``torch.compile`` makes of its forward runs the
-    first pass of a checkpoint with grad."""
-    with _swapping:
-        plain = torch.compile
+def _compile_with_grad(compile: Callable, function: Callable, **options: Any) -> Callable:
+    return _first_run_with_grad(compile(function, **options))
 
-        def compile_once(function, *args, **options):
-            return _first_run_with_grad(plain(function, *args, **options))
 
-        torch.compile = compile_once
-        try:
-            yield
-        finally:
-            torch.compile = plain
+def share_graph_between_checkpoint_runs(stock: Callable) -> Callable:
+    """``_wrap`` of block compile: the compiled forward of a class runs the first pass of a checkpoint
+    with grad. Blocks with CUDA graphs keep a graph for each run.
+    """
+
+    @functools.wraps(stock)
+    def _wrap(cls: type, compile_options: Dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        around = getattr(cls.forward, AROUND_COMPILED, None)
+        shared = shared_graph_wanted(compile_options)
+        with torch_compile_as(_compile_with_grad) if shared else contextlib.nullcontext():
+            result = stock(cls, compile_options, *args, **kwargs)
+        if around is not None:
+            cls.forward = around(cls.forward, shared)
+        return result
+
+    return _wrap

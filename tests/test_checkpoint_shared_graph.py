@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""A compiled block's two runs under gradient checkpointing share one graph.
+
+Without a GPU, torch forms stand for the Triton kernels of norm and activation.
+"""
+
+import functools
+
+import pytest
+import torch
+from backend import DEVICE, require
+
+require("interpreter")
+
+import unsloth  # noqa: F401, E402
+from llama_blocks import (  # noqa: E402
+    HIDDEN,
+    PROJECTIONS,
+    ROWS,
+    compiled,
+    make_blocks,
+    plain_checkpoint,
+    same_bits,
+    torch_kernels,
+    train_step,
+    unsloth_checkpoint,
+    without_checkpoint,
+)
+from unsloth.kernels import fast_lora  # noqa: E402
+
+traced = pytest.mark.skipif(
+    not fast_lora.TRACE_LORA_FUNCTIONS, reason = "this torch does not trace fused LoRA"
+)
+
+
+@pytest.fixture(autouse = True)
+def kernels(monkeypatch):
+    monkeypatch.delenv("UNSLOTH_COMPILE_DISABLE", raising = False)
+    torch_kernels(monkeypatch)
+
+
+@pytest.fixture
+def shared_graph():
+    from unsloth.models import checkpoint_shared_graph
+
+    return checkpoint_shared_graph
+
+
+@traced
+def test_both_runs_of_a_checkpoint_share_one_graph():
+    """No break; output and gradients as without a checkpoint, again in the second step."""
+    blocks = make_blocks()
+    expected = without_checkpoint(blocks)
+    with compiled(blocks) as counters:
+        first, _ = train_step(blocks, counting = False)
+        assert same_bits(first, train_step(blocks, counting = False)[0])
+        assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
+        for result, reference in zip(first, expected):
+            torch.testing.assert_close(result, reference)
+
+
+@traced
+def test_rows_and_lengths_that_change():
+    """One graph for a batch of one row and one for more, whatever the lengths."""
+    blocks = make_blocks()
+    with compiled(blocks) as counters:
+        for rows in ((4, 10), (3, 17), (1, 7), (2, 5), (1, 23), (4, 31), (1, 10)):
+            result, _ = train_step(blocks, rows = rows, counting = False)
+            expected = without_checkpoint(blocks, rows = rows)
+            for value, reference in zip(result, expected):
+                torch.testing.assert_close(value, reference)
+        assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 2
+
+
+@traced
+def test_a_graph_for_each_run_where_one_cannot_do(shared_graph, monkeypatch):
+    """UNSLOTH_CHECKPOINT_ONE_GRAPH=0, and CUDA graphs: two graphs, as without this change."""
+    assert shared_graph.shared_graph_wanted({"triton.cudagraphs": False})
+    assert not shared_graph.shared_graph_wanted({"triton.cudagraphs": True})
+    monkeypatch.setenv("UNSLOTH_CHECKPOINT_ONE_GRAPH", "0")
+    blocks = make_blocks()
+    with compiled(blocks) as counters:
+        train_step(blocks, counting = False)
+        assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("mark", ("mark_dynamic", "maybe_mark_dynamic", "mark_static"))
+def test_marked_sizes_stay_marked(shared_graph, mark):
+    """Dynamo's marks are on the tensor object that block compile was given, not on what is run
+    instead: a graph compiled in a first run was of one length. All of them go over, as copies."""
+    marked = torch.randn(2, 5, HIDDEN, device = DEVICE, requires_grad = True) * 1
+    getattr(torch._dynamo, mark)(marked, 1)
+    leaf = shared_graph._leaf_of(marked)
+    assert vars(leaf) == vars(marked) != {}
+    assert leaf.is_leaf and leaf.requires_grad and torch.equal(leaf, marked)
+    getattr(torch._dynamo, mark)(leaf, 0)
+    assert vars(leaf) != vars(marked)
+
+
+@traced
+def test_first_runs_that_stay_without_grad(shared_graph):
+    """No second run will follow: the input wants no grad, or the adapters are off. And what a run
+    with grad saves must not go through somebody's hooks."""
+    blocks = make_blocks(count = 1)
+    grad_modes = []
+    attend = blocks[0].self_attn.forward
+
+    def watched(*args, **kwargs):
+        grad_modes.append(torch.is_grad_enabled())
+        return attend(*args, **kwargs)
+
+    blocks[0].self_attn.forward = watched
+    x = torch.randn(*ROWS, HIDDEN, device = DEVICE)
+    adapters = [getattr(blocks[0].mlp, name) for name in PROJECTIONS]
+    with compiled(blocks):
+        # An eager stand-in for the compiled function: grad mode would be a constant of its graph.
+        run = shared_graph._first_run_with_grad(lambda self, x: (watched(x)[0],))
+
+        def mode_of(x):
+            with torch.no_grad():
+                (out,) = run(blocks[0], x)
+            assert not out.requires_grad
+            return grad_modes.pop()
+
+        wanting = x.clone().requires_grad_()
+        assert mode_of(wanting) and not mode_of(x)
+        for switch in (True, False):
+            for adapter in adapters:
+                adapter.enable_adapters(switch)
+            assert mode_of(wanting) is switch
+        for adapter in adapters:
+            adapter.enable_adapters(True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            assert not mode_of(wanting)
+        blocks[0].gradient_checkpointing = False
+        assert not mode_of(wanting)
+        assert wanting.grad_fn is None and run(blocks[0], wanting)[0].requires_grad
+
+
+@traced
+def test_a_first_run_that_raises_leaves_grad_mode_as_it_was(shared_graph):
+    """Out of memory in the run with grad, caught by a caller without: the next run is as before."""
+    blocks = make_blocks(count = 1)
+    fails = [torch.OutOfMemoryError("in the first run")]
+
+    def function(self, x):
+        assert torch.is_grad_enabled()
+        if fails:
+            raise fails.pop()
+        return (x * 2,)
+
+    run = shared_graph._first_run_with_grad(function)
+    x = torch.randn(*ROWS, HIDDEN, device = DEVICE, requires_grad = True)
+    with torch.no_grad():
+        with pytest.raises(torch.OutOfMemoryError, match = "in the first run"):
+            run(blocks[0], x)
+        assert not torch.is_grad_enabled()
+        assert torch.equal(run(blocks[0], x)[0], x * 2)
+
+
+def test_torch_compile_is_put_back_when_the_set_up_raises(monkeypatch):
+    """Later compiles are the user's own; the next class is set up as before."""
+    from unsloth.models import _block_compile, compile_wrapping
+
+    before = torch.compile
+
+    class Layer(torch.nn.Module):
+        def forward(self, hidden_states):
+            return hidden_states
+
+    def broken(*arguments, **options):
+        raise RuntimeError("set-up")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(RuntimeError, match = "set-up"):
+        _block_compile._wrap(Layer, {})
+    assert torch.compile is broken
+    monkeypatch.setattr(torch, "compile", before)
+    with pytest.raises(ValueError, match = "ours"):
+        with compile_wrapping.torch_compile_as(lambda compile, function: (compile, function)):
+            assert torch.compile(Layer) == (before, Layer)
+            with compile_wrapping.torch_compile_as(lambda compile, function: [compile(function)]):
+                assert torch.compile(Layer) == [(before, Layer)]
+            raise ValueError("ours")
+    assert torch.compile is before
+
+
+def test_which_checkpoints_are_reentrant(shared_graph):
+    """Asked of the function itself, under any grad mode; what cannot be asked is not."""
+    non_reentrant = functools.partial(plain_checkpoint(), use_reentrant = False)
+    blocks = make_blocks(count = 1)
+    with torch.no_grad():
+        for function, expected in (
+            (unsloth_checkpoint, True),
+            (non_reentrant, False),
+            (lambda: None, False),
+            (3, False),
+        ):
+            blocks[0]._gradient_checkpointing_func = function
+            assert shared_graph._reentrant(blocks[0]) is expected
+    del blocks[0]._gradient_checkpointing_func
+    assert not shared_graph._reentrant(blocks[0])

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""UNSLOTH_FULLGRAPH=strict: whatever keeps a decoder block from being one graph stops the run.
+
+Without a GPU, blocks are compiled with aot_eager.
+"""
+
+import pytest
+import torch
+from backend import DEVICE, require
+
+require("interpreter")
+
+import unsloth  # noqa: F401, E402
+from fast_models import (  # noqa: E402, F401
+    build,
+    eager_blocks,
+    layers_of,
+    step,
+    unsloth_modules,
+)
+from toy_blocks import (  # noqa: E402, F401
+    BREAK,
+    MODE,
+    Toy,
+    aot_eager,
+    batch,
+    breaking,
+    fresh_dynamo,
+    toy,
+    train,
+)
+
+
+def test_an_unknown_mode_names_the_value_and_the_choices(fresh_dynamo, monkeypatch):
+    """Upper case and blanks are forgiven."""
+    from unsloth.models.compile_modes import fullgraph_mode
+
+    assert fullgraph_mode() == "auto"
+    monkeypatch.setenv(MODE, " Strict ")
+    assert fullgraph_mode() == "strict"
+    monkeypatch.setenv(MODE, "full")
+    with pytest.raises(ValueError, match = "UNSLOTH_FULLGRAPH='full'.*auto, strict, off"):
+        fullgraph_mode()
+
+
+def test_off_is_upstream_alone(toy):
+    """No region is watched."""
+    from unsloth.models.compile_modes import regions_of
+
+    model = toy("off")
+    model(**batch())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert regions_of(model) == []
+
+
+def test_an_unknown_mode_does_not_cost_a_model_its_compiled_blocks(toy, capsys):
+    """Blocks are set up as with auto and the value is told; the trainer refuses it (see below)."""
+    model = toy("full")
+    assert "'full': choose one of auto, strict, off" in capsys.readouterr().out
+    model(**batch()).loss.backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_strict_stops_at_a_break_with_line_and_remedy(toy):
+    """Before any weight changed: the first forward raises."""
+    from unsloth.models.compile_modes import FullgraphError
+
+    model = toy("strict", between = breaking)
+    with pytest.raises(FullgraphError) as caught:
+        model(**batch())
+    told = str(caught.value)
+    assert BREAK in told
+    assert "remedy" in told and "custom_op" in told and "FULLGRAPH=auto" in told
+
+
+def test_the_trainer_refuses_an_unknown_mode(toy, train, monkeypatch):
+    """Before a trainer is built: ValueError with the value and the choices."""
+    model = toy("auto")
+    monkeypatch.setenv(MODE, "everything")
+    with pytest.raises(ValueError, match = "'everything': choose one of auto, strict, off"):
+        train(model)
+
+
+def test_strict_stops_before_any_weight_changes(toy, train, monkeypatch):
+    """A break; blocks that nobody set up for compiling; a mode that was set too late."""
+    from unsloth.models.compile_modes import FullgraphError
+
+    model = toy("strict", between = breaking)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(FullgraphError, match = BREAK):
+        train(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(FullgraphError, match = "no decoder block of this model is set up"):
+        train(Toy())
+    late = toy("auto")
+    monkeypatch.setenv(MODE, "strict")
+    with pytest.raises(FullgraphError, match = "set it before the model is loaded"):
+        train(late)
+
+
+def test_a_demoted_block_is_refused_with_its_reason(toy, monkeypatch):
+    """A backend that fails: upstream keeps the stock forward in auto, strict names the error."""
+    from unsloth.models.compile_modes import FullgraphError, regions_of
+
+    def failing_backend(graph, inputs):
+        raise RuntimeError("no code for this device")
+
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **kw: torch._dynamo.optimize(failing_backend)(function)
+    )
+    model = toy("auto")
+    model(**batch()).loss.backward()
+    (region,) = regions_of(model)
+    ((reason, count),) = region.outside.items()
+    assert reason.startswith("demoted") and "no code for this device" in reason and count == 2
+    with pytest.raises(FullgraphError, match = "no code for this device"):
+        toy("strict")(**batch())
+
+
+def test_calls_around_the_region_are_counted_by_reason(toy, monkeypatch):
+    """Switched off after loading, a cache, packed lengths: counted in auto, refused in strict."""
+    from unsloth.models.compile_modes import FullgraphError, _why_outside, regions_of
+
+    model, strict = toy("auto"), toy("strict")
+    monkeypatch.setenv("UNSLOTH_BLOCK_COMPILE", "0")
+    model(**batch())
+    (region,) = regions_of(model)
+    assert region.outside == {"switched off by UNSLOTH_BLOCK_COMPILE=0": 2}
+    with pytest.raises(FullgraphError, match = "switched off by UNSLOTH_BLOCK_COMPILE=0"):
+        strict(**batch())
+    monkeypatch.setenv("UNSLOTH_BLOCK_COMPILE", "1")
+    layer = torch.nn.Module()
+    assert "packed batch (packed_seq_lengths)" in _why_outside(layer, {"packed_seq_lengths": 1})
+    assert _why_outside(layer, {"past_key_values": 1}) == "called with a key-value cache"
+    assert _why_outside(layer, {}) == "upstream ran its stock forward"
+    layer.__dict__["_unsloth_forced_float32"] = True
+    assert _why_outside(layer, {}) == "float32 is forced for this model"
+    monkeypatch.setenv("UNSLOTH_COMPILE_DISABLE", "partial")
+    assert _why_outside(layer, {}) == "switched off by UNSLOTH_COMPILE_DISABLE"
+    layer.__dict__["_unsloth_block_mode"] = 0
+    assert _why_outside(layer, {}) is None
+
+
+def test_a_set_up_that_raises_leaves_torch_compile_alone(fresh_dynamo, monkeypatch):
+    """Later compiles are neither counted nor forced to full graphs; no half-made region stays."""
+    from unsloth.models import _block_compile, compile_modes
+
+    seen = []
+
+    def broken(function, **options):
+        seen.append(options["fullgraph"])
+        raise RuntimeError("set-up")
+
+    class Layer(torch.nn.Module):
+        def forward(self, hidden_states):
+            return hidden_states
+
+    forward, before = Layer.forward, compile_modes.regions_of()
+    monkeypatch.setenv(MODE, "strict")
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(RuntimeError, match = "set-up"):
+        _block_compile._wrap(Layer, {})
+    assert torch.compile is broken and seen == [True]
+    assert Layer.forward is forward and compile_modes.regions_of() == before
+
+
+def test_a_demoted_loss_stops_before_a_weight_changes(toy, train, monkeypatch):
+    """Strict mode alone; the report's own switch does not matter."""
+    from unsloth.models import compile_strict
+    from unsloth.models.compile_modes import FullgraphError
+
+    monkeypatch.setenv("UNSLOTH_COMPILE_REPORT", "0")
+    monkeypatch.setattr(
+        compile_strict, "loss_state", lambda: "demoted to eager: it does not compile"
+    )
+    model = toy("strict")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(FullgraphError, match = "the fused loss is not one compiled graph"):
+        train(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    monkeypatch.setenv(MODE, "auto")
+    assert train(toy("auto")).state.global_step == 3
+
+
+@pytest.mark.parametrize("bits", (16, 4))
+@pytest.mark.parametrize("family", ("llama", "mistral", "qwen2", "qwen3"))
+def test_lora_blocks_of_a_family_are_whole_graphs(build, monkeypatch, family, bits):
+    """No break, no demotion, no call around the region over two lengths, and losses as eager's: bit
+    for bit through aot_eager; on a GPU, by Inductor under a checkpoint, within bfloat16's noise."""
+    from unsloth.models.compile_modes import regions_of
+
+    gpu = DEVICE == "cuda"
+    monkeypatch.setenv(MODE, "strict")
+    backend = "inductor" if gpu else "aot_eager"
+    model = build(family, bits = bits, checkpointing = gpu, backend = backend)
+    losses = [step(model, 2, length)[0] for length in (33, 57)]
+    (region,) = regions_of(model)
+    layers = layers_of(model)
+    assert region.failures == [] and not region.outside
+    assert region.compiled_calls >= 2 * len(layers)
+    assert all(layer.__dict__["_unsloth_block_mode"] == 1 for layer in layers)
+    found = torch._dynamo.utils.counters
+    assert not found["graph_break"] and found["stats"]["unique_graphs"] <= (6 if gpu else 1)
+    region.mode = "auto"  # strict mode would refuse the eager blocks that this is compared with
+    with eager_blocks(model):
+        expected, gradients = step(model, 2, 57)
+    assert (losses[1] - expected).abs() <= (2**-8 * expected.abs() if gpu else 0)
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)

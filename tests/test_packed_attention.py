@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""Packed rows of any lengths are compiled, to one graph, and documents do not see each other."""
+
+import contextlib
+
+import pytest
+import torch
+from backend import DEVICE, require
+
+require("interpreter")
+
+import unsloth  # noqa: F401, E402
+from fast_models import (  # noqa: E402, F401
+    VOCABULARY,
+    assert_bit_equal,
+    build,
+    eager,
+    forty_steps,
+    graphs,
+    layers_of,
+    packed,
+    shares_graph_between_runs,
+    step,
+    unsloth_modules,
+)
+
+
+def test_packed_rows_are_compiled(build):
+    """Documents of any number and length: one graph, or one for each run of the checkpoint."""
+    model = build(checkpointing = True)
+    for documents, length in ((2, 24), (3, 50), (5, 37), (2, 90)):
+        ours = step(model, 1, length, length, documents)
+        if DEVICE == "cpu":
+            assert_bit_equal(ours, eager(model, 1, length, length, documents))
+    assert graphs() == (1 if shares_graph_between_runs() else 2)
+
+
+def test_a_document_does_not_see_the_one_before_it(build):
+    """Other tokens in the first document leave the second one's hidden states as they are."""
+    model = build()
+    ids = torch.randint(1, VOCABULARY, (1, 24), generator = torch.Generator().manual_seed(0))
+    other = ids.clone()
+    other[0, :11] = 1
+    outputs = [
+        model.base_model.model.model(input_ids = x.to(DEVICE), **packed(24, 2)).last_hidden_state
+        for x in (ids, other)
+    ]
+    assert graphs() == 1
+    assert torch.equal(outputs[0][0, 11:], outputs[1][0, 11:])
+    assert not torch.equal(outputs[0][0, :11], outputs[1][0, :11])
+
+
+def test_a_packed_block_that_is_demoted_still_keeps_documents_apart(build):
+    """A block that runs uncompiled after all reads the lengths that the caller gave."""
+    from unsloth.utils import packed_attention  # noqa: F401
+
+    model = build()
+    reference = eager(model, 1, 24, 0, 2)
+    for layer in layers_of(model):
+        layer.__dict__["_unsloth_block_mode"] = 0
+    demoted = step(model, 1, 24, 0, 2)
+    assert graphs() == 0
+    assert_bit_equal(demoted, reference)
+
+
+@pytest.mark.parametrize("why", ["evaluation", "no kernel", "switched off"])
+def test_packed_rows_that_cannot_compile_run_as_before(build, monkeypatch, why):
+    """Evaluation, no kernel for it, UNSLOTH_BLOCK_COMPILE_PACKED=0: upstream's path."""
+    from unsloth.utils import packed_attention
+
+    model = build()
+    reference = eager(model, 1, 24, 0, 2)
+    if why == "evaluation":
+        model.eval()
+    elif why == "no kernel":
+        monkeypatch.setattr(packed_attention, "_last", {})
+        monkeypatch.setattr(packed_attention, "_varlen_runs", lambda *arguments: False)
+    else:
+        monkeypatch.setenv("UNSLOTH_BLOCK_COMPILE_PACKED", "0")
+    with torch.no_grad() if why == "evaluation" else contextlib.nullcontext():
+        loss, _ = step(model, 1, 24, 0, 2)
+    assert graphs() == 0
+    assert torch.equal(loss, reference[0])
+
+
+@pytest.mark.parametrize(
+    "family, bits, checkpointing",
+    [
+        ("llama", 16, True),
+        ("mistral", 16, False),
+        ("qwen2", 4, True),
+        ("qwen3", 16, False),
+    ],
+)
+def test_forty_steps_with_an_evaluation_need_few_graphs(build, family, bits, checkpointing):
+    """Packed batches of 2 to 4 documents."""
+    forty_steps(build, family, bits, checkpointing, packing = True)
+
+
+def test_a_set_up_that_raises_costs_no_model(build, monkeypatch):
+    """Told as a warning; the blocks run packed rows uncompiled, as before."""
+    from unsloth.utils import packed_attention
+
+    def broken(layers):
+        raise KeyError("ours")
+
+    monkeypatch.setattr(packed_attention, "prepare_packed_rows", broken)
+    with pytest.warns(UserWarning, match = "packed rows stay uncompiled.*ours"):
+        model = build()
+    reference = eager(model, 1, 24, 0, 2)
+    assert_bit_equal(step(model, 1, 24, 0, 2), reference)
+    assert graphs() == 0
