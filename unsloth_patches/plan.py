@@ -71,18 +71,19 @@ def plan(
     table: bool = False,
 ) -> int:
     """Prints the plan; see the module's docstring for arguments and the returned exit code."""
+    from .unsloth.models.fsdp2_memory_count import Training
     from .unsloth.models.fsdp2_offload_plan import plan_offload
+
+    def job_on(count: int) -> Training:
+        return Training(count, tokens, rank, checkpointing = CHECKPOINTING[checkpointing])
 
     def plan_on(source: Any, count: int) -> Any:
         return plan_offload(
             source,
-            batch_tokens = tokens,
-            world = count,
+            job_on(count),
             local_world = min(count, gpus_per_host),
             device_memory = int((memory - RESERVED_GIB) * GIB),
             host_memory = None if host is None else int(host * GIB),
-            lora_rank = rank,
-            gradient_checkpointing = CHECKPOINTING[checkpointing],
             override = offload,
         )
 
@@ -93,9 +94,7 @@ def plan(
             sources = LLAMAS if model is None else {str(model): model}
             counts = _powers_of_two(LARGEST if gpus is None else gpus)
             found = [(name, plan_on(sources[name], n)) for name in sources for n in counts]
-            wholes = [
-                _whole_gib(sources[name], p, tokens, rank, checkpointing) for name, p in found
-            ]
+            wholes = [_whole_gib(sources[name], job_on(p.world)) for name, p in found]
             print_table(found, wholes, memory, tokens)
             return 0
         plans = [plan_on(model, count) for count in (_powers_of_two(gpus) if sweep else [gpus])]
@@ -139,26 +138,23 @@ def _check_counts(
 
 
 def _of_options(message: str) -> str:
-    """plan_offload's messages name a function and a variable; who runs the command gave options."""
+    """The count's messages name a variable; who runs the command gave options."""
     from .unsloth.models.fsdp2_offload_plan import OFFLOAD_ENV
 
-    return message.replace("plan_offload: ", "plan: ").replace(OFFLOAD_ENV, "--offload")
+    return message.replace("memory plan: ", "plan: ").replace(OFFLOAD_ENV, "--offload")
 
 
 def _label() -> str:
     return f"Computed, not measured; {RESERVED_GIB} GiB of each GPU are kept for CUDA and NCCL."
 
 
-def _whole_gib(source: Any, plan: Any, tokens: int, rank: int, checkpointing: str) -> float:
+def _whole_gib(source: Any, job: Any) -> float:
     """GiB that a GPU needs with the whole 4-bit model on every one."""
     from .unsloth.models import fsdp2_memory_count as count
     from .unsloth.models.fsdp2_model_shape import read_shape
 
-    job = count.Training(
-        plan.world, tokens, rank, count.LORA_TARGETS, checkpointing = CHECKPOINTING[checkpointing]
-    )
-    moments = count.whole_model_moments(read_shape(source), job)
-    return count.largest(moments)[2] * (1 + count.FRAGMENTATION) / GIB
+    phases = count.whole_model_phases(read_shape(source), job)
+    return count.largest_phase(phases)[2] * (1 + count.FRAGMENTATION) / GIB
 
 
 def _powers_of_two(largest: int) -> List[int]:

@@ -56,7 +56,7 @@ def _read_compile_report() -> None:
 
 SWITCHES: Dict[str, Switch] = {
     "UNSLOTH_LOSS_CHUNK_ROWS": Switch("linear-loss", _read_chunk_rows),
-    "UNSLOTH_PATCHES_OFFLOAD": Switch("fsdp2-offload-plan", _read_offload),
+    "UNSLOTH_FSDP2_OFFLOAD": Switch("fsdp2-offload-plan", _read_offload),
     "UNSLOTH_PATCHES_FULLGRAPH": Switch("fullgraph-report", _read_fullgraph),
     "UNSLOTH_COMPILE_REPORT": Switch("fullgraph-report", _read_compile_report),
 }

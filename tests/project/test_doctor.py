@@ -164,7 +164,7 @@ def test_unknown_patch_switched_off(machine, monkeypatch):
     [
         ("UNSLOTH_LOSS_CHUNK_ROWS", "many", "512"),
         ("UNSLOTH_LOSS_CHUNK_ROWS", "0", "1"),
-        ("UNSLOTH_PATCHES_OFFLOAD", "blocks:0", "blocks:3"),
+        ("UNSLOTH_FSDP2_OFFLOAD", "blocks:0", "blocks:3"),
         ("UNSLOTH_PATCHES_FULLGRAPH", "maybe", "auto"),
         ("UNSLOTH_COMPILE_REPORT", "2", "0"),
     ],

@@ -77,7 +77,7 @@ def test_plan_names_bad_values(config, capsys, changes):
     error = capsys.readouterr().err
     name, value = next(iter(changes.items()))
     assert f"--{name.replace('_', '-')}" in error and str(value) in error
-    assert "plan_offload" not in error and "UNSLOTH_" not in error
+    assert "memory plan" not in error and "UNSLOTH_" not in error
 
 
 @pytest.mark.parametrize("memory", [79, 24, 8])
@@ -259,8 +259,9 @@ def test_plan_table_is_computed_markdown(config, capsys):
     """--table prints the same figures as the plan, for both Llamas on 2 to 64 GPUs, and says that
     they are computed.
     """
-    from unsloth_patches.unsloth.models.fsdp2_offload_plan import plan_offload
     from unsloth_patches.plan import LLAMAS, RESERVED_GIB, plan
+    from unsloth_patches.unsloth.models.fsdp2_memory_count import Training
+    from unsloth_patches.unsloth.models.fsdp2_offload_plan import plan_offload
 
     assert plan(table = True, memory = 79) == 0
     text = capsys.readouterr().out
@@ -272,10 +273,8 @@ def test_plan_table_is_computed_markdown(config, capsys):
     for row in rows:
         found = plan_offload(
             LLAMAS[row[0][2:]],
-            world = int(row[1]),
-            batch_tokens = 4096,
+            Training(world = int(row[1]), tokens = 4096, checkpointing = "unsloth"),
             device_memory = int((79 - RESERVED_GIB) * 2**30),
-            gradient_checkpointing = "unsloth",
         )
         assert (
             row[3] == f"{found.needed / 2**30:.1f}" and row[4] == f"{found.after_load / 2**30:.1f}"

@@ -32,14 +32,18 @@ except Exception:  # absent or broken: Unsloth has to import without it, and no 
     unpack_tensor_to_dict = None
 
 __all__ = [
-    "PackedShard",
     "RowLayout",
-    "ShardedQuantState",
+    "WeightFormat",
     "WeightShard",
     "all_gather_rows",
+    "copy_front",
     "fsdp_params",
+    "get_shard",
+    "make_shard",
+    "mesh_device",
+    "quantize_rows",
+    "set_shard",
     "shard_group",
-    "shard_of",
 ]
 
 NESTED_BLOCKSIZE = 256  # of bitsandbytes' compress_statistics
@@ -83,9 +87,31 @@ class RowLayout:
         return -(-self.numel // self.blocksize)
 
     @property
+    def nested_blocks(self) -> int:
+        """Blocks of the quantization of the whole weight's absmax."""
+        return -(-self.blocks // NESTED_BLOCKSIZE)
+
+    @property
     def packed_bytes(self) -> int:
         """Packed bytes of the whole weight."""
         return -(-self.numel // 2)
+
+    def placeholder(self) -> torch.nn.Parameter:
+        """Full-size uint8 `(rows, row / 2)` on meta: what `fully_shard` cuts into equal row chunks."""
+        shape = (self.rows, self.row // 2)
+        return torch.nn.Parameter(
+            torch.empty(shape, dtype = torch.uint8, device = "meta"), requires_grad = False
+        )
+
+
+@dataclass(frozen = True)
+class WeightFormat:
+    """How a whole weight is quantized. dtype: what it dequantizes to; nested: of its scales too."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    quant_type: str = "nf4"
+    nested: bool = True
 
 
 class ShardedQuantState(bnb_functional.QuantState):
@@ -135,7 +161,7 @@ class PackedShard(torch.Tensor):
         module: torch.nn.Module,
         mp_policy: Any,
     ) -> Tuple[Tuple[torch.Tensor, ...], "WeightShard"]:
-        shard = shard_of(module)
+        shard = get_shard(module)
         # Made once for a shard that stays on its device: every gather asks for every weight.
         inputs = self.__dict__.get("_gather_inputs")
         if inputs is None:
@@ -193,40 +219,11 @@ class WeightShard:
         absmax = scales[0].view(-1)[: self.layout.blocks]
         nested = None
         if self.nested is not None:
-            nested = scales[1].view(-1)[: -(-self.layout.blocks // NESTED_BLOCKSIZE)]
+            nested = scales[1].view(-1)[: self.layout.nested_blocks]
         self.state.set_gathered(absmax, nested)
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.packed, *self.scales()))
-
-    def placeholder(self) -> torch.nn.Parameter:
-        """Full-size uint8 `(rows, row / 2)` on meta: what `fully_shard` cuts into equal row chunks."""
-        shape = (self.layout.rows, self.packed.shape[1])
-        return torch.nn.Parameter(
-            torch.empty(shape, dtype = torch.uint8, device = "meta"), requires_grad = False
-        )
-
-    def local_parameter(self, module: Linear4bit) -> Params4bit:
-        """The shard as the module's weight until the wrap, so that PEFT and Unsloth see a 4-bit
-        layer. A shard in host memory is represented by an empty weight on the device, from which
-        they take the adapter's device.
-        """
-        packed = self.packed.view(-1, 1)
-        if self.on_host:
-            packed = torch.empty((0, 1), dtype = torch.uint8, device = self.state.code.device)
-        weight = Params4bit(
-            packed,
-            requires_grad = False,
-            quant_state = self.state,
-            blocksize = self.layout.blocksize,
-            compress_statistics = self.nested is not None,
-            quant_type = self.state.quant_type,
-            module = module,
-            bnb_quantized = True,
-        )
-        module.quant_state = self.state
-        module.__dict__[_SHARD] = self
-        return weight
 
     def to_host(self, pin: bool) -> None:
         """Move the bytes and scales to host memory, pinned for copies that run beside computation."""
@@ -250,7 +247,7 @@ class WeightShard:
         elif fsdp_param.offload_to_cpu:
             self.to_host(fsdp_param.pin_memory)
         module = fsdp_param._module_info.module
-        module.__dict__[_SHARD] = self
+        set_shard(module, self)
         # bitsandbytes would repack the gathered weight in place for CPU inference.
         module.support_avx512bf16_for_cpu = False
         local = self.packed.as_subclass(PackedShard)
@@ -282,47 +279,17 @@ class WeightShard:
         fsdp_param._unsloth_param_module = module
         for name, value in {**meta, _SHARD: self}.items():
             setattr(fsdp_param.sharded_param, name, value)
-        module.quant_state = self.state
-
-    def gather_whole(self, mesh: Any) -> Tuple[torch.Tensor, bnb_functional.QuantState]:
-        """Collective over the mesh's shard ranks: (packed uint8 `(bytes, 1)`, QuantState), as one
-        GPU has.
-        """
-        group = shard_group(mesh)
-        device = _collective_device(mesh)
-        gathered = [all_gather_rows(t.to(device), group) for t in (self.packed, *self.scales())]
-        state = self.state
-        whole = bnb_functional.QuantState(
-            absmax = gathered[1].view(-1)[: self.layout.blocks].clone(),
-            shape = state.shape,
-            code = state.code,
-            blocksize = state.blocksize,
-            quant_type = state.quant_type,
-            dtype = state.dtype,
-            offset = state.offset,
-            state2 = None
-            if self.nested is None
-            else _whole_nested(state.state2, gathered[2], self.layout),
-        )
-        return gathered[0].view(-1)[: self.layout.packed_bytes].view(-1, 1).clone(), whole
 
 
-def _whole_nested(
-    state2: Any,
-    nested: torch.Tensor,
-    layout: RowLayout,
-) -> bnb_functional.QuantState:
-    return bnb_functional.QuantState(
-        absmax = nested.view(-1)[: -(-layout.blocks // NESTED_BLOCKSIZE)].clone(),
-        code = state2.code,
-        blocksize = state2.blocksize,
-        dtype = state2.dtype,
-    )
-
-
-def shard_of(module: torch.nn.Module) -> Optional[WeightShard]:
+def get_shard(module: torch.nn.Module) -> Optional[WeightShard]:
     """The shard that `module` (a Linear4bit) holds, or None."""
     return module.__dict__.get(_SHARD)
+
+
+def set_shard(module: Linear4bit, shard: WeightShard) -> None:
+    """`shard` as what `module` holds of its weight, with the QuantState that goes with it."""
+    module.__dict__[_SHARD] = shard
+    module.quant_state = shard.state
 
 
 def fsdp_params(model: torch.nn.Module) -> Iterator[Any]:
@@ -345,7 +312,8 @@ def shard_group(mesh: Any) -> Any:
     return mesh.get_group(mesh.ndim - 1)
 
 
-def _collective_device(mesh: Any) -> torch.device:
+def mesh_device(mesh: Any) -> torch.device:
+    """This rank's device of `mesh`."""
     if mesh.device_type == "cpu":
         return torch.device("cpu")
     return torch.device(mesh.device_type, getattr(torch, mesh.device_type).current_device())
@@ -356,3 +324,78 @@ def all_gather_rows(local: torch.Tensor, group: Any) -> torch.Tensor:
     out = local.new_empty((local.shape[0] * world, *local.shape[1:]))
     dist.all_gather_into_tensor(out, local.contiguous(), group = group)
     return out
+
+
+def make_shard(
+    layout: RowLayout,
+    weight_format: WeightFormat,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    code: torch.Tensor,
+    nested: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = None,
+) -> WeightShard:
+    """A shard with its QuantState, whose shape is the whole weight's and whose scales are the shard's
+    until a gather. nested: absmax of the absmax, its code and the offset.
+    """
+    outer, state2, offset = None, None, None
+    if nested is not None:
+        outer, code2, offset = nested
+        state2 = bnb_functional.QuantState(
+            absmax = outer.view(-1), blocksize = NESTED_BLOCKSIZE, code = code2, dtype = torch.float32
+        )
+    state = ShardedQuantState(
+        absmax = absmax.view(-1),
+        shape = weight_format.shape,
+        code = code,
+        blocksize = layout.blocksize,
+        quant_type = weight_format.quant_type,
+        dtype = weight_format.dtype,
+        offset = offset,
+        state2 = state2,
+    )
+    return WeightShard(layout, packed, absmax, outer, state)
+
+
+def quantize_rows(
+    weights: Optional[torch.Tensor],
+    layout: RowLayout,
+    weight_format: WeightFormat,
+    device: torch.device,
+    group: Any,
+) -> WeightShard:
+    """Quantize this rank's weights: flat `[stop - start]` on `device`, None where it has none.
+
+    Collective over `group` with nested quantization. The result is bit-identical to the same slice
+    of `bitsandbytes.functional.quantize_4bit(whole, compress_statistics = nested)`.
+    """
+    rows, quant_type = layout.local_rows, weight_format.quant_type
+    packed = torch.zeros(rows, layout.row // 2, dtype = torch.uint8, device = device)
+    absmax = torch.zeros(rows, NESTED_BLOCKSIZE, device = device)
+    if weights is not None and weights.numel():
+        data, state = bnb_functional.quantize_4bit(
+            weights, blocksize = layout.blocksize, compress_statistics = False, quant_type = quant_type
+        )
+        copy_front(packed, data)
+        copy_front(absmax, state.absmax)
+    code = bnb_functional.get_4bit_type(quant_type, device = device)
+    if not weight_format.nested:
+        return make_shard(layout, weight_format, packed, absmax, code)
+    # The mean of the whole absmax: a mean of means adds up in another order, and has other bits.
+    offset = all_gather_rows(absmax, group).view(-1)[: layout.blocks].mean()
+    scales = torch.zeros(rows, NESTED_BLOCKSIZE, dtype = torch.uint8, device = device)
+    outer = torch.zeros(rows, 1, device = device)
+    code2 = bnb_functional.create_dynamic_map().to(device)
+    count = -(-(layout.stop - layout.start) // layout.blocksize)
+    if count:
+        quantized, state2 = bnb_functional.quantize_blockwise(
+            absmax.view(-1)[:count] - offset, blocksize = NESTED_BLOCKSIZE
+        )
+        copy_front(scales, quantized)
+        copy_front(outer, state2.absmax)
+        code2 = state2.code
+    return make_shard(layout, weight_format, packed, scales, code, (outer, code2, offset))
+
+
+def copy_front(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy `source` to the front of `target`, both flattened; the rest of it is padding."""
+    target.view(-1)[: source.numel()].copy_(source.view(-1))

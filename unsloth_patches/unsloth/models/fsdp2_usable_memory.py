@@ -29,7 +29,7 @@ def usable_device_memory(
     import torch
 
     if not torch.cuda.is_available():
-        raise RuntimeError("plan_offload: no CUDA device to measure; pass device_memory in bytes.")
+        raise RuntimeError("memory plan: no CUDA device to measure; pass device_memory in bytes.")
     device = torch.cuda.current_device()
     free, total = torch.cuda.mem_get_info(device)
     usable = max(free - reserve, 0) + torch.cuda.memory_reserved(device)
