@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""What QLoRA training holds on a GPU, counted from a model's sizes; what cannot be counted is refused."""
+"""What QLoRA training holds on a GPU, counted from a model's sizes; what cannot be counted is
+refused.
+"""
 
 import json
 
@@ -76,8 +78,8 @@ def test_encoders_are_refused(read_shape, source):
 
 
 def test_what_a_count_assumes_or_leaves_out_is_noted(read_shape):
-    """A decoder of another kind is counted as a Llama, and of a model with a vision tower the language
-    part only; both are said. A Llama has nothing to say.
+    """A decoder of another kind is counted as a Llama, and of a model with a vision tower the
+    language part only; both are said. A Llama has nothing to say.
     """
     other = {**LLAMA_8B, "model_type": "newlm", "architectures": ["NewLMForCausalLM"]}
     assert "'newlm'" in read_shape(other).notes[0]
@@ -94,8 +96,8 @@ def test_what_a_count_assumes_or_leaves_out_is_noted(read_shape):
 
 
 def test_the_last_backward_holds_all_gradients(read_shape):
-    """Every gradient of the adapter is there at the end of a backward: the phase that holds most where
-    the rank is large. While gradients accumulate they are there in every phase of a step.
+    """Every gradient of the adapter is there at the end of a backward: the phase that holds most
+    where the rank is large. While gradients accumulate they are there in every phase of a step.
     """
     from unsloth.models.fsdp2_memory_count import Training, largest_phase, sharded_phases
 

@@ -4,6 +4,7 @@
 
 import os
 import re
+import types
 
 from backend import require
 
@@ -38,6 +39,53 @@ def test_an_unforeseen_out_of_memory_compares():
     with pytest.raises(torch.OutOfMemoryError, match = "predicted a peak") as caught:
         explaining(step, plan)()
     assert f"{plan.peak / GIB:.2f} GiB" in str(caught.value) and plan.table() in str(caught.value)
+
+
+def test_a_set_up_that_raises_leaves_nothing_behind():
+    """The tokens of one Trainer's micro-batch are there during its set-up only, also where it raises."""
+    from unsloth.models import fsdp2_offload_apply as applied
+
+    seen = []
+
+    def stock(trainer, **_):
+        seen.append((applied._batch_tokens.get(), applied._accumulates.get()))
+        raise OSError("the set-up failed")
+
+    arguments = types.SimpleNamespace(
+        max_length = 8, per_device_train_batch_size = 3, gradient_accumulation_steps = 2
+    )
+    with pytest.raises(OSError, match = "the set-up failed"):
+        applied.explain_out_of_memory(stock)(None, training_args = arguments)
+    assert seen == [(24, True)]
+    assert applied._batch_tokens.get() is None and applied._accumulates.get() is False
+
+
+def test_what_does_not_fit_is_refused_unless_asked_for(monkeypatch):
+    """A training that does not fit offloaded either raises with the count; ``all`` runs it all the same,
+    and ``never`` does not plan.
+    """
+    import torch
+    from unsloth.models import fsdp2_offload_apply as applied
+    from unsloth.models.fsdp2_memory_count import Training
+    from unsloth.models.fsdp2_offload_plan import plan_offload
+
+    model, moved = torch.nn.Linear(1, 1), []
+    model.__dict__["_unsloth_fsdp2_mesh"] = types.SimpleNamespace(device_type = "cuda")
+    model.__dict__["_unsloth_fsdp2_units"] = [model] * 32
+    weight = types.SimpleNamespace(sharded_param = types.SimpleNamespace(quant_state = None))
+    job = Training(world = 2, tokens = 64)
+    monkeypatch.setattr(applied, "fsdp_params", lambda _: [weight])
+    monkeypatch.setattr(applied, "_plan", lambda *_: plan_offload(LLAMA_8B, job, device_memory = GIB))
+    monkeypatch.setattr(applied, "offload_blocks", lambda *arguments: moved.append(arguments[1:]))
+    monkeypatch.delenv("UNSLOTH_FSDP2_OFFLOAD", raising = False)
+    with pytest.raises(RuntimeError, match = "does not fit, with all frozen weights") as refused:
+        applied.offload_sharded_model(model)
+    assert "the device is short by" in str(refused.value) and not moved
+    monkeypatch.setenv("UNSLOTH_FSDP2_OFFLOAD", "never")
+    assert applied.offload_sharded_model(model) is None and not moved
+    monkeypatch.setenv("UNSLOTH_FSDP2_OFFLOAD", "all")
+    plan = applied.offload_sharded_model(model)
+    assert not plan.fits and moved == [(tuple(range(32)), True)]
 
 
 def _offloaded_losses(folder, offload):

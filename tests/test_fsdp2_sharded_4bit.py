@@ -5,6 +5,7 @@
 import glob
 import os
 import shutil
+import sys
 
 from backend import require
 
@@ -101,6 +102,36 @@ def test_losses_equal_one_device(checkpoints, kind, checkpointing):
     assert [[a[0], b[0]] for a, b in zip(*ranks)] == single
 
 
+def _calls_of_gathers(folder):
+    """Calls, Python's and C's, that gathering and freeing a block takes: sharded, and Unsloth's
+    own.
+    """
+    from unsloth import FastLanguageModel
+    from unsloth.models.fsdp2_native import shard_model
+
+    counts = []
+    for sharded, layout in (("1", "auto"), ("0", "sharded")):
+        os.environ.update(UNSLOTH_FSDP2_SHARDED_LOAD = sharded, UNSLOTH_FSDP2_LAYOUT = layout)
+        model = FastLanguageModel.get_peft_model(load(folder), r = 8, random_state = 1)
+        (unit, *_) = shard_model(model)._unsloth_fsdp2_units
+        seen = []
+        for count in (False, False, True):
+            sys.setprofile((lambda _, event, __: seen.append(event)) if count else None)
+            unit.unshard()
+            unit.reshard()
+            sys.setprofile(None)
+        counts.append(sum(event in ("call", "c_call") for event in seen))
+    return counts
+
+
+def test_a_gather_costs_the_host_what_stock_does(checkpoints):
+    """Scales travel with the bytes, and the host does no more than for bytes alone (2% for
+    counting).
+    """
+    for _, (ours, stock) in run_ranks(_calls_of_gathers, 2, checkpoints("packed")):
+        assert stock > 500 and ours <= 1.02 * stock
+
+
 def _float16_model(folder, world):
     """A float16 4-bit model with LoRA, sharded with world > 1. By transformers' loader, since
     Unsloth's CPU backend turns float16 into bfloat16.
@@ -168,8 +199,8 @@ def _float16_steps(folder, world):
 
 
 def test_float16_trains_as_on_one_device(checkpoints):
-    """Without bfloat16 (T4) the weights are gathered and computed in float16; with a loss scaler the
-    ranks skip the same steps and end at the loss of one device.
+    """Without bfloat16 (T4) the weights are gathered and computed in float16; with a loss scaler
+    the ranks skip the same steps and end at the loss of one device.
     """
     ((_, single),) = run_ranks(_float16_steps, 1, checkpoints("fp16"), 1)
     a, b = [result for _, result in run_ranks(_float16_steps, 2, checkpoints("fp16"), 2)]
@@ -275,6 +306,46 @@ def test_adapters_that_read_whole_weights_are_refused(checkpoints, options):
         assert "reads whole base weights" in error and next(iter(options)) in error
 
 
+def _refusals(folder):
+    """What shard_model and the load's context say to wraps, meshes and places that cannot be."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    from torch.distributed.device_mesh import init_device_mesh
+    from unsloth.models import fsdp2_sharded_4bit as loading
+    from unsloth.models.fsdp2_native import FSDP2Config, shard_model
+
+    model, said = load(folder), []
+
+    def refused(function, *arguments):
+        try:
+            function(*arguments)
+        except (RuntimeError, ValueError) as error:
+            said.append(str(error))
+
+    weight = next(p for p in model.parameters() if p.dtype == torch.uint8)
+    refused(shard_model, model, FSDP2Config(shard_placement_fn = lambda _: None))
+    refused(shard_model, model, FSDP2Config(ignored_params = {weight}))
+    refused(shard_model, model, FSDP2Config(mesh = init_device_mesh("cpu", (1, 2))))
+    model.added = Linear4bit(64, 64)
+    refused(shard_model, model, FSDP2Config())
+    del model.added
+    for shape in ((2, 1), (1, 1, 2)):
+        refused(loading.sharded_4bit_loading(init_device_mesh("cpu", shape)).__enter__)
+    mesh = init_device_mesh("cpu", (2,))
+    refused(loading._single_device, {"a": 0, "b": "cpu"}, mesh)
+    shard_model(model)  # none of them has changed anything
+    return said
+
+
+def test_what_cannot_be_wrapped_or_placed_is_refused(checkpoints):
+    """Each refusal names what is in the way, and the model can be wrapped afterwards."""
+    words = ["cut on rows", "ignored_params names", "loaded over the ranks", "'added'"]
+    words += ["shards over one rank", "not 3 dimensions", "device_map places"]
+    for _, said in run_ranks(_refusals, 2, checkpoints("packed")):
+        assert len(said) == len(words)
+        assert all(word in text for word, text in zip(words, said))
+
+
 def _break_then_load(folder, broken):
     """Rank 1 reads from a folder of its own whose checkpoint is damaged."""
     return load(broken if os.environ["RANK"] == "1" else folder) is not None
@@ -328,6 +399,54 @@ def test_a_read_error_in_the_middle_fails_all(checkpoints, kind):
     """
     for error, _ in run_ranks(_read_error, 2, checkpoints(kind), check = False):
         assert "rank 1: OSError: the disk is gone" in error
+
+
+def _reads_until_failure(folder):
+    """What this rank was told, and what it had read by then; rank 1 fails at the second weight."""
+    from unsloth.models import fsdp2_sharded_load as loading
+    from unsloth.models.fsdp2_shard_reader import ShardReader
+
+    loading.BYTES_BETWEEN_CHECKS = 0
+    keys, original = [], ShardReader.rows
+
+    def rows(self, key, start, stop):
+        keys.append(key)
+        if os.environ["RANK"] == "1" and len(keys) == 2:
+            raise OSError("the disk is gone")
+        return original(self, key, start, stop)
+
+    ShardReader.rows = rows
+    try:
+        load(folder)
+    except loading.ShardedLoadError as error:
+        told, reads = str(error), len(keys)
+    assert_sharded(load(folder))  # nothing of the failed load stands in the way of another
+    return told, reads
+
+
+def test_ranks_stop_reading_soon_after_one_failed(checkpoints):
+    """The others do not read the rest of a large model before they hear of a failure; then a load
+    works again.
+    """
+    for _, (told, reads) in run_ranks(_reads_until_failure, 2, checkpoints("bf16")):
+        assert "rank 1: OSError: the disk is gone" in told and reads == 2
+
+
+def _killed_while_loading(folder):
+    import signal
+
+    from unsloth.models.fsdp2_shard_reader import ShardReader
+
+    if os.environ["RANK"] == "1":
+        ShardReader.rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    load(folder)
+
+
+def test_a_killed_rank_ends_the_others(checkpoints):
+    """A rank that dies while it loads ends all within a minute, and those left say what happened."""
+    ranks = run_ranks(_killed_while_loading, 2, checkpoints("bf16"), check = False, seconds = 60)
+    assert "ShardedLoadError" in ranks[0][0] and "lost a rank" in ranks[0][0]
+    assert "exit code -9" in ranks[1][0]
 
 
 def _hsdp(folder):

@@ -47,7 +47,9 @@ def _import_once():
 
 
 def _skip_where_a_fork_may_hang():
-    """A fork copies one thread: a child waits for ever for OpenMP's others. jemalloc's is no matter."""
+    """A fork copies one thread: a child waits for ever for OpenMP's others. jemalloc's is no
+    matter.
+    """
     try:
         tasks = [f"/proc/self/task/{task}/comm" for task in os.listdir("/proc/self/task")]
         names = [pathlib.Path(task).read_text(encoding = "utf-8") for task in tasks]
@@ -84,8 +86,8 @@ def run_ranks(
     check = True,
     seconds = SECONDS,
 ):
-    """[(error, result) of every rank] of function(*arguments) in `world` forked ranks; fails where
-    one has none after `seconds`.
+    """[(error, result) of every rank] of function(*arguments) in ``world`` forked ranks; fails
+    where one has none after ``seconds``.
     """
     _import_once()
     _skip_where_a_fork_may_hang()
@@ -103,8 +105,15 @@ def run_ranks(
     found, end = {}, time.monotonic() + seconds
     try:
         while len(found) < world:
-            rank, error, result = results.get(timeout = max(end - time.monotonic(), 0.01))
-            found[rank] = (error, result)
+            try:
+                rank, error, result = results.get(timeout = 1)
+                found[rank] = (error, result)
+            except queue.Empty:
+                for rank in set(range(world)) - set(found):
+                    if processes[rank].exitcode is not None:  # killed: the others end without it
+                        found[rank] = (f"ended with exit code {processes[rank].exitcode}", None)
+                if time.monotonic() > end:
+                    raise
     except queue.Empty:
         missing = sorted(set(range(world)) - set(found))
         pytest.fail(f"ranks {missing} still hang after {seconds} s: {found}")
@@ -192,7 +201,7 @@ def checkpoints(tmp_path_factory):
 
 
 def load(folder, **options):
-    """The 4-bit model in `folder`: sharded on a rank of several, else whole."""
+    """The 4-bit model in ``folder``: sharded on a rank of several, else whole."""
     import torch
     from unsloth import FastLanguageModel
 

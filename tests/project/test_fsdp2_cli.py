@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""The `plan` command and scripts/train_fsdp2.py, run as users run them."""
+"""The ``plan`` command and scripts/train_fsdp2.py, run as users run them."""
 
 import importlib.util
 import json
@@ -100,6 +100,26 @@ def test_plan_and_its_tables_show_the_same_figures(config, capsys, memory):
     assert sweep == table[1:]
     assert float(sweep[0]) == pytest.approx(float(needed.split()[-2]), abs = 0.051)
     assert ("does not fit" in sweep[-1]) == bool(fits)
+
+
+def test_plan_says_what_it_does_not_know(tmp_path, capsys):
+    """An encoder is no decoder and is refused; of a model with a vision tower the language part is
+    counted, and the plan says so.
+    """
+    from unsloth_patches.plan import plan
+
+    config = tmp_path / "config.json"
+    bert = {**LLAMA_70B, "model_type": "bert", "architectures": ["BertForMaskedLM"]}
+    config.write_text(json.dumps(bert), encoding = "utf-8")
+    assert plan(tmp_path, gpus = 2) == 2
+    assert "plan: model_type = 'bert'" in capsys.readouterr().err
+    tower = {"hidden_size": 1024, "num_hidden_layers": 24}
+    text = {**LLAMA_70B, "model_type": "llama"}
+    vision = {"model_type": "llava", "text_config": text, "vision_config": tower}
+    vision["architectures"] = ["LlavaForConditionalGeneration"]
+    config.write_text(json.dumps(vision), encoding = "utf-8")
+    assert plan(tmp_path, gpus = 8) == 0
+    assert "not counted: vision_config" in capsys.readouterr().out
 
 
 def _toy(folder):

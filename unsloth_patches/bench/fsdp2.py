@@ -5,9 +5,9 @@
 Makes a Llama-shaped checkpoint with random weights, then measures on every GPU (2 or more): memory
 after load, after the wrap and in training, seconds to load, step time, tokens a second, losses
 against one GPU, and the same on cards emulated by a memory fraction, on which the load and the
-offload decide for themselves. ``bench fsdp2-plan`` checks the offload plan's peaks. With ``--quick``:
-a toy. Without a GPU: the toy on two CPU ranks, whose losses are compared; there is no memory of a
-GPU to measure, and the seconds are the CPU's.
+offload decide for themselves. ``bench fsdp2-plan`` checks the offload plan's peaks. With
+``--quick``: a toy. Without a GPU: the toy on two CPU ranks, whose losses are compared; there is no
+memory of a GPU to measure, and the seconds are the CPU's.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ def _cases(
         ("ours", False, case(f"auto, {on_card}", **auto, **card)),
         ("upstream", False, case(f"stock, {on_card}", **stock, **card)),
         ("ours", False, case("auto", load = "auto", **TIMED)),
+        ("ours", False, case("sharded, next block prefetched", prefetch = 1, **TIMED)),
         ("ours", False, case("half of blocks offloaded", offload = f"blocks:{layers // 2}", **TIMED)),
         ("ours", True, case("one GPU" if gpu else "one rank", **TIMED)),
     ]

@@ -100,7 +100,7 @@ def whole_frozen(shape: dict, layers: int) -> int:
 
 
 def planner_cases(checkpoints: Dict[str, Path], cells: list = CELLS) -> List[dict]:
-    """The cells as cases of `fsdp2_worker`. checkpoints: shape's name -> folder, of its layers."""
+    """The cells as cases of ``fsdp2_worker``. checkpoints: shape's name -> folder, of its layers."""
     cases = []
     for name, layers, options in cells:
         told = ", ".join(f"{key} {value}" for key, value in options.items())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""One rank of `bench fsdp2`: load, wrap and train every case of a JSON list, and write what was
+"""One rank of ``bench fsdp2``: load, wrap and train every case of a JSON list, and write what was
 measured.
 
     RANK=0 WORLD_SIZE=2 ... python -m unsloth_patches.bench.fsdp2_worker cases.json result.json
@@ -30,8 +30,8 @@ def _gib(count: Optional[float]) -> Optional[float]:
 
 
 class Memory:
-    """Peak of torch's allocator on this rank since the last `reset`; None without a GPU, where torch
-    counts nothing.
+    """Peak of torch's allocator on this rank since the last ``reset``; None without a GPU, where
+    torch counts nothing.
     """
 
     def __init__(self, torch):
@@ -57,6 +57,10 @@ def _environment(case: dict, mode: str) -> None:
     os.environ["UNSLOTH_FSDP2_LAYOUT"] = layout
     whole = case.get("whole") or mode == "upstream" or os.environ["WORLD_SIZE"] == "1"
     os.environ["UNSLOTH_FSDP2_SHARDED_LOAD"] = case.get("load", "0" if whole else "1")
+    prefetch = str(case.get("prefetch", 0))
+    os.environ.update(
+        UNSLOTH_FSDP2_FORWARD_PREFETCH = prefetch, UNSLOTH_FSDP2_BACKWARD_PREFETCH = prefetch
+    )
     os.environ["UNSLOTH_FSDP2_OFFLOAD"] = case.get("offload", "never")
 
 

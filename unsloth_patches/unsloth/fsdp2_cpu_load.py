@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""The CPU backend's `from_pretrained` under FSDP2 (gloo ranks: tests, and machines without GPUs).
+"""The CPU backend's ``from_pretrained`` under FSDP2 (gloo ranks: tests, and machines without GPUs).
 
-Apart from `models/`, because importing that package loads Unsloth's GPU stack, which the CPU backend
-leaves out on purpose.
+Apart from ``models/``, because importing that package loads Unsloth's GPU stack, which the CPU
+backend leaves out on purpose.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _OFF = ("", "0", "false", "no", "off")
 
 
 def shard_cpu_loads(from_pretrained: Callable) -> Callable:
-    """Decorator of the CPU backend's `FastLanguageModel.from_pretrained`: under UNSLOTH_FSDP2 its 4-bit
-    loads are sharded as on a GPU. It takes the plain function, or the staticmethod around it.
+    """Decorator of the CPU backend's ``FastLanguageModel.from_pretrained``: under UNSLOTH_FSDP2 its
+    4-bit loads are sharded as on a GPU. It takes the plain function, or the staticmethod around it.
     """
     stock = getattr(from_pretrained, "__func__", from_pretrained)
 

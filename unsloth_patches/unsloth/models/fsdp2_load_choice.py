@@ -2,7 +2,7 @@
 # Copyright 2026 the unsloth_patches authors
 """Whether a 4-bit load under native FSDP2 is sharded, decided from the memory that is there.
 
-`UNSLOTH_FSDP2_SHARDED_LOAD` = auto (default) | 1 | 0. With auto, every rank counts the training
+``UNSLOTH_FSDP2_SHARDED_LOAD`` = auto (default) | 1 | 0. With auto, every rank counts the training
 peak of the layout that native FSDP2 takes otherwise (the whole 4-bit model on every rank) and
 compares it with its usable memory. Only where that does not fit on some rank is the load sharded:
 where it fits, gathering no frozen weights is faster. One line says what was decided and from which
@@ -67,7 +67,7 @@ def sharded_load_mode() -> str:
 
 
 def shard_where_whole_does_not_fit(stock: Callable) -> Callable:
-    """Decorator of `sharded_load_env`, over the one that shards 4-bit loads: undecided loads are
+    """Decorator of ``sharded_load_env``, over the one that shards 4-bit loads: undecided loads are
     sharded where the whole model would not fit on some rank.
     """
 
@@ -137,8 +137,8 @@ def _batch_tokens(given: dict) -> int:
 
 
 def _whole_peak(shape: LlamaShape, given: dict, tokens: int) -> int:
-    """Bytes that upstream's layout needs on one rank. The adapter is made after the load: rank 16 on
-    all linears is counted.
+    """Bytes that upstream's layout needs on one rank. The adapter is made after the load: rank 16
+    on all linears is counted.
     """
     world, checkpointing = int(os.environ["WORLD_SIZE"]), _checkpointing(given)
     job = Training(world = world, tokens = tokens, checkpointing = checkpointing)
@@ -176,7 +176,7 @@ def _device_index() -> int:
 
 
 def _exchange(mine: dict) -> List[dict]:
-    """`mine` of every rank, in the order of the ranks.
+    """``mine`` of every rank, in the order of the ranks.
 
     Through the process group if there is one, else through the launcher's store: a process group
     that is made here would ignore the backend and the timeout of the TrainingArguments to come.

@@ -48,11 +48,11 @@ def offload_blocks(
     tables: bool = False,
     pin: Optional[bool] = None,
 ) -> int:
-    """Move the frozen shards of the decoder blocks `blocks` (indices of FSDP2 units in order) to
-    host memory, with `tables` those of the root unit too (embedding, head, last norm).
+    """Move the frozen shards of the decoder blocks ``blocks`` (indices of FSDP2 units in order) to
+    host memory, with ``tables`` those of the root unit too (embedding, head, last norm).
 
     pin: page-locked memory; default: where the mesh is on a GPU. Returns the bytes moved off this
-    rank's device. Raises ValueError if `model` is not sharded block by block.
+    rank's device. Raises ValueError if ``model`` is not sharded block by block.
     """
     units = list(getattr(model, "_unsloth_fsdp2_units", None) or ())
     if not units or max(blocks, default = -1) >= len(units):
@@ -191,7 +191,7 @@ def _blocks_on_host(model: torch.nn.Module) -> Tuple[int, ...]:
 
 def blocks_to_load_on_host(model: torch.nn.Module, mesh: Any) -> List[torch.nn.Module]:
     """Blocks of a meta model whose shards are to be read into host memory: what the override says,
-    or the fewest with which the others fit the device until the wrap. Collective over `mesh`.
+    or the fewest with which the others fit the device until the wrap. Collective over ``mesh``.
     """
     from unsloth.models.fsdp2_native import find_shard_units
 
@@ -227,7 +227,7 @@ def _fewest_at_load(model: torch.nn.Module, mesh: Any, blocks: int) -> int:
 
 
 def offload_what_does_not_fit(stock: Callable) -> Callable:
-    """Decorator of `shard_model`: the offload plan follows, unless the caller chose CPU offload."""
+    """Decorator of ``shard_model``: the offload plan follows, unless the caller chose CPU offload."""
     register_host_chooser(blocks_to_load_on_host)
 
     @functools.wraps(stock)
@@ -242,8 +242,8 @@ def offload_what_does_not_fit(stock: Callable) -> Callable:
 
 
 def explain_out_of_memory(stock: Callable) -> Callable:
-    """Decorator of `native_fsdp2_trainer_setup`: tells the plan the tokens of a micro-batch, and later
-    explains an out-of-memory by it.
+    """Decorator of ``native_fsdp2_trainer_setup``: tells the plan the tokens of a micro-batch, and
+    later explains an out-of-memory by it.
     """
 
     @functools.wraps(stock)
@@ -283,7 +283,7 @@ def _checkpointing(model: torch.nn.Module) -> Union[bool, str]:
 
 
 def explaining(step: Callable, plan: OffloadPlan) -> Callable:
-    """`step`, whose out-of-memory compares what `plan` predicted with what was used."""
+    """``step``, whose out-of-memory compares what ``plan`` predicted with what was used."""
 
     @functools.wraps(step)
     def training_step(*args, **kwargs):

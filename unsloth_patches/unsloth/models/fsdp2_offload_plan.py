@@ -6,13 +6,13 @@
     plan = plan_offload(config, job, device_memory = 80 * 2**30)
     print(plan.table())
 
-The count (`fsdp2_memory_count.py`) is for QLoRA: a frozen 4-bit base sharded over the ranks,
+The count (``fsdp2_memory_count.py``) is for QLoRA: a frozen 4-bit base sharded over the ranks,
 trainable LoRA factors with Adam. If its peak exceeds the usable memory, frozen weights move to host
 memory one decoder block after the other, evenly spaced so that the copies of one hide behind the
 computation of the others. Trainable parameters stay on the device: no optimizer step and no
 collective ever runs on the CPU.
 
-`UNSLOTH_FSDP2_OFFLOAD` = auto | never | blocks:K | all overrides the decision, not the count.
+``UNSLOTH_FSDP2_OFFLOAD`` = auto | never | blocks:K | all overrides the decision, not the count.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ HOST_SHARE = 0.8
 class OffloadPlan:
     """What was counted, per rank in bytes, and what was decided.
 
-    phase: the one of a training step that holds most; lines: (what, bytes) on the device then, whose
-    sum is `peak`, the predicted torch.cuda.max_memory_allocated(); `needed` adds the allocator's loss
-    to it. blocks: decoder blocks whose frozen weights move to host memory; tables: the embedding's
-    and the head's shards too. notes: what is short, and what the count leaves out or assumes.
+    phase: the one of a training step that holds most; lines: (what, bytes) on the device then,
+    whose sum is ``peak``, the predicted torch.cuda.max_memory_allocated(); ``needed`` adds the
+    allocator's loss to it. blocks: decoder blocks whose frozen weights move to host memory; tables:
+    the embedding's and the head's shards too. notes: what is short, and what the count leaves out
+    or assumes.
     """
 
     fits: bool
@@ -103,7 +104,7 @@ class OffloadPlan:
 
 
 def offload_override(value: Optional[str] = None) -> Tuple[str, int]:
-    """(mode, K) of `value` or of the environment: ("auto" | "never" | "all" | "blocks", K).
+    """(mode, K) of ``value`` or of the environment: ("auto" | "never" | "all" | "blocks", K).
 
     Raises ValueError for anything else.
     """
@@ -117,14 +118,14 @@ def offload_override(value: Optional[str] = None) -> Tuple[str, int]:
 
 
 def evenly_spaced(count: int, total: int) -> Tuple[int, ...]:
-    """`count` of `total` indices, as far apart as they can be. The first block is the last to go:
-    nothing computes before it that could hide its copy.
+    """``count`` of ``total`` indices, as far apart as they can be. The first block is the last to
+    go: nothing computes before it that could hide its copy.
     """
     return tuple(sorted(total - 1 - (index * total) // count for index in range(count)))
 
 
 def _spread(on_host: Tuple[int, ...], count: int, total: int) -> Tuple[int, ...]:
-    """`count` of `total` blocks, those in host memory among them, the others evenly spaced."""
+    """``count`` of ``total`` blocks, those in host memory among them, the others evenly spaced."""
     rest = [block for block in range(total) if block not in on_host]
     more = evenly_spaced(count - len(on_host), len(rest))
     return tuple(sorted([*on_host, *(rest[index] for index in more)]))
@@ -154,16 +155,16 @@ def plan_offload(
 ) -> OffloadPlan:
     """The least offload with which QLoRA under FSDP2 fits, or the count that shows that none does.
 
-    model_or_config: see `read_shape`. job: what is trained, on how many ranks.
+    model_or_config: see ``read_shape``. job: what is trained, on how many ranks.
     mesh: DeviceMesh whose ranks' usable memory is measured where device_memory is not stated; then
         this is collective over the mesh.
     device_memory: bytes that training may use on each GPU.
-    host_memory: bytes of one host for all its `local_world` ranks; None: not limited.
+    host_memory: bytes of one host for all its ``local_world`` ranks; None: not limited.
     on_host: blocks that were loaded into host memory; they stay there. host_memory is what is free
         beside them.
     override: like UNSLOTH_FSDP2_OFFLOAD, in its place.
 
-    Returns an OffloadPlan; `plan.fits` is False where the whole ladder was not enough. Raises
+    Returns an OffloadPlan; ``plan.fits`` is False where the whole ladder was not enough. Raises
     ValueError for values that cannot be counted.
     """
     shape = read_shape(model_or_config)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Fill a meta 4-bit model that the caller wraps with `fully_shard`, as FSDP1's `param_init_fn` did."""
+"""Fill a meta 4-bit model that the caller wraps with ``fully_shard``, as FSDP1's ``param_init_fn``
+did.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ def param_init_fn(
     mesh: Any,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Callable[[torch.nn.Module], torch.nn.Module]:
-    """Initialise a meta 4-bit model that you `fully_shard` yourself: each rank reads its slices only.
+    """Initialise a meta 4-bit model that you ``fully_shard`` yourself: each rank reads its slices
+    only.
 
         with torch.device("meta"):
             model = replace_with_bnb_linear(AutoModelForCausalLM.from_config(config), ...)
@@ -31,10 +34,10 @@ def param_init_fn(
         fully_shard(model, mesh = mesh)
         model.apply(init)                           # init(module) fills that module's parameters
 
-    model: 4-bit layers are Linear4bit, all parameters on meta and named as in `files` (safetensors).
-    dtype: of the 16-bit parameters, and what weights are quantized from. `init` is collective over
-    the mesh's shard ranks: call it on every rank in the same order. Buffers are the caller's.
-    Raises ValueError for a parameter that is not on meta or not in the files.
+    model: 4-bit layers are Linear4bit, all parameters on meta and named as in ``files``
+    (safetensors). dtype: of the 16-bit parameters, and what weights are quantized from. ``init`` is
+    collective over the mesh's shard ranks: call it on every rank in the same order. Buffers are the
+    caller's. Raises ValueError for a parameter that is not on meta or not in the files.
     """
     from unsloth.models.fsdp2_qlora import patch_fsdp2_params4bit
 
@@ -92,7 +95,8 @@ def _check_parameters(model: torch.nn.Module, reader: ShardReader) -> None:
 
 
 def _let_bytes_be_sharded() -> None:
-    """torch before 2.12 makes every sharded parameter trainable for a moment, which uint8 cannot be.
+    """torch before 2.12 makes every sharded parameter trainable for a moment, which uint8 cannot
+    be.
 
     Unsloth guards its own wrap against that; here the caller wraps, and that moment is guarded.
     """

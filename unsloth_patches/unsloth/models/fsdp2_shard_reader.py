@@ -34,7 +34,7 @@ _ITEMSIZE = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
 
 
 class ShardReader:
-    """Slices of safetensors files by tensor name. `read_bytes` counts what was read."""
+    """Slices of safetensors files by tensor name. ``read_bytes`` counts what was read."""
 
     def __init__(self, files: Sequence[str]):
         if not files or any(not str(file).endswith(".safetensors") for file in files):
@@ -84,7 +84,7 @@ def packed_key(key: str, reader: ShardReader) -> Optional[str]:
 
 
 def weight_layout(module: Linear4bit, key: str, reader: ShardReader, mesh: Any) -> RowLayout:
-    """Which part of `module`'s weight this rank reads; the blocksize is a quantized file's own."""
+    """Which part of ``module``'s weight this rank reads; the blocksize is a quantized file's own."""
     described = packed_key(key, reader)
     blocksize = getattr(module.weight, "blocksize", None) or 64
     if described is not None:
@@ -105,10 +105,10 @@ def read_weight(
     device: torch.device,
     dtype: torch.dtype,
 ) -> WeightShard:
-    """This rank's shard of `module`'s weight. dtype: the 16-bit dtype that it is quantized from.
+    """This rank's shard of ``module``'s weight. dtype: the 16-bit dtype that it is quantized from.
 
-    Collective over the shard ranks of `mesh` unless the file is quantized already. A read error is
-    raised after the collectives, so that no rank waits.
+    Collective over the shard ranks of ``mesh`` unless the file is quantized already. A read error
+    is raised after the collectives, so that no rank waits.
     """
     layout = weight_layout(module, key, reader, mesh)
     shape = torch.Size((module.out_features, module.in_features))
@@ -127,7 +127,7 @@ def read_weight(
 
 
 def weight_format(module: Linear4bit, dtype: torch.dtype) -> WeightFormat:
-    """What `module` asks its weight to be quantized to."""
+    """What ``module`` asks its weight to be quantized to."""
     return WeightFormat(
         shape = torch.Size((module.out_features, module.in_features)),
         dtype = dtype,

@@ -2,18 +2,18 @@
 # Copyright 2026 the unsloth_patches authors
 """QLoRA under native FSDP2 without a whole model on any rank.
 
-Under `UNSLOTH_FSDP2=1 UNSLOTH_FSDP2_SHARDED_LOAD=1 torchrun ...`, a 4-bit `from_pretrained` of
-`FastLanguageModel` reads this rank's slices of the checkpoint only, and `shard_model` installs them
-as the FSDP2 shards. Nothing else changes for the caller:
+Under ``UNSLOTH_FSDP2=1 UNSLOTH_FSDP2_SHARDED_LOAD=1 torchrun ...``, a 4-bit ``from_pretrained`` of
+``FastLanguageModel`` reads this rank's slices of the checkpoint only, and ``shard_model`` installs
+them as the FSDP2 shards. Nothing else changes for the caller:
 
     model, tokenizer = FastLanguageModel.from_pretrained(name, load_in_4bit = True)
     model = FastLanguageModel.get_peft_model(model, r = 16)
     SFTTrainer(model = model, ...).train()
 
-`UNSLOTH_FSDP2_LAYOUT=fit` and `UNSLOTH_FSDP2_REPLICATE_FROZEN=1` ask for whole weights, and keep the
-whole load. Who calls `fully_shard` on a meta model takes `param_init_fn` (`fsdp2_param_init.py`).
-Refused: an initialisation that reads the base weights (DoRA, PiSSA, LoftQ), a forward before the
-wrap, a wrap over other ranks than the load's.
+``UNSLOTH_FSDP2_LAYOUT=fit`` and ``UNSLOTH_FSDP2_REPLICATE_FROZEN=1`` ask for whole weights, and
+keep the whole load. Who calls ``fully_shard`` on a meta model takes ``param_init_fn``
+(``fsdp2_param_init.py``). Refused: an initialisation that reads the base weights (DoRA, PiSSA,
+LoftQ), a forward before the wrap, a wrap over other ranks than the load's.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def register_host_chooser(choose: Callable) -> None:
 
 
 def shard_4bit_loads(stock: Callable) -> Callable:
-    """Decorator of `sharded_load_env`, itself the decorator of Unsloth's loaders: 4-bit loads under
-    UNSLOTH_FSDP2_SHARDED_LOAD=1 are sharded too, as 16-bit loads are.
+    """Decorator of ``sharded_load_env``, itself the decorator of Unsloth's loaders: 4-bit loads
+    under UNSLOTH_FSDP2_SHARDED_LOAD=1 are sharded too, as 16-bit loads are.
     """
 
     @functools.wraps(stock)
@@ -148,9 +148,10 @@ def outermost_loader() -> Iterator[bool]:
 
 @contextlib.contextmanager
 def sharded_4bit_loading(mesh: Any = None) -> Iterator[None]:
-    """Inside, a transformers `from_pretrained` that quantizes to 4 bits with bitsandbytes is sharded.
+    """Inside, a transformers ``from_pretrained`` that quantizes to 4 bits with bitsandbytes is
+    sharded.
 
-    mesh: the DeviceMesh that `shard_model` will use, 1-D or (replicate, shard); default: 1-D over
+    mesh: the DeviceMesh that ``shard_model`` will use, 1-D or (replicate, shard); default: 1-D over
     the world. Loads in other formats are not touched. Raises ShardedLoadError on every rank if one
     cannot load.
     """
@@ -277,8 +278,8 @@ def _unguard_forward(model: torch.nn.Module) -> None:
 
 
 def take_4bit_shards(stock: Callable) -> Callable:
-    """Decorator of `begin_shard`, `shard_model`'s first step: sharded 4-bit weights become placeholders
-    that FSDP2 can cut.
+    """Decorator of ``begin_shard``, ``shard_model``'s first step: sharded 4-bit weights become
+    placeholders that FSDP2 can cut.
     """
 
     @functools.wraps(stock)
@@ -305,8 +306,8 @@ def take_4bit_shards(stock: Callable) -> Callable:
 
 
 def install_4bit_shards(stock: Callable) -> Callable:
-    """Decorator of `finish_shard`, `shard_model`'s last step: what this rank read becomes the local
-    tensors of the FSDP2 parameters.
+    """Decorator of ``finish_shard``, ``shard_model``'s last step: what this rank read becomes the
+    local tensors of the FSDP2 parameters.
     """
 
     @functools.wraps(stock)
@@ -397,7 +398,7 @@ def _lora_configs(model: torch.nn.Module) -> dict:
 def _take_tables(model: torch.nn.Module, mesh: Any, device: torch.device) -> dict:
     """Embedding and head: this rank's rows on the device, a full-size placeholder in the model.
 
-    Entries are what upstream's `finish_shard` installs: (rows, {shape, world}).
+    Entries are what upstream's ``finish_shard`` installs: (rows, {shape, world}).
     """
     pending, seen = {}, {}
     world, rank = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
@@ -421,7 +422,9 @@ def _take_tables(model: torch.nn.Module, mesh: Any, device: torch.device) -> dic
 
 
 def _register_context() -> None:
-    """torch before 2.12 makes every sharded parameter trainable for a moment, which uint8 cannot be."""
+    """torch before 2.12 makes every sharded parameter trainable for a moment, which uint8 cannot
+    be.
+    """
     from unsloth.models.fsdp2_native import register_shard_context
     from unsloth.models.fsdp2_qlora import nonfloat_param_guard
 

@@ -3,7 +3,7 @@
 """Read a checkpoint into a 4-bit model of which every rank keeps, and reads, its shard only.
 
 Sources are safetensors files, in 16 bits (quantized on the fly) or pre-quantized by bitsandbytes.
-4-bit weights become `WeightShard`s. The embedding and the output head stay whole but in host
+4-bit weights become ``WeightShard``s. The embedding and the output head stay whole but in host
 memory, mapped from the file: nothing is read until the wrap takes this rank's rows. The rest
 (norms, biases) is small and read whole.
 
@@ -68,10 +68,15 @@ class _Job:
 
 
 def fail_together(error: Optional[BaseException], group: Any) -> None:
-    """Collective: raise on every rank of `group` what failed on one, with that rank's reason."""
+    """Collective: raise on every rank of ``group`` what failed on one, with that rank's reason."""
     text = None if error is None else f"{type(error).__name__}: {error}"
     found: List[Optional[str]] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, text, group = group)
+    try:
+        dist.all_gather_object(found, text, group = group)
+    except RuntimeError as lost:
+        raise ShardedLoadError(
+            f"Unsloth: the sharded 4-bit load lost a rank ({lost}); the output of that rank says why."
+        ) from (error or lost)
     reasons = [f"rank {rank}: {reason}" for rank, reason in enumerate(found) if reason]
     if reasons:
         raise ShardedLoadError(
@@ -89,11 +94,12 @@ def fill_sharded(
     dtypes: Optional[Dict[str, torch.dtype]] = None,
     on_host: Sequence[torch.nn.Module] = (),
 ) -> int:
-    """Fill a meta model, in place; returns the bytes that this rank read. Collective over the shard ranks of `mesh`.
+    """Fill a meta model, in place; returns the bytes that this rank read. Collective over the shard
+    ranks of ``mesh``.
 
     renamings: transformers' WeightRenaming objects, for checkpoints saved under older names.
-    dtypes: a regular expression of names -> dtype that they are kept in. on_host: modules whose 4-bit
-    shards go to host memory as soon as they are read, where the wrap leaves them. Raises
+    dtypes: a regular expression of names -> dtype that they are kept in. on_host: modules whose
+    4-bit shards go to host memory as soon as they are read, where the wrap leaves them. Raises
     ShardedLoadError on every rank if one of them cannot load.
     """
     group = shard_group(mesh)

@@ -7,14 +7,15 @@ of the nested quantization too, so packed bytes, absmax and nested absmax of a r
 other row. Only the nested offset, the mean of all absmax, needs the other ranks. Rows are padded to
 a multiple of the world size, so every rank holds equally many.
 
-FSDP2 sees a frozen uint8 parameter of `(rows, 8192)` whose local tensor is a `PackedShard`. Its
-all-gather extension (`fsdp_pre_all_gather`, `fsdp_post_all_gather`; torch's own hook for
-quantized parameters) gathers bytes and scales in the same collective.
+FSDP2 sees a frozen uint8 parameter of ``(rows, 8192)`` whose local tensor is a ``PackedShard``. Its
+all-gather extension (``fsdp_pre_all_gather``, ``fsdp_post_all_gather``; torch's own hook for
+quantized parameters) gathers bytes and scales in the same collective; ``_LeanGather`` spares the
+host what going through it costs at every gather.
 """
 
 from __future__ import annotations
 
-import inspect
+import functools
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Iterator, Optional, Tuple
@@ -50,11 +51,12 @@ NESTED_BLOCKSIZE = 256  # of bitsandbytes' compress_statistics
 # Launch plans of Unsloth's own kernels: they keep the scales' addresses and key on the tensors.
 _ADDRESS_CACHES = ("_unsloth_nf4_plan", "_unsloth_gemv_plan")
 _SHARD = "_fsdp2_weight_shard"
+_ALIGNMENT = 256  # bytes; of tensors that are gathered into one storage
 
 
 @dataclass(frozen = True)
 class RowLayout:
-    """Which weights of a flattened weight of `numel` elements belong to `rank` of `world`."""
+    """Which weights of a flattened weight of ``numel`` elements belong to ``rank`` of ``world``."""
 
     numel: int
     world: int
@@ -97,7 +99,9 @@ class RowLayout:
         return -(-self.numel // 2)
 
     def placeholder(self) -> torch.nn.Parameter:
-        """Full-size uint8 `(rows, row / 2)` on meta: what `fully_shard` cuts into equal row chunks."""
+        """Full-size uint8 ``(rows, row / 2)`` on meta: what ``fully_shard`` cuts into equal row
+        chunks.
+        """
         shape = (self.rows, self.row // 2)
         return torch.nn.Parameter(
             torch.empty(shape, dtype = torch.uint8, device = "meta"), requires_grad = False
@@ -118,8 +122,8 @@ class ShardedQuantState(bnb_functional.QuantState):
     """A QuantState whose scales FSDP2 gathers with the packed bytes.
 
     While the weight is gathered it is an ordinary QuantState. While it is sharded there are no
-    scales to save, and `as_dict` is empty, so a `state_dict()` taken then holds the packed shard
-    alone; the saves of Unsloth gather first.
+    scales to save, and ``as_dict`` is empty, so a ``state_dict()`` taken then holds the packed
+    shard alone; the saves of Unsloth gather first.
     """
 
     gathered = False
@@ -143,15 +147,10 @@ class ShardedQuantState(bnb_functional.QuantState):
 
 
 class PackedShard(torch.Tensor):
-    """uint8 `(local_rows, blocksize * 128)`: the packed bytes of this rank, zero in the padding.
+    """uint8 ``(local_rows, blocksize * 128)``: the packed bytes of this rank, zero in the padding.
 
     A class, not hooks on an instance: views and copies to another device keep the class only.
     """
-
-    def size(self, *dim: int) -> Any:
-        # FSDP2 asks at every gather: without the detour that any subclass takes.
-        with torch._C.DisableTorchFunctionSubclass():
-            return super().size(*dim)
 
     def fsdp_pre_all_gather(
         self,
@@ -162,14 +161,9 @@ class PackedShard(torch.Tensor):
         mp_policy: Any,
     ) -> Tuple[Tuple[torch.Tensor, ...], "WeightShard"]:
         shard = get_shard(module)
-        # Made once for a shard that stays on its device: every gather asks for every weight.
-        inputs = self.__dict__.get("_gather_inputs")
-        if inputs is None:
-            plain = self.as_subclass(torch.Tensor)
-            inputs = (plain, *(t.to(plain.device, non_blocking = True) for t in shard.scales()))
-            if inputs[1] is shard.absmax:
-                self._gather_inputs = inputs
-        return inputs, shard
+        plain = self.as_subclass(torch.Tensor)
+        scales = (scale.to(plain.device, non_blocking = True) for scale in shard.scales())
+        return (plain, *scales), shard
 
     def fsdp_post_all_gather(
         self,
@@ -184,17 +178,74 @@ class PackedShard(torch.Tensor):
         return None if out is not None else (gathered[0], ())
 
 
-# FSDP2 asks for the signature at every gather.
-PackedShard.fsdp_pre_all_gather.__signature__ = inspect.signature(PackedShard.fsdp_pre_all_gather)
+class _LeanGather:
+    """What torch's FSDPParam does at a gather of a ``PackedShard``, after the first with less work
+    for the host: inputs are made once, and one storage for all gathered tensors is freed and
+    allocated.
+    """
+
+    _inputs: Tuple[Any, Any] = (None, None)
+    _gathered: Any = None
+
+    @property
+    def all_gather_inputs(self):
+        local = self.sharded_param._local_tensor
+        if not hasattr(self, "_unsharded_param"):
+            return super().all_gather_inputs
+        if self._inputs[0] is not local or self.offload_to_cpu:
+            shard = get_shard(self._module_info.module)
+            parts = (local.as_subclass(torch.Tensor), *shard.scales())
+            inputs = [part.to(self.device, non_blocking = True).view(-1) for part in parts]
+            if self.offload_to_cpu:
+                return inputs
+            self._inputs = (local, inputs)
+        return self._inputs[1]
+
+    def init_all_gather_outputs(self, numels, dtypes, world_size, device, *args, **kwargs):
+        if self.all_gather_outputs:
+            return
+        sizes = [numel * world_size * dtype.itemsize for numel, dtype in zip(numels, dtypes)]
+        padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+        whole = torch.empty(sum(padded), dtype = torch.uint8, device = device)
+        parts = zip(torch.split(whole, padded), sizes, dtypes)
+        self.all_gather_outputs = [part[:size].view(dtype) for part, size, dtype in parts]
+        self._gathered = whole.untyped_storage()
+        self._gathered_size = sum(padded)
+
+    def alloc_all_gather_outputs(self):
+        if self._gathered.size() == 0:
+            self._gathered.resize_(self._gathered_size)
+
+    def free_unsharded_param(self):
+        if self._gathered is not None and self._gathered.size() != 0:
+            self._gathered.resize_(0)
+
+    def init_unsharded_param(self):
+        if hasattr(self, "_unsharded_param"):
+            get_shard(self._module_info.module).set_gathered(self.all_gather_outputs[1:])
+        else:
+            super().init_unsharded_param()
+
+
+@functools.lru_cache(maxsize = None)
+def _lean_class(stock: type) -> type:
+    """``stock`` (torch's FSDPParam) with ``_LeanGather``; ``stock`` itself where it is not as known
+    here.
+    """
+    names = [name for name in vars(_LeanGather) if not name.startswith("_")]
+    if issubclass(stock, _LeanGather) or not all(hasattr(stock, name) for name in names):
+        return stock
+    return type(stock.__name__, (_LeanGather, stock), {})
 
 
 @dataclass
 class WeightShard:
     """This rank's part of one Linear4bit weight.
 
-    packed: uint8 `(local_rows, row / 2)`; absmax: `(local_rows, 256)`, uint8 with nested
-    quantization, else float32; nested: float32 `(local_rows, 1)` or None; state: what the gathered
-    weight is dequantized with. Tensors are on the rank's device, or in host memory once offloaded.
+    packed: uint8 ``(local_rows, row / 2)``; absmax: ``(local_rows, 256)``, uint8 with nested
+    quantization, else float32; nested: float32 ``(local_rows, 1)`` or None; state: what the
+    gathered weight is dequantized with. Tensors are on the rank's device, or in host memory once
+    offloaded.
     """
 
     layout: RowLayout
@@ -261,6 +312,7 @@ class WeightShard:
         fsdp_param._orig_size = torch.Size((self.layout.packed_bytes, 1))
         fsdp_param._contiguous_orig_stride = (1, 1)
         self._keep_class_and_state(fsdp_param, module)
+        fsdp_param.__class__ = _lean_class(type(fsdp_param))
 
     def _keep_class_and_state(self, fsdp_param: Any, module: Linear4bit) -> None:
         """What Unsloth's FSDP2 hooks put back onto the gathered parameter, which torch makes a
@@ -282,18 +334,18 @@ class WeightShard:
 
 
 def get_shard(module: torch.nn.Module) -> Optional[WeightShard]:
-    """The shard that `module` (a Linear4bit) holds, or None."""
+    """The shard that ``module`` (a Linear4bit) holds, or None."""
     return module.__dict__.get(_SHARD)
 
 
 def set_shard(module: Linear4bit, shard: WeightShard) -> None:
-    """`shard` as what `module` holds of its weight, with the QuantState that goes with it."""
+    """``shard`` as what ``module`` holds of its weight, with the QuantState that goes with it."""
     module.__dict__[_SHARD] = shard
     module.quant_state = shard.state
 
 
 def fsdp_params(model: torch.nn.Module) -> Iterator[Any]:
-    """torch's FSDPParam objects below `model`."""
+    """torch's FSDPParam objects below ``model``."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -313,7 +365,7 @@ def shard_group(mesh: Any) -> Any:
 
 
 def mesh_device(mesh: Any) -> torch.device:
-    """This rank's device of `mesh`."""
+    """This rank's device of ``mesh``."""
     if mesh.device_type == "cpu":
         return torch.device("cpu")
     return torch.device(mesh.device_type, getattr(torch, mesh.device_type).current_device())
@@ -334,8 +386,8 @@ def make_shard(
     code: torch.Tensor,
     nested: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = None,
 ) -> WeightShard:
-    """A shard with its QuantState, whose shape is the whole weight's and whose scales are the shard's
-    until a gather. nested: absmax of the absmax, its code and the offset.
+    """A shard with its QuantState, whose shape is the whole weight's and whose scales are the
+    shard's until a gather. nested: absmax of the absmax, its code and the offset.
     """
     outer, state2, offset = None, None, None
     if nested is not None:
@@ -363,10 +415,10 @@ def quantize_rows(
     device: torch.device,
     group: Any,
 ) -> WeightShard:
-    """Quantize this rank's weights: flat `[stop - start]` on `device`, None where it has none.
+    """Quantize this rank's weights: flat ``[stop - start]`` on ``device``, None where it has none.
 
-    Collective over `group` with nested quantization. The result is bit-identical to the same slice
-    of `bitsandbytes.functional.quantize_4bit(whole, compress_statistics = nested)`.
+    Collective over ``group`` with nested quantization. The result is bit-identical to the same
+    slice of ``bitsandbytes.functional.quantize_4bit(whole, compress_statistics = nested)``.
     """
     rows, quant_type = layout.local_rows, weight_format.quant_type
     packed = torch.zeros(rows, layout.row // 2, dtype = torch.uint8, device = device)
@@ -397,5 +449,5 @@ def quantize_rows(
 
 
 def copy_front(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy `source` to the front of `target`, both flattened; the rest of it is padding."""
+    """Copy ``source`` to the front of ``target``, both flattened; the rest of it is padding."""
     target.view(-1)[: source.numel()].copy_(source.view(-1))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Saving a model of sharded 4-bit weights: rank 0 sees whole weights with whole QuantStates meanwhile."""
+"""Saving a model of sharded 4-bit weights: rank 0 sees whole weights with whole QuantStates
+meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ _gathered_states: contextvars.ContextVar = contextvars.ContextVar("gathered_stat
 
 
 def gather_with_scales(stock: Callable) -> Callable:
-    """Decorator of `_gather_full`: a sharded 4-bit weight comes without padding, and with the whole
-    QuantState.
+    """Decorator of ``_gather_full``: a sharded 4-bit weight comes without padding, and with the
+    whole QuantState.
     """
 
     @functools.wraps(stock)
@@ -47,8 +49,8 @@ def gather_with_scales(stock: Callable) -> Callable:
 
 
 def restore_sharded_states(stock: Callable) -> Callable:
-    """Decorator of `fsdp2_gathered`, the context of every save: afterwards each sharded weight has its
-    own, sharded QuantState again.
+    """Decorator of ``fsdp2_gathered``, the context of every save: afterwards each sharded weight
+    has its own, sharded QuantState again.
     """
 
     @contextlib.contextmanager
@@ -72,11 +74,11 @@ def restore_sharded_states(stock: Callable) -> Callable:
 
 
 def gather_4bit_on_host(stock: Callable) -> Callable:
-    """Decorator of `native_full_state_dict`: sharded 4-bit weights come whole, with bitsandbytes'
+    """Decorator of ``native_full_state_dict``: sharded 4-bit weights come whole, with bitsandbytes'
     entries, in host memory.
 
     FSDP2's own collects the local tensors, which are packed bytes without their scales. Trainer
-    saves of an adapter need no full state dict; `accelerator.get_state_dict` does.
+    saves of an adapter need no full state dict; ``accelerator.get_state_dict`` does.
     """
 
     @functools.wraps(stock)
@@ -107,7 +109,9 @@ def _to_host(value: Any) -> Any:
 
 
 def _gather_weight(shard: WeightShard, mesh: Any) -> Tuple[torch.Tensor, Any]:
-    """Collective over the mesh's shard ranks: (packed uint8 `(bytes, 1)`, QuantState), as one GPU has."""
+    """Collective over the mesh's shard ranks: (packed uint8 ``(bytes, 1)``, QuantState), as one GPU
+    has.
+    """
     group, state, layout = shard_group(mesh), shard.state, shard.layout
     device, tensors = mesh_device(mesh), (shard.packed, *shard.scales())
     packed, absmax, *nested = [all_gather_rows(t.to(device), group).view(-1) for t in tensors]
