@@ -468,7 +468,7 @@ PATCHES: Tuple[Patch, ...] = (
         ),
         modules = ("models/fsdp2_offload_apply.py",),
         tests = {"tests/test_fsdp2_offload_apply.py": "gloo"},
-        requires = ("fsdp2-offload-plan",),
+        requires = ("fsdp2-offload-plan", "fsdp2-sharded-save"),
         since = "2026.10.9",
     ),
     Patch(
