@@ -8,7 +8,7 @@
 chats.jsonl: one {"text": ...} or {"messages": [...]} a line; messages need a model whose tokenizer
 has a chat template. Model, data and template are checked before the model is loaded. Where the whole
 4-bit model does not fit a GPU, each rank loads its shard only (UNSLOTH_FSDP2_SHARDED_LOAD=auto|1|0),
-and what does not fit even so moves to host memory (UNSLOTH_PATCHES_OFFLOAD=auto|never|blocks:K|all);
+and what does not fit even so moves to host memory (UNSLOTH_FSDP2_OFFLOAD=auto|never|blocks:K|all);
 both decisions are printed. Two T4 (16 GB each, no bfloat16) need no other options: the dtype is
 float16 there. Without GPUs it runs on CPU ranks (gloo), for tests of a toy.
 """

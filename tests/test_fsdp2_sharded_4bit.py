@@ -1,204 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""A 4-bit model under native FSDP2 of which no rank ever holds more than its shard.
-
-Every test forks its ranks (gloo on the CPU) from this process, which has imported Unsloth and done
-nothing else with torch: a fork after a backward or a parallel region would hang.
-"""
+"""A 4-bit model under native FSDP2 of which no rank ever holds more than its shard."""
 
 import glob
-import importlib
-import multiprocessing
 import os
-import queue
 import shutil
-import socket
-import traceback
+import sys
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from backend import require
 
+require("gloo")
 import pytest
-
-SECONDS = 150
-HIDDEN, VOCAB = (
-    192,
-    256,
-)  # 192 x 448 and 96 x 192 weights: no shard boundary falls on a row of the matrix
-
-
-IMPORTED = (
-    "unsloth",  # first
-    "unsloth.models.fsdp2_native",
-    "bitsandbytes",
-    "datasets",
-    "peft.tuners.lora.bnb",
-    "torch.distributed.checkpoint.state_dict",
-    "torch.distributed.fsdp",
-    "transformers.integrations.bitsandbytes",
-    "transformers.models.llama.modeling_llama",
-    "transformers.trainer",
-    "trl.trainer.sft_trainer",
+from fsdp2_ranks import (  # noqa: F401
+    HIDDEN,
+    VOCAB,
+    assert_sharded,
+    checkpoints,
+    load,
+    load_whole,
+    losses,
+    run_ranks,
 )
-
-
-def _import_once():
-    """What every rank needs, imported before the fork rather than in each of them."""
-    for name in IMPORTED:
-        importlib.import_module(name)
-    importlib.import_module("torch").set_num_threads(1)
-
-
-def _rank_main(function, rank, world, port, results, arguments):
-    try:
-        import torch
-
-        torch.set_num_threads(1)
-        launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        os.environ.update({name: str(value) for name, value in launch.items()})
-        os.environ.update(MASTER_ADDR = "127.0.0.1", MASTER_PORT = str(port))
-        if world > 1:
-            os.environ["UNSLOTH_FSDP2"] = os.environ["UNSLOTH_FSDP2_SHARDED_LOAD"] = "1"
-        results.put((rank, None, function(*arguments)))
-    except BaseException as error:
-        results.put((rank, f"{type(error).__name__}: {error}\n{traceback.format_exc()}", None))
-    finally:
-        results.close()
-        results.join_thread()
-        os._exit(0)
-
-
-def run_ranks(
-    function,
-    world,
-    *arguments,
-    check = True,
-):
-    """[(error, result) of every rank] of function(*arguments) in `world` forked ranks; fails past
-    SECONDS.
-    """
-    _import_once()
-    fork = multiprocessing.get_context("fork")
-    results = fork.Queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [
-        fork.Process(target = _rank_main, args = (function, rank, world, port, results, arguments))
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    found = {}
-    try:
-        while len(found) < world:
-            rank, error, result = results.get(timeout = SECONDS)
-            found[rank] = (error, result)
-    except queue.Empty:
-        pytest.fail(
-            f"ranks {sorted(set(range(world)) - set(found))} still hang after {SECONDS} s: {found}"
-        )
-    finally:
-        for process in processes:
-            process.join(timeout = 5)
-            if process.is_alive():
-                process.kill()
-    if check:
-        errors = [error for error, _ in found.values() if error]
-        assert not errors, "\n".join(errors)
-    return [found[rank] for rank in range(world)]
-
-
-def _make_checkpoint(folder, kind):
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        AutoModelForCausalLM,
-        BitsAndBytesConfig,
-        LlamaConfig,
-        LlamaForCausalLM,
-        PreTrainedTokenizerFast,
-    )
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size = HIDDEN,
-        intermediate_size = 448,
-        num_hidden_layers = 2,
-        num_attention_heads = 4,
-        num_key_value_heads = 2,
-        vocab_size = VOCAB,
-        max_position_embeddings = 128,
-        bos_token_id = 1,
-        eos_token_id = 2,
-        pad_token_id = 3,
-        tie_word_embeddings = kind == "tied",
-    )
-    model = LlamaForCausalLM(config).to(torch.float16 if kind == "fp16" else torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size = "200KB" if kind == "bf16" else "5GB")
-    if kind in ("packed", "single"):
-        # "single": without nested quantization of the absmax.
-        quantization = BitsAndBytesConfig(
-            load_in_4bit = True,
-            bnb_4bit_quant_type = "nf4",
-            bnb_4bit_use_double_quant = kind == "packed",
-            bnb_4bit_compute_dtype = torch.bfloat16,
-        )
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config = quantization, dtype = torch.bfloat16, device_map = {"": "cpu"}
-        )
-        model.save_pretrained(folder)
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, **{f"w{i}": i for i in range(4, VOCAB)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token = "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object = tokenizer,
-        bos_token = "<s>",
-        eos_token = "</s>",
-        pad_token = "<pad>",
-        unk_token = "<unk>",
-    ).save_pretrained(folder)
-    return True
-
-
-@pytest.fixture(scope = "module")
-def checkpoints(tmp_path_factory):
-    """kind -> folder of a tiny Llama checkpoint; made on demand in a process of its own."""
-    made = {}
-
-    def get(kind):
-        if kind not in made:
-            folder = str(tmp_path_factory.mktemp(kind))
-            run_ranks(_make_checkpoint, 1, folder, kind)
-            made[kind] = folder
-        return made[kind]
-
-    return get
-
-
-def _load(folder, **options):
-    import torch
-    from unsloth import FastLanguageModel
-
-    return FastLanguageModel.from_pretrained(
-        folder, max_seq_length = 64, load_in_4bit = True, dtype = torch.bfloat16, **options
-    )
-
-
-def assert_sharded(model):
-    """Every 4-bit weight of the model is this rank's shard: a whole load must not pass for one."""
-    from bitsandbytes.nn import Linear4bit
-    from unsloth.models.fsdp2_sharded_params import shard_of
-
-    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    assert layers and all(shard_of(module) is not None for module in layers)
-
-
-def _load_whole(folder):
-    os.environ["UNSLOTH_FSDP2"] = "0"
-    try:
-        return _load(folder)[0]
-    finally:
-        os.environ["UNSLOTH_FSDP2"] = "1"
 
 
 def _compare_bytes(folder):
@@ -206,9 +28,9 @@ def _compare_bytes(folder):
     import torch
     from unsloth.models.fsdp2_native import native_fsdp2_unsharded, shard_model
 
-    model = _load(folder)[0]
+    model = load(folder)
     held = sum(p.numel() for p in model.parameters() if p.dtype == torch.uint8)
-    whole = _load_whole(folder)
+    whole = load_whole(folder)
     model = shard_model(model)
     local = {name: p.to_local().numel() for name, p in model.named_parameters()}
     different = []
@@ -247,18 +69,18 @@ def test_gathered_bytes_equal_a_whole_load(checkpoints, kind, world):
 
 
 def _read_bytes(folder):
-    import unsloth.models.fsdp2_sharded_4bit as wiring
+    import unsloth.models.fsdp2_sharded_4bit as loading
 
-    seen, original = {}, wiring.fill_sharded
+    seen, original = [], loading.fill_sharded
 
     def spy(*args, **kwargs):
-        seen.update(original(*args, **kwargs))
-        return seen
+        seen.append(original(*args, **kwargs))
+        return seen[0]
 
-    wiring.fill_sharded = spy
-    _load(folder)
+    loading.fill_sharded = spy
+    load(folder)
     files = sum(os.path.getsize(path) for path in glob.glob(folder + "/*.safetensors"))
-    return seen["read_bytes"], files - 2 * 2 * VOCAB * HIDDEN  # without embedding and head
+    return seen[0], files - 2 * 2 * VOCAB * HIDDEN  # without embedding and head
 
 
 def test_each_rank_reads_its_slices_only(checkpoints):
@@ -270,50 +92,44 @@ def test_each_rank_reads_its_slices_only(checkpoints):
     assert all(read < 0.8 * weights for read, *_ in found)
 
 
-def _losses(folder, world, checkpointing):
-    """Per-rank losses of three steps; with world 1 the two micro-batches run one after the other."""
-    import torch
-    import torch.distributed as dist
-    from unsloth import FastLanguageModel
-
-    model = _load(folder)[0]
-    torch.manual_seed(1)
-    model = FastLanguageModel.get_peft_model(
-        model, r = 8, lora_alpha = 8, use_gradient_checkpointing = checkpointing, random_state = 1
-    )
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:  # B is zero at first: a gradient of A would not be tested
-            parameter.data.copy_(torch.randn(parameter.shape, generator = generator) * 0.02)
-    if world > 1:
-        from unsloth.models.fsdp2_native import FSDP2Config, shard_model
-
-        assert_sharded(model)
-        model = shard_model(model, FSDP2Config(param_dtype = "storage"))
-    model.train()
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr = 1e-3, foreach = False
-    )
-    ids = torch.randint(4, VOCAB, (2, 24), generator = torch.Generator().manual_seed(3))
-    rows = [dist.get_rank()] if world > 1 else [0, 1]
-    history = []
-    for _ in range(3):
-        losses = [model(input_ids = ids[[row]], labels = ids[[row]]).loss for row in rows]
-        (sum(losses) / len(rows)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append([loss.item() for loss in losses])
-    return history
-
-
 @pytest.mark.parametrize("kind, checkpointing", [("bf16", False), ("packed", True)])
 def test_losses_equal_one_device(checkpoints, kind, checkpointing):
     """Two ranks train with the losses of one device that sees both micro-batches, bit for bit."""
     folder = checkpoints(kind)
-    ((_, single),) = run_ranks(_losses, 1, folder, 1, checkpointing)
-    ranks = [result for _, result in run_ranks(_losses, 2, folder, 2, checkpointing)]
+    ((_, single),) = run_ranks(losses, 1, folder, 1, checkpointing)
+    ranks = [result for _, result in run_ranks(losses, 2, folder, 2, checkpointing)]
     assert single[0] != single[2]
     assert [[a[0], b[0]] for a, b in zip(*ranks)] == single
+
+
+def _calls_of_gathers(folder):
+    """Calls, Python's and C's, that gathering and freeing a block takes: sharded, and Unsloth's
+    own.
+    """
+    from unsloth import FastLanguageModel
+    from unsloth.models.fsdp2_native import shard_model
+
+    counts = []
+    for sharded, layout in (("1", "auto"), ("0", "sharded")):
+        os.environ.update(UNSLOTH_FSDP2_SHARDED_LOAD = sharded, UNSLOTH_FSDP2_LAYOUT = layout)
+        model = FastLanguageModel.get_peft_model(load(folder), r = 8, random_state = 1)
+        (unit, *_) = shard_model(model)._unsloth_fsdp2_units
+        seen = []
+        for count in (False, False, True):
+            sys.setprofile((lambda _, event, __: seen.append(event)) if count else None)
+            unit.unshard()
+            unit.reshard()
+            sys.setprofile(None)
+        counts.append(sum(event in ("call", "c_call") for event in seen))
+    return counts
+
+
+def test_a_gather_costs_the_host_what_stock_does(checkpoints):
+    """Scales travel with the bytes, and the host does no more than for bytes alone (2% for
+    counting).
+    """
+    for _, (ours, stock) in run_ranks(_calls_of_gathers, 2, checkpoints("packed")):
+        assert stock > 500 and ours <= 1.02 * stock
 
 
 def _float16_model(folder, world):
@@ -327,7 +143,7 @@ def _float16_model(folder, world):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from unsloth.models.fsdp2_native import FSDP2Config, shard_model
     from unsloth.models.fsdp2_sharded_4bit import sharded_4bit_loading
-    from unsloth.models.fsdp2_sharded_params import shard_of
+    from unsloth.models.fsdp2_sharded_params import get_shard
 
     quantization = BitsAndBytesConfig(
         load_in_4bit = True,
@@ -347,7 +163,7 @@ def _float16_model(folder, world):
     model = get_peft_model(model, lora)
     if world > 1:
         assert_sharded(model)
-        states = [shard_of(m).state for m in model.modules() if shard_of(m) is not None]
+        states = [get_shard(m).state for m in model.modules() if get_shard(m) is not None]
         assert {state.dtype for state in states} == {torch.float16}
         model = shard_model(model, FSDP2Config(param_dtype = torch.float16))
     return model
@@ -383,8 +199,8 @@ def _float16_steps(folder, world):
 
 
 def test_float16_trains_as_on_one_device(checkpoints):
-    """Without bfloat16 (T4) the weights are gathered and computed in float16; with a loss scaler the
-    ranks skip the same steps and end at the loss of one device.
+    """Without bfloat16 (T4) the weights are gathered and computed in float16; with a loss scaler
+    the ranks skip the same steps and end at the loss of one device.
     """
     ((_, single),) = run_ranks(_float16_steps, 1, checkpoints("fp16"), 1)
     a, b = [result for _, result in run_ranks(_float16_steps, 2, checkpoints("fp16"), 2)]
@@ -401,12 +217,13 @@ def _train(folder, output, steps, resume, accumulate):
     import torch
     from datasets import Dataset
     from safetensors.torch import load_file
+    from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
     from unsloth import FastLanguageModel
     from unsloth.fsdp2_launch import install_native_fsdp2_trainer_init
 
     install_native_fsdp2_trainer_init()  # `import unsloth` does it where a launcher set the variables
-    model, tokenizer = _load(folder)
+    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
     assert_sharded(model)
     model = FastLanguageModel.get_peft_model(model, r = 8, lora_alpha = 8, random_state = 1)
     generator = torch.Generator().manual_seed(0)
@@ -457,62 +274,10 @@ def test_trainer_saves_and_resumes(checkpoints, tmp_path):
         numpy.testing.assert_array_equal(straight[name], resumed[name], err_msg = name)
 
 
-def _gathered_for_save(folder):
-    import torch
-    from unsloth.models.fsdp2_native import native_full_state_dict, shard_model
-    from unsloth.models.fsdp2_save import fsdp2_gathered
-
-    whole = _load_whole(folder)
-    model = shard_model(_load(folder)[0])
-    problems = []
-    before = {
-        name: p.quant_state for name, p in model.named_parameters() if hasattr(p, "quant_state")
-    }
-    with fsdp2_gathered(model) as writer:
-        if writer:
-            for name, reference in whole.named_parameters():
-                mine = model.get_parameter(name)
-                if not torch.equal(mine.data.view(-1), reference.data.view(-1)):
-                    problems.append(name)
-                if reference.dtype == torch.uint8:
-                    old = reference.quant_state.as_dict(packed = True)
-                    new = mine.quant_state.as_dict(packed = True)
-                    if not all(torch.equal(new[key], old[key]) for key in old):
-                        problems.append(f"{name} state")
-    after = {
-        name: p.quant_state for name, p in model.named_parameters() if hasattr(p, "quant_state")
-    }
-    restored = before.keys() == after.keys() and all(before[n] is after[n] for n in before)
-    full, expected = native_full_state_dict(model), whole.state_dict()
-    if full or os.environ["RANK"] == "0":
-        problems += sorted(set(full) ^ set(expected))
-        for name in set(full) & set(expected):
-            if not torch.equal(full[name].view(-1), expected[name].view(-1)):
-                problems.append(f"{name} in the full state dict")
-    try:
-        native_full_state_dict(model, cpu_offload = False)
-        refused = ""
-    except ValueError as error:
-        refused = str(error)
-    return problems, restored, len(before), refused
-
-
-def test_save_sees_whole_weights(checkpoints):
-    """Inside the saves' gather rank 0 has the weights and QuantStates of a whole load; afterwards
-    every rank has its shard back. The full state dict has the keys and bytes of a whole load's.
-    """
-    for _, (problems, restored, count, refused) in run_ranks(
-        _gathered_for_save, 2, checkpoints("bf16")
-    ):
-        assert problems == []
-        assert restored and count == 14
-        assert "cpu_offload" in refused
-
-
 def _forward_too_early(folder):
     import torch
 
-    model = _load(folder)[0]
+    model = load(folder)
     model(input_ids = torch.tensor([[5, 6]]))
 
 
@@ -526,7 +291,7 @@ def _wrap_with(folder, options):
     from peft import LoraConfig, get_peft_model
     from unsloth.models.fsdp2_native import shard_model
 
-    model = _load(folder)[0]
+    model = load(folder)
     config = LoraConfig(r = 4, target_modules = ["q_proj"], task_type = "CAUSAL_LM")
     model = get_peft_model(model, config)
     for name, value in options.items():
@@ -541,9 +306,49 @@ def test_adapters_that_read_whole_weights_are_refused(checkpoints, options):
         assert "reads whole base weights" in error and next(iter(options)) in error
 
 
+def _refusals(folder):
+    """What shard_model and the load's context say to wraps, meshes and places that cannot be."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    from torch.distributed.device_mesh import init_device_mesh
+    from unsloth.models import fsdp2_sharded_4bit as loading
+    from unsloth.models.fsdp2_native import FSDP2Config, shard_model
+
+    model, said = load(folder), []
+
+    def refused(function, *arguments):
+        try:
+            function(*arguments)
+        except (RuntimeError, ValueError) as error:
+            said.append(str(error))
+
+    weight = next(p for p in model.parameters() if p.dtype == torch.uint8)
+    refused(shard_model, model, FSDP2Config(shard_placement_fn = lambda _: None))
+    refused(shard_model, model, FSDP2Config(ignored_params = {weight}))
+    refused(shard_model, model, FSDP2Config(mesh = init_device_mesh("cpu", (1, 2))))
+    model.added = Linear4bit(64, 64)
+    refused(shard_model, model, FSDP2Config())
+    del model.added
+    for shape in ((2, 1), (1, 1, 2)):
+        refused(loading.sharded_4bit_loading(init_device_mesh("cpu", shape)).__enter__)
+    mesh = init_device_mesh("cpu", (2,))
+    refused(loading._single_device, {"a": 0, "b": "cpu"}, mesh)
+    shard_model(model)  # none of them has changed anything
+    return said
+
+
+def test_what_cannot_be_wrapped_or_placed_is_refused(checkpoints):
+    """Each refusal names what is in the way, and the model can be wrapped afterwards."""
+    words = ["cut on rows", "ignored_params names", "loaded over the ranks", "'added'"]
+    words += ["shards over one rank", "not 3 dimensions", "device_map places"]
+    for _, said in run_ranks(_refusals, 2, checkpoints("packed")):
+        assert len(said) == len(words)
+        assert all(word in text for word, text in zip(words, said))
+
+
 def _break_then_load(folder, broken):
     """Rank 1 reads from a folder of its own whose checkpoint is damaged."""
-    return _load(broken if os.environ["RANK"] == "1" else folder)[0] is not None
+    return load(broken if os.environ["RANK"] == "1" else folder) is not None
 
 
 @pytest.mark.parametrize("kind, damage", [("packed", "missing"), ("bf16", "shape")])
@@ -573,18 +378,18 @@ def _copy_damaged(folder, broken, damage):
 
 def _read_error(folder):
     """Rank 1 fails while it reads, after all names and shapes were found right."""
-    from unsloth.models.fsdp2_checkpoint import Checkpoint
+    from unsloth.models.fsdp2_shard_reader import ShardReader
 
     if os.environ["RANK"] == "1":
-        original = Checkpoint.rows
+        original = ShardReader.rows
 
         def rows(self, key, start, stop):
             if "layers.1.self_attn.k_proj" in key:
                 raise OSError("the disk is gone")
             return original(self, key, start, stop)
 
-        Checkpoint.rows = rows
-    return _load(folder)[0] is not None
+        ShardReader.rows = rows
+    return load(folder) is not None
 
 
 @pytest.mark.parametrize("kind", ["bf16", "packed"])
@@ -596,48 +401,52 @@ def test_a_read_error_in_the_middle_fails_all(checkpoints, kind):
         assert "rank 1: OSError: the disk is gone" in error
 
 
-def _own_fully_shard(folder):
-    """Bytes that differ after fully_shard on a meta model and param_init_fn, against a whole load."""
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.integrations import replace_with_bnb_linear
-    from unsloth.models.fsdp2_param_init import param_init_fn
+def _reads_until_failure(folder):
+    """What this rank was told, and what it had read by then; rank 1 fails at the second weight."""
+    from unsloth.models import fsdp2_sharded_load as loading
+    from unsloth.models.fsdp2_shard_reader import ShardReader
 
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    whole = _load_whole(folder)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit = True,
-        bnb_4bit_quant_type = "nf4",
-        bnb_4bit_use_double_quant = True,
-        bnb_4bit_compute_dtype = torch.bfloat16,
-    )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(folder), dtype = torch.bfloat16
-        )
-    model = replace_with_bnb_linear(model, ["lm_head"], quantization_config = quantization) or model
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    init = param_init_fn(model, sorted(glob.glob(folder + "/*.safetensors")), mesh)
-    for block in model.model.layers:
-        fully_shard(block, mesh = mesh)
-    fully_shard(model, mesh = mesh)
-    model.apply(init)
-    model.model.rotary_emb = whole.model.rotary_emb
-    ids = torch.tensor([[5, 6, 7, 8]])
-    with torch.no_grad():
-        return torch.equal(model(input_ids = ids).logits, whole(input_ids = ids).logits)
+    loading.BYTES_BETWEEN_CHECKS = 0
+    keys, original = [], ShardReader.rows
+
+    def rows(self, key, start, stop):
+        keys.append(key)
+        if os.environ["RANK"] == "1" and len(keys) == 2:
+            raise OSError("the disk is gone")
+        return original(self, key, start, stop)
+
+    ShardReader.rows = rows
+    try:
+        load(folder)
+    except loading.ShardedLoadError as error:
+        told, reads = str(error), len(keys)
+    assert_sharded(load(folder))  # nothing of the failed load stands in the way of another
+    return told, reads
 
 
-def test_param_init_fn_fills_a_meta_model(checkpoints):
-    """fully_shard on a meta model, then model.apply(param_init_fn): the logits of a whole load, bit
-    for bit.
+def test_ranks_stop_reading_soon_after_one_failed(checkpoints):
+    """The others do not read the rest of a large model before they hear of a failure; then a load
+    works again.
     """
-    assert all(same for _, same in run_ranks(_own_fully_shard, 3, checkpoints("bf16")))
+    for _, (told, reads) in run_ranks(_reads_until_failure, 2, checkpoints("bf16")):
+        assert "rank 1: OSError: the disk is gone" in told and reads == 2
+
+
+def _killed_while_loading(folder):
+    import signal
+
+    from unsloth.models.fsdp2_shard_reader import ShardReader
+
+    if os.environ["RANK"] == "1":
+        ShardReader.rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    load(folder)
+
+
+def test_a_killed_rank_ends_the_others(checkpoints):
+    """A rank that dies while it loads ends all within a minute, and those left say what happened."""
+    ranks = run_ranks(_killed_while_loading, 2, checkpoints("bf16"), check = False, seconds = 60)
+    assert "ShardedLoadError" in ranks[0][0] and "lost a rank" in ranks[0][0]
+    assert "exit code -9" in ranks[1][0]
 
 
 def _hsdp(folder):
@@ -650,8 +459,8 @@ def _hsdp(folder):
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names = ("replicate", "shard"))
     with sharded_4bit_loading(mesh):
-        model = _load(folder)[0]
-    whole = _load_whole(folder)
+        model = load(folder)
+    whole = load_whole(folder)
     model = shard_model(model, FSDP2Config(mesh = mesh))
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
@@ -667,10 +476,10 @@ def _offloaded(folder):
     import torch
     from unsloth.models.fsdp2_native import FSDP2Config, shard_model
 
-    model = _load(folder)[0]
+    model = load(folder)
     assert_sharded(model)
     model = shard_model(model, FSDP2Config(cpu_offload = True))
-    whole = _load_whole(folder)
+    whole = load_whole(folder)
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         return torch.equal(model(input_ids = ids).logits, whole(input_ids = ids).logits)
@@ -681,85 +490,3 @@ def test_cpu_offload_policy(checkpoints):
     same.
     """
     assert all(same for _, same in run_ranks(_offloaded, 2, checkpoints("packed")))
-
-
-def test_variables_decide_the_load(checkpoints, monkeypatch):
-    """UNSLOTH_FSDP2_SHARDED_LOAD decides, auto without it; whoever asks for replicated weights gets
-    them; without native FSDP2 nothing is sharded; another value is an error that names it.
-    """
-    from unsloth.models.fsdp2_load_choice import sharded_load_mode
-
-    monkeypatch.setenv("UNSLOTH_FSDP2", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("UNSLOTH_FSDP2_SHARDED_LOAD", raising = False)
-    assert sharded_load_mode() == "auto"
-    for value, mode in [("1", "1"), ("0", "0"), ("off", "0"), ("auto", "auto")]:
-        monkeypatch.setenv("UNSLOTH_FSDP2_SHARDED_LOAD", value)
-        assert sharded_load_mode() == mode
-    for name, value in [("LAYOUT", "fit"), ("REPLICATE_FROZEN", "1"), ("SHARD_FROZEN", "0")]:
-        with monkeypatch.context() as patch:
-            patch.setenv(f"UNSLOTH_FSDP2_{name}", value)
-            assert sharded_load_mode() == "0"
-    monkeypatch.setenv("UNSLOTH_FSDP2_SHARDED_LOAD", "maybe")
-    with pytest.raises(ValueError, match = "'maybe'"):
-        sharded_load_mode()
-    monkeypatch.setenv("UNSLOTH_FSDP2", "0")
-    assert sharded_load_mode() == "0"
-
-
-def _auto_load(folder, usable, group, options):
-    """Whether an undecided load was sharded, and what it printed. usable: bytes of each rank."""
-    import contextlib
-    import io
-
-    import torch.distributed as dist
-    from unsloth.models import fsdp2_load_choice as choice
-    from unsloth.models.fsdp2_sharded_params import shard_of
-
-    del os.environ["UNSLOTH_FSDP2_SHARDED_LOAD"]
-    choice._usable = lambda: usable[int(os.environ["RANK"])]
-    if group:
-        dist.init_process_group("gloo")
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        models = [_load(folder, **options)[0] for _ in range(2)]
-    lines = [line for line in said.getvalue().splitlines() if "4-bit load under FSDP2" in line]
-    sharded = [any(shard_of(m) is not None for m in model.modules()) for model in models]
-    return sharded, lines, dist.is_initialized()
-
-
-@pytest.mark.parametrize("group", [False, True])
-@pytest.mark.parametrize("usable, sharded", [((2**40, 2**40), False), ((2**40, 2**20), True)])
-def test_auto_shards_where_the_whole_model_does_not_fit(checkpoints, usable, sharded, group):
-    """Without the variable every rank decides alike from the smallest memory, says so once a load,
-    and makes no process group where the model stays whole.
-    """
-    found = run_ranks(_auto_load, 2, checkpoints("packed"), usable, group, {})
-    for rank, (_, (loads, lines, initialized)) in enumerate(found):
-        assert loads == [sharded, sharded]
-        assert initialized == (group or sharded)
-        assert len(lines) == (2 if rank == 0 else 0)
-    line = found[0][1][1][0]
-    assert "GiB are usable on rank" in line and "planned to need" in line
-    assert ("sharded over 2 ranks" in line) == sharded
-    assert "rank 1 (" in line if sharded else "rank 0 (" in line
-
-
-def _auto_unknown(folder):
-    """An undecided load of a config that cannot be counted on rank 1."""
-    from unsloth.models import fsdp2_load_choice as choice
-
-    if os.environ["RANK"] == "1":
-
-        def fail(given):
-            raise ValueError("a mixture of experts is not counted here")
-
-        choice._shape = fail
-    return _auto_load(folder, (2**20, 2**20), False, {})
-
-
-def test_auto_leaves_what_it_cannot_count(checkpoints):
-    """A model whose size is not known on some rank is loaded as without the patch, with the reason."""
-    found = run_ranks(_auto_unknown, 2, checkpoints("packed"))
-    assert all(loads == [False, False] for _, (loads, *_) in found)
-    assert "rank 1: ValueError: a mixture of experts" in found[0][1][1][0]

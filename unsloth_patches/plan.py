@@ -26,7 +26,6 @@ said in a last line.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -57,19 +56,6 @@ LLAMAS = {
         "num_attention_heads": 128,
     },
 }
-# Their blocks have the seven linears that are counted, and norms.
-COUNTED = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "granite",
-    "cohere",
-)
-DECODERS = ("ForCausalLM", "ForConditionalGeneration", "ForImageTextToText")
 CHECKPOINTING = {"unsloth": "unsloth", "on": True, "off": False}
 
 
@@ -102,19 +88,22 @@ class _Job:
         if self.host is not None and not 0 <= self.host < math.inf:
             raise ValueError(f"--host {self.host}: state a host's memory in GiB, or leave it out.")
 
+    def training(self, gpus: int) -> Any:
+        from .unsloth.models.fsdp2_memory_count import Training
+
+        kept = CHECKPOINTING[self.checkpointing]
+        return Training(gpus, self.tokens, self.rank, checkpointing = kept)
+
     def on(self, source: Any, gpus: int) -> Any:
         """plan_offload's plan for a model on so many GPUs."""
         from .unsloth.models.fsdp2_offload_plan import plan_offload
 
         return plan_offload(
             source,
-            batch_tokens = self.tokens,
-            world = gpus,
+            self.training(gpus),
             local_world = min(gpus, self.gpus_per_host),
             device_memory = int((self.memory - RESERVED_GIB) * GIB),
             host_memory = None if self.host is None else int(self.host * GIB),
-            lora_rank = self.rank,
-            gradient_checkpointing = CHECKPOINTING[self.checkpointing],
             override = self.offload,
         )
 
@@ -123,10 +112,8 @@ class _Job:
         from .unsloth.models import fsdp2_memory_count as count
         from .unsloth.models.fsdp2_model_shape import read_shape
 
-        kept = CHECKPOINTING[self.checkpointing]
-        job = count.Training(gpus, self.tokens, self.rank, count.LORA_TARGETS, checkpointing = kept)
-        moments = count.whole_model_moments(read_shape(source), job)
-        return count.largest(moments)[2] * (1 + count.FRAGMENTATION) / GIB
+        phases = count.whole_model_phases(read_shape(source), self.training(gpus))
+        return count.largest_phase(phases)[2] * (1 + count.FRAGMENTATION) / GIB
 
 
 def _check_count(option: str, value: Optional[int]) -> None:
@@ -157,7 +144,7 @@ def plan(
         if table:
             return _table(job, model, LARGEST if gpus is None else gpus)
         plans = [job.on(model, count) for count in (_powers_of_two(gpus) if sweep else [gpus])]
-        notes = _left_out(model)
+        notes = _left_out(model) if sweep else []  # a single plan's table ends with them
     except ValueError as error:
         print(_of_options(str(error)), file = sys.stderr)
         return 2
@@ -180,41 +167,17 @@ def _table(job: _Job, model: Optional[Path], gpus: int) -> int:
 
 
 def _left_out(model: Path) -> List[str]:
-    """What the count leaves out of this model, a line each. Raises ValueError for what is no decoder.
+    """What the count leaves out of this model or assumes of it, a line each."""
+    from .unsloth.models.fsdp2_model_shape import read_shape
 
-    A config that names no model_type is taken at its word: its sizes are all there is.
-    """
-    path = model / "config.json" if model.is_dir() else model
-    config = json.loads(path.read_text(encoding = "utf-8"))
-    text = config.get("text_config") or config
-    kind = text.get("model_type") or config.get("model_type") or ""
-    heads = " ".join(config.get("architectures") or text.get("architectures") or ())
-    if config.get("is_encoder_decoder") or (
-        kind and kind not in COUNTED and not any(head in heads for head in DECODERS)
-    ):
-        raise ValueError(
-            f"--model {model}: {heads or kind} is no decoder-only language model; the count knows "
-            f"{', '.join(COUNTED)} and what has the same linears."
-        )
-    notes = []
-    if kind and kind not in COUNTED:
-        notes.append(
-            f"Counted as a Llama of these sizes: model type {kind} is not one that the count was made for."
-        )
-    towers = [key for key in ("vision_config", "audio_config") if config.get(key)]
-    if towers or text is not config:
-        what = " and ".join(key.partition("_")[0] for key in towers) or "other"
-        notes.append(
-            f"The language part only: weights and activations of its {what} part come on top."
-        )
-    return notes
+    return list(read_shape(model).notes)
 
 
 def _of_options(message: str) -> str:
-    """plan_offload's messages name a function and a variable; who runs the command gave options."""
+    """The count's messages name a variable; who runs the command gave options."""
     from .unsloth.models.fsdp2_offload_plan import OFFLOAD_ENV
 
-    return message.replace("plan_offload: ", "plan: ").replace(OFFLOAD_ENV, "--offload")
+    return message.replace("memory plan: ", "plan: ").replace(OFFLOAD_ENV, "--offload")
 
 
 def _label() -> str:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""The `plan` command and scripts/train_fsdp2.py, run as users run them."""
+"""The ``plan`` command and scripts/train_fsdp2.py, run as users run them."""
 
 import importlib.util
 import json
@@ -77,7 +77,7 @@ def test_plan_names_bad_values(config, capsys, changes):
     error = capsys.readouterr().err
     name, value = next(iter(changes.items()))
     assert f"--{name.replace('_', '-')}" in error and str(value) in error
-    assert "plan_offload" not in error and "UNSLOTH_" not in error
+    assert "memory plan" not in error and "UNSLOTH_" not in error
 
 
 @pytest.mark.parametrize("memory", [79, 24, 8])
@@ -100,6 +100,26 @@ def test_plan_and_its_tables_show_the_same_figures(config, capsys, memory):
     assert sweep == table[1:]
     assert float(sweep[0]) == pytest.approx(float(needed.split()[-2]), abs = 0.051)
     assert ("does not fit" in sweep[-1]) == bool(fits)
+
+
+def test_plan_says_what_it_does_not_know(tmp_path, capsys):
+    """An encoder is no decoder and is refused; of a model with a vision tower the language part is
+    counted, and the plan says so.
+    """
+    from unsloth_patches.plan import plan
+
+    config = tmp_path / "config.json"
+    bert = {**LLAMA_70B, "model_type": "bert", "architectures": ["BertForMaskedLM"]}
+    config.write_text(json.dumps(bert), encoding = "utf-8")
+    assert plan(tmp_path, gpus = 2) == 2
+    assert "plan: model_type = 'bert'" in capsys.readouterr().err
+    tower = {"hidden_size": 1024, "num_hidden_layers": 24}
+    text = {**LLAMA_70B, "model_type": "llama"}
+    vision = {"model_type": "llava", "text_config": text, "vision_config": tower}
+    vision["architectures"] = ["LlavaForConditionalGeneration"]
+    config.write_text(json.dumps(vision), encoding = "utf-8")
+    assert plan(tmp_path, gpus = 8) == 0
+    assert "not counted: vision_config" in capsys.readouterr().out
 
 
 def _toy(folder):
@@ -259,8 +279,9 @@ def test_plan_table_is_computed_markdown(config, capsys):
     """--table prints the same figures as the plan, for both Llamas on 2 to 64 GPUs, and says that
     they are computed.
     """
-    from unsloth_patches.unsloth.models.fsdp2_offload_plan import plan_offload
     from unsloth_patches.plan import LLAMAS, RESERVED_GIB, plan
+    from unsloth_patches.unsloth.models.fsdp2_memory_count import Training
+    from unsloth_patches.unsloth.models.fsdp2_offload_plan import plan_offload
 
     assert plan(table = True, memory = 79) == 0
     text = capsys.readouterr().out
@@ -272,10 +293,8 @@ def test_plan_table_is_computed_markdown(config, capsys):
     for row in rows:
         found = plan_offload(
             LLAMAS[row[0][2:]],
-            world = int(row[1]),
-            batch_tokens = 4096,
+            Training(world = int(row[1]), tokens = 4096, checkpointing = "unsloth"),
             device_memory = int((79 - RESERVED_GIB) * 2**30),
-            gradient_checkpointing = "unsloth",
         )
         assert (
             row[3] == f"{found.needed / 2**30:.1f}" and row[4] == f"{found.after_load / 2**30:.1f}"

@@ -5,9 +5,9 @@
 Makes a Llama-shaped checkpoint with random weights, then measures on every GPU (2 or more): memory
 after load, after the wrap and in training, seconds to load, step time, tokens a second, losses
 against one GPU, and the same on cards emulated by a memory fraction, on which the load and the
-offload decide for themselves. ``bench fsdp2-plan`` checks the offload plan's peaks. With ``--quick``:
-a toy. Without a GPU: the toy on two CPU ranks, whose losses are compared; there is no memory of a
-GPU to measure, and the seconds are the CPU's.
+offload decide for themselves. ``bench fsdp2-plan`` checks the offload plan's peaks. With
+``--quick``: a toy. Without a GPU: the toy on two CPU ranks, whose losses are compared; there is no
+memory of a GPU to measure, and the seconds are the CPU's.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ GIB = 2**30
 NOT_THERE = "-"
 LARGEST = ("load_s", "load_peak", "after_load", "wrap_peak", "after_wrap", "train_peak")
 LARGEST += ("step_s", "offloaded_blocks", "planned_peak", "shards")
+LARGEST += ("wrap_s", "gather_host_ms", "gather_ms")
+# Of a process's first case, which is not shown: kernels are compiled, workers start, caches fill.
+WARM_UP = {"name": "warm-up", "steps": 2, "shown": False}
 
 
 def merged_row(group: Group, index: int, found: List[dict]) -> dict:
@@ -104,12 +107,15 @@ def _cases(
     auto = {"load": "auto", "offload": "auto"}
     stock = {"layout": "sharded"}
     return [
+        ("ours", False, {**case("warm-up"), **WARM_UP}),
+        ("upstream", False, {**case("warm-up", **stock), **WARM_UP}),
         ("ours", False, case("sharded", **TIMED)),
         ("upstream", False, case("stock, sharded layout", **stock, **TIMED)),
         ("upstream", False, case("stock layout", **TIMED)),
         ("ours", False, case(f"auto, {on_card}", **auto, **card)),
         ("upstream", False, case(f"stock, {on_card}", **stock, **card)),
         ("ours", False, case("auto", load = "auto", **TIMED)),
+        ("ours", False, case("sharded, next block prefetched", prefetch = 1, **TIMED)),
         ("ours", False, case("half of blocks offloaded", offload = f"blocks:{layers // 2}", **TIMED)),
         ("ours", True, case("one GPU" if gpu else "one rank", **TIMED)),
     ]
@@ -138,6 +144,12 @@ def run(out: Path, quick: bool = False) -> int:
             group.end()
         shutil.rmtree(work, ignore_errors = True)
     show(f"QLoRA under FSDP2, {units(gpus)}", rows)
+    for row in rows:
+        if row["gather_ms"] is not None:
+            name, host = row["case"]["name"], row["gather_host_ms"]
+            print(
+                f"{row['who']}, {name}: a block's gather takes {row['gather_ms']} ms, the host {host} ms"
+            )
     return 1 if any(row["error"] for row in rows if row["who"] == "ours") else 0
 
 
@@ -161,7 +173,10 @@ def _measure(out: Path, work: Path, quick: bool, gpus: int, groups: List[Group])
     rows: List[dict] = []
     name = "fsdp2-quick.json" if quick else "fsdp2.json"
     for _, group, index in sorted(places, key = lambda place: place[0]):
-        rows.append(merged_row(group, index, group.run(index)))
+        row = merged_row(group, index, group.run(index))
+        if not group.cases[index].get("shown", True):
+            continue
+        rows.append(row)
         save_json(out / name, {"rows": rows}, "python -m unsloth_patches bench fsdp2")
     if not quick:
         plot(rows, world, out / "fsdp2.png")

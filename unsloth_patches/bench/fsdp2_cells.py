@@ -74,18 +74,18 @@ def _config(case: dict) -> dict:
 
 def planned_peak(case: dict, world: int) -> float:
     """The offload plan's training peak for a case that keeps frozen weights sharded, in GiB."""
+    from unsloth_patches.unsloth.models.fsdp2_memory_count import Training
     from unsloth_patches.unsloth.models.fsdp2_offload_plan import plan_offload
 
-    plan = plan_offload(
-        _config(case),
-        batch_tokens = case["length"] * case.get("batch", 1),
+    job = Training(
         world = world,
-        device_memory = 2**50,
+        tokens = case["length"] * case.get("batch", 1),
         lora_rank = case.get("rank", 16),
-        gradient_checkpointing = case.get("checkpointing", True),
+        checkpointing = case.get("checkpointing", True),
         accumulates = case.get("micro_batches", 1) > 1,
-        override = case.get("offload", "never"),
     )
+    offload = case.get("offload", "never")
+    plan = plan_offload(_config(case), job, device_memory = 2**50, override = offload)
     return round(plan.peak / 2**30, 3)
 
 
@@ -100,7 +100,7 @@ def whole_frozen(shape: dict, layers: int) -> int:
 
 
 def planner_cases(checkpoints: Dict[str, Path], cells: list = CELLS) -> List[dict]:
-    """The cells as cases of `fsdp2_worker`. checkpoints: shape's name -> folder, of its layers."""
+    """The cells as cases of ``fsdp2_worker``. checkpoints: shape's name -> folder, of its layers."""
     cases = []
     for name, layers, options in cells:
         told = ", ".join(f"{key} {value}" for key, value in options.items())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Groups of ranks for `bench fsdp2`: one process a GPU, each running `fsdp2_worker`."""
+"""Groups of ranks for ``bench fsdp2``: one process a GPU, each running ``fsdp2_worker``."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ IMPORT_SECONDS = 240
 
 
 class Group:
-    """`world` ranks that import at once and wait with every case for their turn on the GPUs, so that
-    cases of several groups can alternate.
+    """``world`` ranks that import at once and wait with every case for their turn on the GPUs, so
+    that cases of several groups can alternate.
 
     mode: "ours" (with the patches) or "upstream" (without). one_gpu: all ranks on GPU 0, through
     gloo; their memory counts then, their times do not.
@@ -71,7 +71,7 @@ class Group:
             return subprocess.Popen(command, env = environment, stdout = log, stderr = log)
 
     def run(self, index: int) -> List[dict]:
-        """Results of case `index` on every rank that reached its end; cases run in their order."""
+        """Results of case ``index`` on every rank that reached its end; cases run in their order."""
         Path(f"{self._turn}-{index}").touch()
         limit = time.monotonic() + SECONDS + (IMPORT_SECONDS if index == 0 else 0)
         while time.monotonic() < limit:

@@ -3,7 +3,7 @@
 """``python -m unsloth_patches bench fsdp2-plan``: the offload plan's training peak against the
 measured one.
 
-Over the cells of `fsdp2_cells` (model shape, depth, tokens, checkpointing, offload, LoRA rank),
+Over the cells of ``fsdp2_cells`` (model shape, depth, tokens, checkpointing, offload, LoRA rank),
 each sharded over all GPUs. Without a GPU, and with ``--quick``, two toy cells on CPU ranks: they
 train, and nothing is measured.
 """

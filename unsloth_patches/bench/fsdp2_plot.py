@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""The plots of `bench fsdp2` and `bench fsdp2-plan`."""
+"""The plots of ``bench fsdp2`` and ``bench fsdp2-plan``."""
 
 from __future__ import annotations
 

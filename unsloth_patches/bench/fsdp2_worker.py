@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""One rank of `bench fsdp2`: load, wrap and train every case of a JSON list, and write what was
+"""One rank of ``bench fsdp2``: load, wrap and train every case of a JSON list, and write what was
 measured.
 
     RANK=0 WORLD_SIZE=2 ... python -m unsloth_patches.bench.fsdp2_worker cases.json result.json
@@ -22,6 +22,7 @@ from typing import Optional
 
 STEPS = 4
 WARMUP = 1  # steps of a case that its time leaves out
+GATHER_ROUNDS = 5
 
 
 def _gib(count: Optional[float]) -> Optional[float]:
@@ -29,8 +30,8 @@ def _gib(count: Optional[float]) -> Optional[float]:
 
 
 class Memory:
-    """Peak of torch's allocator on this rank since the last `reset`; None without a GPU, where torch
-    counts nothing.
+    """Peak of torch's allocator on this rank since the last ``reset``; None without a GPU, where
+    torch counts nothing.
     """
 
     def __init__(self, torch):
@@ -56,7 +57,11 @@ def _environment(case: dict, mode: str) -> None:
     os.environ["UNSLOTH_FSDP2_LAYOUT"] = layout
     whole = case.get("whole") or mode == "upstream" or os.environ["WORLD_SIZE"] == "1"
     os.environ["UNSLOTH_FSDP2_SHARDED_LOAD"] = case.get("load", "0" if whole else "1")
-    os.environ["UNSLOTH_PATCHES_OFFLOAD"] = case.get("offload", "never")
+    prefetch = str(case.get("prefetch", 0))
+    os.environ.update(
+        UNSLOTH_FSDP2_FORWARD_PREFETCH = prefetch, UNSLOTH_FSDP2_BACKWARD_PREFETCH = prefetch
+    )
+    os.environ["UNSLOTH_FSDP2_OFFLOAD"] = case.get("offload", "never")
 
 
 def _fraction(torch, gib) -> None:
@@ -119,11 +124,12 @@ def _shards(model) -> int:
     sharding = sys.modules.get("unsloth_patches.unsloth.models.fsdp2_sharded_params")
     if sharding is None:
         return 0
-    return sum(sharding.shard_of(module) is not None for module in model.modules())
+    return sum(sharding.get_shard(module) is not None for module in model.modules())
 
 
 def _wrap(model, found: dict, memory: Memory):
     memory.reset()
+    begin = time.perf_counter()
     if int(os.environ["WORLD_SIZE"]) > 1:
         from torch.distributed.fsdp import FSDPModule
         from unsloth.models.fsdp2_native import shard_model
@@ -133,6 +139,7 @@ def _wrap(model, found: dict, memory: Memory):
             if isinstance(unit, FSDPModule) and os.environ.get("REHEARSE_ON_ONE_GPU"):
                 unit.set_force_sum_reduction_for_comms(True)  # gloo knows no average
     found.update(wrap_peak = _gib(memory.peak()), after_wrap = _gib(memory.now()), stage = "train")
+    found["wrap_s"] = round(time.perf_counter() - begin, 2)
     plan = model.__dict__.get("_fsdp2_offload_plan")
     if plan is not None:
         found.update(offloaded_blocks = len(plan.blocks), planned_peak = _gib(plan.peak))
@@ -185,7 +192,31 @@ def _measure(case: dict, found: dict) -> None:
         steps_s = [round(value, 4) for value in seconds],
         tokens_per_s = round(ids.numel() / middle, 1),
         losses = [round(value, 5) for value in losses],
-        stage = "done",
+    )
+    _time_gathers(model, found, torch)
+    found["stage"] = "done"
+
+
+def _time_gathers(model, found: dict, torch) -> None:
+    """Milliseconds that gathering and freeing one block takes the host, and with the GPU's part."""
+    units = getattr(model, "_unsloth_fsdp2_units", None)
+    if not units:
+        return
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    hosts, wholes = [], []
+    for _ in range(GATHER_ROUNDS):
+        wait()
+        begin = time.perf_counter()
+        for unit in units:
+            unit.unshard()
+            unit.reshard()
+        hosts.append(time.perf_counter() - begin)
+        wait()
+        wholes.append(time.perf_counter() - begin)
+    scale = 1e3 / len(units)
+    found.update(
+        gather_host_ms = round(scale * sorted(hosts)[GATHER_ROUNDS // 2], 3),
+        gather_ms = round(scale * sorted(wholes)[GATHER_ROUNDS // 2], 3),
     )
 
 
@@ -211,6 +242,8 @@ def main() -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         gloo = os.environ.get("REHEARSE_ON_ONE_GPU") or not torch.cuda.is_available()
         dist.init_process_group("gloo" if gloo else "nccl")
+        # NCCL starts with the first collective: of a sharded load that is in the load, else in the wrap.
+        dist.all_reduce(torch.zeros(1, device = "cpu" if gloo else "cuda"))
     with open(result_file, "w", encoding = "utf-8") as out:
         for index, case in enumerate(cases):
             _wait_for_turn(index)

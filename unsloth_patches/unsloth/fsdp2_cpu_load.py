@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""The CPU backend's `from_pretrained` under FSDP2 (gloo ranks: tests, and machines without GPUs).
+"""The CPU backend's ``from_pretrained`` under FSDP2 (gloo ranks: tests, and machines without GPUs).
 
-Apart from `models/`, because importing that package loads Unsloth's GPU stack, which the CPU backend
-leaves out on purpose.
+Apart from ``models/``, because importing that package loads Unsloth's GPU stack, which the CPU
+backend leaves out on purpose.
 """
 
 from __future__ import annotations
@@ -12,19 +12,25 @@ import functools
 import os
 from typing import Callable
 
+_OFF = ("", "0", "false", "no", "off")
 
-def replace_cpu_from_pretrained(stock: Callable) -> Callable:
-    """`FastLanguageModel.from_pretrained` of the CPU backend: 4-bit loads are sharded as on a GPU.
 
-    Without UNSLOTH_FSDP2 in the environment it is the stock function.
+def shard_cpu_loads(from_pretrained: Callable) -> Callable:
+    """Decorator of the CPU backend's ``FastLanguageModel.from_pretrained``: under UNSLOTH_FSDP2 its
+    4-bit loads are sharded as on a GPU. It takes the plain function, or the staticmethod around it.
     """
+    stock = getattr(from_pretrained, "__func__", from_pretrained)
 
     @functools.wraps(stock)
-    def from_pretrained(*args, **kwargs):
-        if os.environ.get("UNSLOTH_FSDP2", "").strip().lower() in ("", "0", "false", "no", "off"):
+    def sharded(*args, **kwargs):
+        if os.environ.get("UNSLOTH_FSDP2", "").strip().lower() in _OFF:
             return stock(*args, **kwargs)
-        from .models.fsdp2_sharded_4bit import replace_sharded_load_env
+        from unsloth.models.fsdp2_load import sharded_load_env
 
-        return replace_sharded_load_env(lambda loader: loader)(stock)(*args, **kwargs)
+        from .models.fsdp2_sharded_4bit import loads_4bit
 
-    return from_pretrained
+        if not loads_4bit(stock, args, kwargs):
+            return stock(*args, **kwargs)
+        return sharded_load_env(stock)(*args, **kwargs)
+
+    return sharded

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Whether a 4-bit load under native FSDP2 is sharded: asked for, or decided from the count.
+"""Whether a 4-bit load under native FSDP2 is sharded, decided from the memory that is there.
 
-`UNSLOTH_FSDP2_SHARDED_LOAD` = auto (default) | 1 | 0. With auto, every rank counts the training
+``UNSLOTH_FSDP2_SHARDED_LOAD`` = auto (default) | 1 | 0. With auto, every rank counts the training
 peak of the layout that native FSDP2 takes otherwise (the whole 4-bit model on every rank) and
 compares it with its usable memory. Only where that does not fit on some rank is the load sharded:
 where it fits, gathering no frozen weights is faster. One line says what was decided and from which
@@ -11,41 +11,36 @@ figures.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import datetime
-import inspect
+import functools
 import json
 import os
-from typing import Any, Callable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 
-from .fsdp2_memory_count import (
-    FRAGMENTATION,
-    GIB,
-    LORA_TARGETS,
-    Training,
-    largest,
-    whole_model_moments,
-)
+from .fsdp2_memory_count import FRAGMENTATION, GIB, Training, largest_phase, whole_model_phases
 from .fsdp2_model_shape import LlamaShape, read_shape
+from .fsdp2_sharded_4bit import (
+    loader_arguments,
+    loading_step,
+    loads_4bit,
+    outermost_loader,
+    sharded_4bit_loading,
+    whole_weights_wanted,
+)
 from .fsdp2_usable_memory import usable_device_memory, usable_host_memory
 
-__all__ = ["choose_sharded_load", "loads_4bit", "sharded_load_mode"]
+__all__ = ["choose_sharded_load", "shard_where_whole_does_not_fit", "sharded_load_mode"]
 
 MODE_ENV = "UNSLOTH_FSDP2_SHARDED_LOAD"
 TOKENS_ENV = "UNSLOTH_FSDP2_BATCH_TOKENS"
 _OFF, _ON = ("0", "false", "no", "off"), ("1", "true", "yes", "on")
-# The adapter is made after the load: rank 16 on all linears is counted, gradients kept between
-# micro-batches.
-LORA_RANK = 16
 # NCCL's buffers, which are not there yet when the model is loaded.
 NCCL_BYTES = 2**30
 # How long a rank may be later than the others.
 WAIT = datetime.timedelta(minutes = 20)
 
-_decided: contextvars.ContextVar = contextvars.ContextVar("sharded_load_decided", default = False)
 _stores: list = []  # the launcher's key-value store; closing it would end rank 0's server
 
 
@@ -66,51 +61,47 @@ def sharded_load_mode() -> str:
     asked = _value(MODE_ENV) or "auto"
     if asked not in (*_OFF, *_ON, "auto"):
         raise ValueError(f"{MODE_ENV}={asked!r}: choose auto, 1 or 0.")
-    whole = (
-        asked in _OFF
-        or _value("UNSLOTH_FSDP2_LAYOUT") == "fit"
-        or _value("UNSLOTH_FSDP2_REPLICATE_FROZEN") in _ON
-        or _value("UNSLOTH_FSDP2_SHARD_FROZEN") in _OFF
-    )
-    if whole:
+    if asked in _OFF or whole_weights_wanted():
         return "0"
     return "1" if asked in _ON else "auto"
 
 
-def loads_4bit(loader: Callable, args: tuple, kwargs: dict) -> bool:
-    """Whether this call of a loader asks for 4-bit weights, which is Unsloth's default."""
-    given = {"load_in_4bit": True, **_arguments(loader, args, kwargs)}
-    others = ("load_in_8bit", "load_in_16bit", "full_finetuning")
-    return bool(given["load_in_4bit"]) and not any(given.get(name) for name in others)
+def shard_where_whole_does_not_fit(stock: Callable) -> Callable:
+    """Decorator of ``sharded_load_env``, over the one that shards 4-bit loads: undecided loads are
+    sharded where the whole model would not fit on some rank.
+    """
 
+    @functools.wraps(stock)
+    def sharded_load_env(loader):
+        decided = stock(loader)
 
-def _arguments(loader: Callable, args: tuple, kwargs: dict) -> dict:
-    bound = inspect.signature(loader).bind_partial(*args, **kwargs)
-    bound.apply_defaults()
-    return {**bound.arguments, **kwargs}
+        @functools.wraps(loader)
+        def wrapper(*args, **kwargs):
+            if sharded_load_mode() != "auto" or not loads_4bit(loader, args, kwargs):
+                return decided(*args, **kwargs)
+            with outermost_loader() as outermost:
+                undecided = outermost and loading_step() is not None
+                if not undecided or not choose_sharded_load(loader, args, kwargs):
+                    return decided(*args, **kwargs)
+                with sharded_4bit_loading():
+                    return loader(*args, **kwargs)
 
+        return wrapper
 
-@contextlib.contextmanager
-def deciding() -> Iterator[bool]:
-    """True for the outermost loader of a call; the loaders that it calls itself get False."""
-    outermost = not _decided.get()
-    token = _decided.set(True)
-    try:
-        yield outermost
-    finally:
-        _decided.reset(token)
+    return sharded_load_env
 
 
 def choose_sharded_load(loader: Callable, args: tuple, kwargs: dict) -> bool:
     """Collective over all ranks: whether this 4-bit load is to be sharded. Call it within native
     FSDP2 and mode "auto" only. Prints the decision on rank 0.
     """
-    given = _arguments(loader, args, kwargs)
-    tokens = _batch_tokens(given)
+    given = loader_arguments(loader, args, kwargs)
+    tokens, needed, failed, notes = _batch_tokens(given), 0, "", ()
     try:
-        needed, failed = _whole_peak(given, tokens), ""
+        shape = _shape(given)
+        needed, notes = _whole_peak(shape, given, tokens), shape.notes
     except Exception as error:
-        needed, failed = 0, f"{type(error).__name__}: {error}"
+        failed = f"{type(error).__name__}: {error}"
     found = _exchange({"needed": needed, "failed": failed, "usable": _usable()})
     failures = [f"rank {rank}: {one['failed']}" for rank, one in enumerate(found) if one["failed"]]
     if failures:
@@ -124,7 +115,7 @@ def choose_sharded_load(loader: Callable, args: tuple, kwargs: dict) -> bool:
         f"{'sharded over' if sharded else 'whole on each of'} {len(found)} ranks, since training "
         f"with the whole model on a rank is planned to need {needed / GIB:.2f} GiB "
         f"({tokens} tokens a micro-batch), and {usable[smallest] / GIB:.2f} GiB are usable on rank "
-        f"{smallest} ({MODE_ENV}=1 or 0 decides otherwise)"
+        f"{smallest} ({'; '.join([*notes, f'{MODE_ENV}=1 or 0 decides otherwise'])})"
     )
     return sharded
 
@@ -145,17 +136,14 @@ def _batch_tokens(given: dict) -> int:
     return length if isinstance(length, int) and length > 0 else 2048
 
 
-def _whole_peak(given: dict, tokens: int) -> int:
-    """Bytes that upstream's layout needs on one rank. Raises where the config cannot be counted."""
-    job = Training(
-        world = int(os.environ["WORLD_SIZE"]),
-        tokens = tokens,
-        lora_rank = LORA_RANK,
-        lora_targets = LORA_TARGETS,
-        checkpointing = _checkpointing(given),
-    )
-    moments = whole_model_moments(_shape(given), job)
-    return int(largest(moments)[2] * (1 + FRAGMENTATION))
+def _whole_peak(shape: LlamaShape, given: dict, tokens: int) -> int:
+    """Bytes that upstream's layout needs on one rank. The adapter is made after the load: rank 16
+    on all linears is counted.
+    """
+    world, checkpointing = int(os.environ["WORLD_SIZE"]), _checkpointing(given)
+    job = Training(world = world, tokens = tokens, checkpointing = checkpointing)
+    peak = largest_phase(whole_model_phases(shape, job))[2]
+    return int(peak * (1 + FRAGMENTATION))
 
 
 def _checkpointing(given: dict) -> Any:
@@ -188,7 +176,7 @@ def _device_index() -> int:
 
 
 def _exchange(mine: dict) -> List[dict]:
-    """`mine` of every rank, in the order of the ranks.
+    """``mine`` of every rank, in the order of the ranks.
 
     Through the process group if there is one, else through the launcher's store: a process group
     that is made here would ignore the backend and the timeout of the TrainingArguments to come.

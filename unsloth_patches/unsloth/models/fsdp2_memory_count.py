@@ -2,7 +2,7 @@
 # Copyright 2026 the unsloth_patches authors
 """Bytes that QLoRA training holds on one GPU, counted from a model's sizes.
 
-The peak is the largest of these moments, each a sum of what lives then:
+The peak is the largest of these phases, each a sum of what lives then:
 
 - "wrap": the frozen shards and the adapter, which is sharded only then;
 - "gather of the tables": embedding and head are gathered at the start of the forward, from a flat
@@ -19,14 +19,21 @@ head (how SDPA takes them where its kernel has no grouped attention), gate and u
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Dict, List, Tuple, Union
 
-from .fsdp2_model_shape import LlamaShape
+from .fsdp2_model_shape import LINEARS, LlamaShape
 
-__all__ = ["Training", "count_moments", "largest", "weight_bytes", "whole_model_moments"]
+__all__ = [
+    "Training",
+    "largest_phase",
+    "sharded_phases",
+    "weight_bytes",
+    "whole_model_phases",
+]
 
 Line = Tuple[str, int]
+Phases = Dict[str, List[Line]]
 
 # Recomputing a checkpointed block gathers it as a forward does: the flat buffer of one block, the
 # block itself and the buffer of the one behind it. Without recomputation the first is freed early.
@@ -43,22 +50,45 @@ UNSLOTH_BUFFERS, UNSLOTH_KEPT_INPUTS = 2, 8
 ADAM_BYTES = 8
 # The caching allocator cannot use every byte of what it holds.
 FRAGMENTATION = 1 / 16
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_TARGETS = LINEARS
 GIB = 2**30
 
 
 @dataclass(frozen = True)
 class Training:
-    """What is trained, beside the model: ranks, tokens of a micro-batch, adapter, checkpointing."""
+    """What is trained, beside the model.
+
+    world: ranks that share the frozen weights. tokens: of one micro-batch on one rank.
+    checkpointing: True, False or "unsloth" (block inputs go to host memory). itemsize: bytes of the
+    compute dtype. accumulates: several micro-batches a step, so the gradients of earlier ones are
+    there in every backward. Raises ValueError for values that cannot be counted.
+    """
 
     world: int
     tokens: int
-    lora_rank: int
-    lora_targets: Tuple[str, ...]
+    lora_rank: int = 16
+    lora_targets: Tuple[str, ...] = LORA_TARGETS
     double_quant: bool = True
     checkpointing: Union[bool, str] = True
     itemsize: int = 2
-    accumulates: bool = False  # gradients of earlier micro-batches are there in every backward
+    accumulates: bool = False
+
+    def __post_init__(self):
+        for name in ("world", "tokens", "lora_rank", "itemsize"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value <= 0:
+                raise ValueError(
+                    f"memory plan: {name} = {value!r} has to be a positive whole number."
+                )
+        unknown = [name for name in self.lora_targets if name not in LORA_TARGETS]
+        if unknown:
+            raise ValueError(
+                f"memory plan: lora_targets names {unknown[0]!r}; known: {', '.join(LORA_TARGETS)}."
+            )
+        if self.checkpointing not in (True, False, "unsloth"):
+            raise ValueError(
+                f"memory plan: checkpointing = {self.checkpointing!r}: choose True, False or 'unsloth'."
+            )
 
 
 @dataclass(frozen = True)
@@ -102,7 +132,7 @@ def _saved_elements(shape: LlamaShape) -> int:
 
 
 def _activations(shape: LlamaShape, job: Training) -> Dict[str, int]:
-    """Bytes of activations in every moment that has some."""
+    """Bytes of activations in every phase that has some."""
     row = job.tokens * job.itemsize
     saved = _saved_elements(shape)
     # Gradient of the block's output, and what the MLP computes its own into.
@@ -128,13 +158,13 @@ def _checkpoint_buffers(shape: LlamaShape, job: Training) -> int:
     return buffers * job.tokens * shape.hidden * job.itemsize
 
 
-def count_moments(
+def sharded_phases(
     shape: LlamaShape,
     job: Training,
-    blocks: int,
-    tables: bool,
-) -> Tuple[Dict[str, List[Line]], int]:
-    """({moment: lines}, host bytes) of a rank whose frozen weights are sharded.
+    blocks: int = 0,
+    tables: bool = False,
+) -> Tuple[Phases, int]:
+    """({phase: lines}, host bytes) of a rank whose frozen weights are sharded.
 
     blocks, tables: how many blocks' shards, and whether the tables', are in host memory instead.
     """
@@ -153,7 +183,7 @@ def count_moments(
     gradients = ("LoRA gradients", -(-size.lora * 4 // job.world))
     table = ("gathered embedding and head", size.table if gathers else 0)
     early = [gradients] if job.accumulates else []
-    moments = {
+    phases = {
         "gather of the tables": [
             *resting,
             *early,
@@ -163,25 +193,25 @@ def count_moments(
             ("buffers of offloaded checkpoints", _checkpoint_buffers(shape, job)),
         ],
     }
-    for moment, activations in _activations(shape, job).items():
-        moments[moment] = [
+    for phase, activations in _activations(shape, job).items():
+        phases[phase] = [
             *resting,
-            *([gradients] if moment == "last block's backward" else early),
+            *([gradients] if phase == "last block's backward" else early),
             table,
             ("gathered blocks in flight", in_flight * size.block),
-            ("activations" if moment != "loss" else "activations and logits", activations),
+            ("activations" if phase != "loss" else "activations and logits", activations),
         ]
     # Before the first step: the adapter is whole until the wrap.
     loaded = [*resting[:2], ("LoRA before the wrap, float32", size.lora * 4)]
-    moments["wrap"] = [*loaded, ("one weight in 16 bits", size.scratch)]
-    return moments, blocks * size.block_shard + (size.table_shard if tables else 0)
+    phases["wrap"] = [*loaded, ("one weight in 16 bits", size.scratch)]
+    return phases, blocks * size.block_shard + (size.table_shard if tables else 0)
 
 
-def whole_model_moments(shape: LlamaShape, job: Training) -> Dict[str, List[Line]]:
-    """{moment: lines} of a rank that holds the whole 4-bit model and gathers the adapter only: the
+def whole_model_phases(shape: LlamaShape, job: Training) -> Phases:
+    """{phase: lines} of a rank that holds the whole 4-bit model and gathers the adapter only: the
     layout that native FSDP2 takes where the model fits.
     """
-    alone = Training(**{**job.__dict__, "world": 1})
+    alone = replace(job, world = 1)
     size = _sizes(shape, alone)
     # Sharded masters and Adam; the adapter itself and its gradient whole, in float32.
     adapter = -(-size.lora * (4 + ADAM_BYTES) // job.world) + size.lora * 8
@@ -192,13 +222,13 @@ def whole_model_moments(shape: LlamaShape, job: Training) -> Dict[str, List[Line
         ("dequantized weight and workspaces", size.scratch + WORKSPACES),
     ]
     return {
-        moment: [*resting, ("activations", activations)]
-        for moment, activations in _activations(shape, alone).items()
+        phase: [*resting, ("activations", activations)]
+        for phase, activations in _activations(shape, alone).items()
     }
 
 
-def largest(moments: Dict[str, List[Line]]) -> Tuple[str, List[Line], int]:
-    """(name, lines, bytes) of the moment that holds most."""
-    sums = {moment: sum(size for _, size in lines) for moment, lines in moments.items()}
+def largest_phase(phases: Phases) -> Tuple[str, List[Line], int]:
+    """(name, lines, bytes) of the phase that holds most."""
+    sums = {phase: sum(size for _, size in lines) for phase, lines in phases.items()}
     name = max(sums, key = sums.get)
-    return name, moments[name], sums[name]
+    return name, phases[name], sums[name]

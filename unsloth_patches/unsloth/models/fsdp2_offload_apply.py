@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import os
 from typing import Any, Callable, Iterator, List, Optional, Tuple, Union
 
 import torch
 
-from .fsdp2_memory_count import FRAGMENTATION, LORA_TARGETS, Training, count_moments
+from .fsdp2_memory_count import FRAGMENTATION, LORA_TARGETS, Training, sharded_phases
 from .fsdp2_model_shape import read_shape
 from .fsdp2_offload_plan import (
     OFFLOAD_ENV,
@@ -25,10 +26,15 @@ from .fsdp2_offload_plan import (
     plan_offload,
 )
 from .fsdp2_sharded_4bit import register_host_chooser
-from .fsdp2_sharded_params import fsdp_params, shard_of
+from .fsdp2_sharded_params import fsdp_params, get_shard
 from .fsdp2_usable_memory import usable_device_memory
 
-__all__ = ["offload_blocks", "offload_sharded_model"]
+__all__ = [
+    "explain_out_of_memory",
+    "offload_blocks",
+    "offload_sharded_model",
+    "offload_what_does_not_fit",
+]
 
 _PLAN = "_fsdp2_offload_plan"
 _batch_tokens: contextvars.ContextVar = contextvars.ContextVar("offload_batch_tokens", default = None)
@@ -42,18 +48,17 @@ def offload_blocks(
     tables: bool = False,
     pin: Optional[bool] = None,
 ) -> int:
-    """Move the frozen shards of the decoder blocks `blocks` (indices of FSDP2 units in order) to
-    host memory, with `tables` those of the root unit too (embedding, head, last norm).
+    """Move the frozen shards of the decoder blocks ``blocks`` (indices of FSDP2 units in order) to
+    host memory, with ``tables`` those of the root unit too (embedding, head, last norm).
 
     pin: page-locked memory; default: where the mesh is on a GPU. Returns the bytes moved off this
-    rank's device. Raises ValueError if `model` is not sharded block by block.
+    rank's device. Raises ValueError if ``model`` is not sharded block by block.
     """
     units = list(getattr(model, "_unsloth_fsdp2_units", None) or ())
     if not units or max(blocks, default = -1) >= len(units):
         raise ValueError(
-            f"offload_blocks: blocks {blocks} of a model with {len(units)} FSDP2 units; shard it "
-            "block by block "
-            "with unsloth.models.fsdp2_native.shard_model first."
+            f"offload_blocks: blocks {blocks} of a model with {len(units)} FSDP2 units; shard it block "
+            "by block with unsloth.models.fsdp2_native.shard_model first."
         )
     chosen = [units[index] for index in blocks]
     moved = sum(_to_host(p, pin) for unit in chosen for p in _frozen(unit))
@@ -72,7 +77,7 @@ def _to_host(fsdp_param: Any, pin: Optional[bool]) -> int:
         return 0
     pin = fsdp_param.device.type != "cpu" if pin is None else pin
     fsdp_param.offload_to_cpu, fsdp_param.pin_memory = True, pin
-    shard = shard_of(fsdp_param._module_info.module)
+    shard = get_shard(fsdp_param._module_info.module)
     if shard is not None and fsdp_param._module_info.param_name == "weight":
         attributes = dict(fsdp_param.sharded_param.__dict__)
         shard.install(fsdp_param)
@@ -148,9 +153,8 @@ def offload_sharded_model(model: torch.nn.Module) -> Optional[OffloadPlan]:
     _say(f"offload plan for {plan.world} ranks\n{plan.table()}")
     if not plan.fits and mode == "auto":
         raise RuntimeError(
-            f"Unsloth: this training does not fit, with all frozen weights in host memory "
-            f"too:\n{plan.table()}\n"
-            "Use fewer tokens a step or more ranks; UNSLOTH_PATCHES_OFFLOAD=all tries it all the "
+            "Unsloth: this training does not fit, with all frozen weights in host memory too:\n"
+            f"{plan.table()}\nUse fewer tokens a step or more ranks; {OFFLOAD_ENV}=all tries it all the "
             "same."
         )
     offload_blocks(model, plan.blocks, plan.tables)
@@ -159,24 +163,21 @@ def offload_sharded_model(model: torch.nn.Module) -> Optional[OffloadPlan]:
 
 
 def _plan(model: torch.nn.Module, mesh: Any) -> OffloadPlan:
-    import os
-
     rank, targets = _lora(model)
-    tokens = _batch_tokens.get()
-    tokens = tokens or getattr(model, "max_seq_length", None) or 2048
-    shard = next((shard_of(m) for m in model.modules() if shard_of(m) is not None), None)
-    return plan_offload(
-        model,
-        mesh,
-        batch_tokens = int(tokens),
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or mesh.size()),
+    tokens = _batch_tokens.get() or getattr(model, "max_seq_length", None) or 2048
+    shards = (get_shard(module) for module in model.modules())
+    shard = next((shard for shard in shards if shard is not None), None)
+    job = Training(
+        world = mesh.size(mesh.ndim - 1),
+        tokens = int(tokens),
         lora_rank = rank,
         lora_targets = targets,
         double_quant = shard is None or shard.nested is not None,
-        gradient_checkpointing = _checkpointing(model),
+        checkpointing = _checkpointing(model),
         accumulates = _accumulates.get(),
-        on_host = _blocks_on_host(model),
     )
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or mesh.size())
+    return plan_offload(model, job, mesh, local_world = local_world, on_host = _blocks_on_host(model))
 
 
 def _blocks_on_host(model: torch.nn.Module) -> Tuple[int, ...]:
@@ -190,7 +191,7 @@ def _blocks_on_host(model: torch.nn.Module) -> Tuple[int, ...]:
 
 def blocks_to_load_on_host(model: torch.nn.Module, mesh: Any) -> List[torch.nn.Module]:
     """Blocks of a meta model whose shards are to be read into host memory: what the override says,
-    or the fewest with which the others fit the device until the wrap. Collective over `mesh`.
+    or the fewest with which the others fit the device until the wrap. Collective over ``mesh``.
     """
     from unsloth.models.fsdp2_native import find_shard_units
 
@@ -210,23 +211,23 @@ def blocks_to_load_on_host(model: torch.nn.Module, mesh: Any) -> List[torch.nn.M
 
 
 def _fewest_at_load(model: torch.nn.Module, mesh: Any, blocks: int) -> int:
-    """The adapter comes later; rank 16 on every linear is counted."""
+    """The adapter comes later: rank 16 on every linear is counted."""
     try:
         shape = read_shape(model)
     except ValueError:
         return 0
     world = mesh.size(mesh.ndim - 1)
     usable = usable_device_memory(mesh, fresh = True) / (1 + FRAGMENTATION)
-    job = Training(world, tokens = 1, lora_rank = 16, lora_targets = LORA_TARGETS)
+    job = Training(world, tokens = 1)
 
     def at_wrap(count):
-        return sum(size for _, size in count_moments(shape, job, count, False)[0]["wrap"])
+        return sum(size for _, size in sharded_phases(shape, job, count)[0]["wrap"])
 
     return next((count for count in range(blocks) if at_wrap(count) <= usable), blocks)
 
 
-def replace_shard_model(stock: Callable) -> Callable:
-    """`shard_model`, followed by the offload plan unless the caller chose CPU offload."""
+def offload_what_does_not_fit(stock: Callable) -> Callable:
+    """Decorator of ``shard_model``: the offload plan follows, unless the caller chose CPU offload."""
     register_host_chooser(blocks_to_load_on_host)
 
     @functools.wraps(stock)
@@ -240,9 +241,9 @@ def replace_shard_model(stock: Callable) -> Callable:
     return shard_model
 
 
-def replace_native_fsdp2_trainer_setup(stock: Callable) -> Callable:
-    """The Trainer's setup: tells the plan the tokens of a micro-batch, and explains an
-    out-of-memory later.
+def explain_out_of_memory(stock: Callable) -> Callable:
+    """Decorator of ``native_fsdp2_trainer_setup``: tells the plan the tokens of a micro-batch, and
+    later explains an out-of-memory by it.
     """
 
     @functools.wraps(stock)
@@ -282,7 +283,7 @@ def _checkpointing(model: torch.nn.Module) -> Union[bool, str]:
 
 
 def explaining(step: Callable, plan: OffloadPlan) -> Callable:
-    """`step`, whose out-of-memory compares what `plan` predicted with what was used."""
+    """``step``, whose out-of-memory compares what ``plan`` predicted with what was used."""
 
     @functools.wraps(step)
     def training_step(*args, **kwargs):

@@ -1,41 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""CPU offload under FSDP2, decided from the memory that is there: count first, then offload the
-least.
+"""CPU offload under FSDP2, decided from the memory that is there: the least that fits.
 
-    plan = plan_offload(config, world = 8, batch_tokens = 4096, device_memory = 80 * 2**30)
+    job = Training(world = 8, tokens = 4096)
+    plan = plan_offload(config, job, device_memory = 80 * 2**30)
     print(plan.table())
 
-The count (`fsdp2_memory_count.py`) is for QLoRA: a frozen 4-bit base sharded over `world` ranks,
+The count (``fsdp2_memory_count.py``) is for QLoRA: a frozen 4-bit base sharded over the ranks,
 trainable LoRA factors with Adam. If its peak exceeds the usable memory, frozen weights move to host
 memory one decoder block after the other, evenly spaced so that the copies of one hide behind the
 computation of the others. Trainable parameters stay on the device: no optimizer step and no
 collective ever runs on the CPU.
 
-`UNSLOTH_PATCHES_OFFLOAD` = auto | never | blocks:K | all overrides the decision, not the count.
+``UNSLOTH_FSDP2_OFFLOAD`` = auto | never | blocks:K | all overrides the decision, not the count.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
-from typing import Any, List, Optional, Tuple, Union
+from dataclasses import dataclass
+from typing import Any, List, Optional, Tuple
 
-from .fsdp2_memory_count import (
-    FRAGMENTATION,
-    GIB,
-    LORA_TARGETS,
-    Training,
-    count_moments,
-    largest,
-)
-from .fsdp2_model_shape import LlamaShape, read_shape
+from .fsdp2_memory_count import FRAGMENTATION, GIB, Training, largest_phase, sharded_phases
+from .fsdp2_model_shape import read_shape
 from .fsdp2_usable_memory import usable_device_memory, usable_host_memory
 
-__all__ = ["LlamaShape", "OffloadPlan", "offload_override", "plan_offload", "read_shape"]
+__all__ = ["OffloadPlan", "evenly_spaced", "offload_override", "plan_offload"]
 
-OFFLOAD_ENV = "UNSLOTH_PATCHES_OFFLOAD"
+OFFLOAD_ENV = "UNSLOTH_FSDP2_OFFLOAD"
 # Share of the host's free memory that offloaded shards may take.
 HOST_SHARE = 0.8
 
@@ -44,16 +37,17 @@ HOST_SHARE = 0.8
 class OffloadPlan:
     """What was counted, per rank in bytes, and what was decided.
 
-    moment: of a training step, the one that holds most; lines: (what, bytes) on the device then,
-    whose sum is `peak`. blocks: decoder blocks whose frozen
-    weights move to host memory; tables: the embedding and head shards too. `peak` is the predicted
-    torch.cuda.max_memory_allocated() of training; `needed` adds the allocator's loss to it.
+    phase: the one of a training step that holds most; lines: (what, bytes) on the device then,
+    whose sum is ``peak``, the predicted torch.cuda.max_memory_allocated(); ``needed`` adds the
+    allocator's loss to it. blocks: decoder blocks whose frozen weights move to host memory; tables:
+    the embedding's and the head's shards too. notes: what is short, and what the count leaves out
+    or assumes.
     """
 
     fits: bool
     blocks: Tuple[int, ...]
     tables: bool
-    moment: str
+    phase: str
     lines: Tuple[Tuple[str, int], ...]
     peak: int
     needed: int
@@ -64,7 +58,7 @@ class OffloadPlan:
     world: int
     mode: str
     layers: int
-    notes: Tuple[str, ...] = field(default = ())
+    notes: Tuple[str, ...] = ()
 
     @property
     def after_load(self) -> int:
@@ -86,10 +80,10 @@ class OffloadPlan:
         """The count and the decision, one line each, in GiB."""
         rows = [
             *self.lines,
-            (f"peak, {self.moment}", self.peak),
+            (f"peak, {self.phase}", self.peak),
             ("with allocator loss", self.needed),
+            ("usable on the smallest rank", self.usable),
         ]
-        rows += [("usable on the smallest rank", self.usable)]
         if self.host_needed:
             rows.append((f"host memory, {self.local_world} ranks of one host", self.host_needed))
         if self.host_needed and self.host_usable:
@@ -101,19 +95,16 @@ class OffloadPlan:
     def explain_out_of_memory(self, measured: int) -> str:
         """Text for an out-of-memory that this plan did not foresee. measured: peak bytes so far."""
         return (
-            f"Out of memory although the offload plan predicted a peak of {self.peak / GIB:.2f} "
-            "GiB of "
+            f"Out of memory although the offload plan predicted a peak of {self.peak / GIB:.2f} GiB of "
             f"{self.usable / GIB:.2f} GiB usable; {measured / GIB:.2f} GiB were in use at most, "
-            f"{(measured - self.peak) / GIB:+.2f} GiB against the prediction. "
-            f"Counted:\n{self.table()}\n"
-            f"Set {OFFLOAD_ENV}=blocks:K (K of {self.layers}) or {OFFLOAD_ENV}=all to offload "
-            "more, or "
+            f"{(measured - self.peak) / GIB:+.2f} GiB against the prediction. Counted:\n{self.table()}\n"
+            f"Set {OFFLOAD_ENV}=blocks:K (K of {self.layers}) or {OFFLOAD_ENV}=all to offload more, or "
             "train on fewer tokens a step."
         )
 
 
 def offload_override(value: Optional[str] = None) -> Tuple[str, int]:
-    """(mode, K) of `value` or of the environment: ("auto" | "never" | "all" | "blocks", K).
+    """(mode, K) of ``value`` or of the environment: ("auto" | "never" | "all" | "blocks", K).
 
     Raises ValueError for anything else.
     """
@@ -127,17 +118,14 @@ def offload_override(value: Optional[str] = None) -> Tuple[str, int]:
 
 
 def evenly_spaced(count: int, total: int) -> Tuple[int, ...]:
-    """`count` of `total` indices, as far apart as they can be; the first block is the last to go,
-    because nothing computes before it that could hide its copy."""
-    return (
-        tuple(sorted({total - 1 - (index * total) // count for index in range(count)}))
-        if count
-        else ()
-    )
+    """``count`` of ``total`` indices, as far apart as they can be. The first block is the last to
+    go: nothing computes before it that could hide its copy.
+    """
+    return tuple(sorted(total - 1 - (index * total) // count for index in range(count)))
 
 
 def _spread(on_host: Tuple[int, ...], count: int, total: int) -> Tuple[int, ...]:
-    """`count` of `total` blocks, those in host memory among them, the others evenly spaced."""
+    """``count`` of ``total`` blocks, those in host memory among them, the others evenly spaced."""
     rest = [block for block in range(total) if block not in on_host]
     more = evenly_spaced(count - len(on_host), len(rest))
     return tuple(sorted([*on_host, *(rest[index] for index in more)]))
@@ -156,94 +144,59 @@ def _ladder(mode: str, wanted: int, layers: int) -> List[Tuple[int, bool]]:
 
 def plan_offload(
     model_or_config: Any,
+    job: Training,
     mesh: Any = None,
     *,
-    batch_tokens: int,
-    world: Optional[int] = None,
     local_world: Optional[int] = None,
     device_memory: Optional[int] = None,
     host_memory: Optional[int] = None,
-    lora_rank: int = 16,
-    lora_targets: Tuple[str, ...] = LORA_TARGETS,
-    double_quant: bool = True,
-    gradient_checkpointing: Union[bool, str] = True,
-    itemsize: int = 2,
-    accumulates: bool = False,
     on_host: Tuple[int, ...] = (),
     override: Optional[str] = None,
 ) -> OffloadPlan:
     """The least offload with which QLoRA under FSDP2 fits, or the count that shows that none does.
 
-    model_or_config: see `read_shape`.
-    mesh: DeviceMesh; gives `world` (its shard dimension, the last) and, where device_memory is not
-        stated, the ranks whose usable memory is measured: then this is collective over the mesh.
-    batch_tokens: tokens of one micro-batch on one rank.
+    model_or_config: see ``read_shape``. job: what is trained, on how many ranks.
+    mesh: DeviceMesh whose ranks' usable memory is measured where device_memory is not stated; then
+        this is collective over the mesh.
     device_memory: bytes that training may use on each GPU.
-    host_memory: bytes of one host for all its `local_world` ranks; None: not limited.
-    gradient_checkpointing: True, False or "unsloth" (block inputs go to host memory).
-    itemsize: bytes of the compute dtype. accumulates: several micro-batches a step, so gradients of
-        the earlier ones are there in every backward.
+    host_memory: bytes of one host for all its ``local_world`` ranks; None: not limited.
     on_host: blocks that were loaded into host memory; they stay there. host_memory is what is free
         beside them.
-    override: like UNSLOTH_PATCHES_OFFLOAD, in its place.
+    override: like UNSLOTH_FSDP2_OFFLOAD, in its place.
 
-    Returns an OffloadPlan; `plan.fits` is False where the whole ladder was not enough. Raises
+    Returns an OffloadPlan; ``plan.fits`` is False where the whole ladder was not enough. Raises
     ValueError for values that cannot be counted.
     """
     shape = read_shape(model_or_config)
     mode, wanted = offload_override(override)
-    if mesh is not None and world is None:
-        world = mesh.size(mesh.ndim - 1)
     if device_memory is None:
         device_memory = usable_device_memory(mesh)
         host_memory = usable_host_memory(mesh) if host_memory is None else host_memory
-    world = 1 if world is None else world
-    local_world = min(world, 8) if local_world is None else local_world
-    _check(
-        shape,
-        world,
-        local_world,
-        batch_tokens,
-        device_memory,
-        lora_rank,
-        lora_targets,
-        mode,
-        wanted,
-    )
-    if gradient_checkpointing not in (True, False, "unsloth"):
-        raise ValueError(
-            f"plan_offload: gradient_checkpointing = {gradient_checkpointing!r}: choose True, "
-            "False or 'unsloth'."
-        )
-    if world == 1 and mode in ("all", "blocks"):
+    local_world = min(job.world, 8) if local_world is None else local_world
+    for name, value in (("local_world", local_world), ("device_memory", device_memory)):
+        if not isinstance(value, int) or value <= 0:
+            raise ValueError(f"memory plan: {name} = {value!r} has to be a positive whole number.")
+    if job.world == 1 and mode in ("all", "blocks"):
         raise ValueError(f"{OFFLOAD_ENV}: FSDP2 offload needs at least 2 ranks, and this is 1.")
-    job = Training(
-        world,
-        batch_tokens,
-        lora_rank,
-        tuple(lora_targets),
-        double_quant,
-        gradient_checkpointing,
-        itemsize,
-        accumulates,
-    )
-    rungs = _ladder(mode if world > 1 else "never", max(wanted, len(on_host)), shape.layers)
+    if wanted > shape.layers:
+        raise ValueError(f"{OFFLOAD_ENV}=blocks:{wanted}: the model has {shape.layers} blocks.")
     host_usable = 0
     if host_memory is not None:
-        there = count_moments(shape, job, len(on_host), False)[1] * local_world
-        host_usable = int(HOST_SHARE * (host_memory + there))
+        held = sharded_phases(shape, job, len(on_host))[1] * local_world
+        host_usable = int(HOST_SHARE * (host_memory + held))
+    rungs = _ladder(mode if job.world > 1 else "never", max(wanted, len(on_host)), shape.layers)
     for blocks, tables in rungs:
         if blocks < len(on_host):
             continue
-        moments, host = count_moments(shape, job, blocks, tables)
-        moment, lines, peak = largest(moments)
+        phases, host = sharded_phases(shape, job, blocks, tables)
+        phase, lines, peak = largest_phase(phases)
         needed = math.ceil(peak * (1 + FRAGMENTATION))
         host_needed = host * local_world
         host_fits = host_memory is None or host_needed <= host_usable
         fits = needed <= device_memory and host_fits
         if fits:
             break
-    notes = []
+    notes = list(shape.notes)
     if not host_fits:
         notes.append(f"the host's memory is short by {(host_needed - host_usable) / GIB:.2f} GiB")
     if needed > device_memory:
@@ -252,7 +205,7 @@ def plan_offload(
         fits = fits,
         blocks = _spread(on_host, blocks, shape.layers),
         tables = tables,
-        moment = moment,
+        phase = phase,
         lines = tuple(lines),
         peak = peak,
         needed = needed,
@@ -260,38 +213,8 @@ def plan_offload(
         host_needed = host_needed,
         host_usable = host_usable,
         local_world = local_world,
-        world = world,
+        world = job.world,
         mode = mode,
         layers = shape.layers,
         notes = tuple(notes),
     )
-
-
-def _check(
-    shape: LlamaShape,
-    world: int,
-    local_world: int,
-    tokens: int,
-    device_memory: int,
-    rank: int,
-    targets: Tuple[str, ...],
-    mode: str,
-    wanted: int,
-) -> None:
-    numbers = {
-        "world": world,
-        "local_world": local_world,
-        "batch_tokens": tokens,
-        "device_memory": device_memory,
-        "lora_rank": rank,
-    }
-    for name, value in numbers.items():
-        if not isinstance(value, int) or value <= 0:
-            raise ValueError(f"plan_offload: {name} = {value!r} has to be a positive whole number.")
-    unknown = [name for name in targets if name not in shape.linears]
-    if unknown:
-        raise ValueError(
-            f"plan_offload: lora_targets names {unknown[0]!r}; known: {', '.join(shape.linears)}."
-        )
-    if mode == "blocks" and wanted > shape.layers:
-        raise ValueError(f"{OFFLOAD_ENV}=blocks:{wanted}: the model has {shape.layers} blocks.")

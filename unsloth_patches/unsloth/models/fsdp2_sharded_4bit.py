@@ -2,20 +2,18 @@
 # Copyright 2026 the unsloth_patches authors
 """QLoRA under native FSDP2 without a whole model on any rank.
 
-Under `UNSLOTH_FSDP2=1 torchrun ...`, a 4-bit `from_pretrained` of `FastLanguageModel` whose whole
-model would not fit a GPU reads this rank's slices of the checkpoint only (`fsdp2_sharded_load.py`),
-and `shard_model` installs them as the FSDP2 shards (`fsdp2_sharded_params.py`). Nothing else
-changes for the caller:
+Under ``UNSLOTH_FSDP2=1 UNSLOTH_FSDP2_SHARDED_LOAD=1 torchrun ...``, a 4-bit ``from_pretrained`` of
+``FastLanguageModel`` reads this rank's slices of the checkpoint only, and ``shard_model`` installs
+them as the FSDP2 shards. Nothing else changes for the caller:
 
     model, tokenizer = FastLanguageModel.from_pretrained(name, load_in_4bit = True)
     model = FastLanguageModel.get_peft_model(model, r = 16)
     SFTTrainer(model = model, ...).train()
 
-`UNSLOTH_FSDP2_SHARDED_LOAD=1` or `0` decides without the count of `fsdp2_load_choice.py`;
-`UNSLOTH_FSDP2_LAYOUT=fit` and `UNSLOTH_FSDP2_REPLICATE_FROZEN=1` keep the whole load. Who calls
-`fully_shard` on a meta model takes `param_init_fn` (`fsdp2_param_init.py`). Refused: an
-initialisation that reads the base weights (DoRA, PiSSA, LoftQ), a forward before the wrap, a wrap
-over other ranks than the load's.
+``UNSLOTH_FSDP2_LAYOUT=fit`` and ``UNSLOTH_FSDP2_REPLICATE_FROZEN=1`` ask for whole weights, and
+keep the whole load. Who calls ``fully_shard`` on a meta model takes ``param_init_fn``
+(``fsdp2_param_init.py``). Refused: an initialisation that reads the base weights (DoRA, PiSSA,
+LoftQ), a forward before the wrap, a wrap over other ranks than the load's.
 """
 
 from __future__ import annotations
@@ -25,19 +23,37 @@ import contextvars
 import dataclasses
 import functools
 import inspect
+import os
 from typing import Any, Callable, Iterator, List, Optional
 
 import torch
 
-from .fsdp2_load_choice import choose_sharded_load, deciding, loads_4bit, sharded_load_mode
 from .fsdp2_sharded_load import HOST_TABLE, fill_sharded
-from .fsdp2_sharded_params import Linear4bit, Params4bit, WeightShard, fsdp_params, shard_of
+from .fsdp2_sharded_params import (
+    Linear4bit,
+    Params4bit,
+    WeightShard,
+    fsdp_params,
+    get_shard,
+    mesh_device,
+)
 
-__all__ = ["register_host_chooser", "sharded_4bit_loading"]
+__all__ = [
+    "install_4bit_shards",
+    "loader_arguments",
+    "loads_4bit",
+    "outermost_loader",
+    "register_host_chooser",
+    "shard_4bit_loads",
+    "sharded_4bit_loading",
+    "take_4bit_shards",
+    "whole_weights_wanted",
+]
 
 _LOADED_OVER = "_fsdp2_sharded_4bit_ranks"
-_active: contextvars.ContextVar = contextvars.ContextVar("sharded_4bit_mesh", default = None)
-
+_LOAD_WHOLE = "set UNSLOTH_FSDP2_SHARDED_LOAD=0"
+_mesh: contextvars.ContextVar = contextvars.ContextVar("sharded_4bit_mesh", default = None)
+_loading: contextvars.ContextVar = contextvars.ContextVar("sharded_4bit_loading", default = False)
 
 # Functions of (meta model, mesh) that say which modules' shards go to host memory as they are read.
 _host_choosers: List[Callable] = []
@@ -49,19 +65,97 @@ def register_host_chooser(choose: Callable) -> None:
         _host_choosers.append(choose)
 
 
+# --- which loads -------------------------------------------------------------------------------
+
+
+def shard_4bit_loads(stock: Callable) -> Callable:
+    """Decorator of ``sharded_load_env``, itself the decorator of Unsloth's loaders: 4-bit loads
+    under UNSLOTH_FSDP2_SHARDED_LOAD=1 are sharded too, as 16-bit loads are.
+    """
+
+    @functools.wraps(stock)
+    def sharded_load_env(loader):
+        whole = stock(loader)
+
+        @functools.wraps(loader)
+        def wrapper(*args, **kwargs):
+            if _mesh.get() is not None:
+                return loader(*args, **kwargs)
+            with outermost_loader() as outermost:
+                if not outermost or not _is_sharded(loader, args, kwargs):
+                    return whole(*args, **kwargs)
+                with sharded_4bit_loading():
+                    return loader(*args, **kwargs)
+
+        return wrapper
+
+    return sharded_load_env
+
+
+def _is_sharded(loader: Callable, args: tuple, kwargs: dict) -> bool:
+    from unsloth.models.fsdp2_load import fsdp2_sharded_load_requested
+
+    if not fsdp2_sharded_load_requested() or whole_weights_wanted():
+        return False
+    if not loads_4bit(loader, args, kwargs):
+        return False
+    if loading_step() is None:
+        print(f"Unsloth: every rank loads the whole 4-bit model. {_NEEDS_TRANSFORMERS_5}")
+        return False
+    return True
+
+
+def whole_weights_wanted() -> bool:
+    """Whether another variable of native FSDP2 asks for the whole frozen weights on every rank."""
+    return (
+        _variable("UNSLOTH_FSDP2_LAYOUT") == "fit"
+        or _variable("UNSLOTH_FSDP2_REPLICATE_FROZEN") in ("1", "true", "yes", "on")
+        or _variable("UNSLOTH_FSDP2_SHARD_FROZEN") in ("0", "false", "no", "off")
+    )
+
+
+def _variable(name: str) -> str:
+    return os.environ.get(name, "").strip().lower()
+
+
+def loads_4bit(loader: Callable, args: tuple, kwargs: dict) -> bool:
+    """Whether this call of a loader asks for 4-bit weights, which is Unsloth's default."""
+    given = {"load_in_4bit": True, **loader_arguments(loader, args, kwargs)}
+    others = ("load_in_8bit", "load_in_16bit", "full_finetuning")
+    return bool(given["load_in_4bit"]) and not any(given.get(name) for name in others)
+
+
+def loader_arguments(loader: Callable, args: tuple, kwargs: dict) -> dict:
+    """The arguments of a loader's call by name, defaults included."""
+    bound = inspect.signature(loader).bind_partial(*args, **kwargs)
+    bound.apply_defaults()
+    return {**bound.arguments, **kwargs}
+
+
+@contextlib.contextmanager
+def outermost_loader() -> Iterator[bool]:
+    """True for the outermost loader of a call; the loaders that it calls itself get False."""
+    outermost = not _loading.get()
+    token = _loading.set(True)
+    try:
+        yield outermost
+    finally:
+        _loading.reset(token)
+
+
 # --- loading -----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def sharded_4bit_loading(mesh: Any = None) -> Iterator[None]:
-    """Inside, a transformers `from_pretrained` that quantizes with bitsandbytes to 4 bits loads
+    """Inside, a transformers ``from_pretrained`` that quantizes to 4 bits with bitsandbytes is
     sharded.
 
-    mesh: the DeviceMesh that `shard_model` will use, 1-D or (replicate, shard); default: 1-D over
+    mesh: the DeviceMesh that ``shard_model`` will use, 1-D or (replicate, shard); default: 1-D over
     the world. Loads in other formats are not touched. Raises ShardedLoadError on every rank if one
     cannot load.
     """
-    if _active.get() is not None:
+    if _mesh.get() is not None:
         yield
         return
     if mesh is None:
@@ -75,41 +169,38 @@ def sharded_4bit_loading(mesh: Any = None) -> Iterator[None]:
     if mesh.size(mesh.ndim - 1) < 2:
         raise ValueError(
             f"Unsloth: the mesh {_ranks(mesh)} shards over one rank, so there is nothing to load "
-            "sharded; use "
-            "more ranks, or set UNSLOTH_FSDP2_SHARDED_LOAD=0."
+            f"sharded. Use more ranks, or {_LOAD_WHOLE}."
         )
     from transformers import PreTrainedModel
 
-    descriptor = _loading_step()
-    if descriptor is None:
+    step = loading_step()
+    if step is None:
         raise RuntimeError(f"Unsloth: {_NEEDS_TRANSFORMERS_5}")
-    token = _active.set(mesh)
-    PreTrainedModel._load_pretrained_model = staticmethod(
-        _sharded_loader(descriptor.__func__, mesh)
-    )
+    token = _mesh.set(mesh)
+    PreTrainedModel._load_pretrained_model = staticmethod(_sharded_step(step.__func__, mesh))
     try:
         yield
     finally:
-        PreTrainedModel._load_pretrained_model = descriptor
-        _active.reset(token)
+        PreTrainedModel._load_pretrained_model = step
+        _mesh.reset(token)
 
 
 _NEEDS_TRANSFORMERS_5 = "A sharded 4-bit load needs transformers 5; upgrade it."
 
 
-def _loading_step() -> Optional[staticmethod]:
+def loading_step() -> Optional[staticmethod]:
     """transformers' step from a meta model to a loaded one, if it is the one that is known here."""
     from transformers import PreTrainedModel
 
-    descriptor = PreTrainedModel.__dict__.get("_load_pretrained_model")
+    step = PreTrainedModel.__dict__.get("_load_pretrained_model")
     known = (
-        isinstance(descriptor, staticmethod)
-        and "load_config" in inspect.signature(descriptor.__func__).parameters
+        isinstance(step, staticmethod)
+        and "load_config" in inspect.signature(step.__func__).parameters
     )
-    return descriptor if known else None
+    return step if known else None
 
 
-def _sharded_loader(stock: Callable, mesh: Any) -> Callable:
+def _sharded_step(stock: Callable, mesh: Any) -> Callable:
     @functools.wraps(stock)
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         config = getattr(load_config.hf_quantizer, "quantization_config", None)
@@ -117,7 +208,8 @@ def _sharded_loader(stock: Callable, mesh: Any) -> Callable:
             return stock(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if state_dict is not None:
             raise ValueError(
-                "Unsloth: a sharded 4-bit load reads files, and from_pretrained got a state_dict."
+                "Unsloth: a sharded 4-bit load reads files, and from_pretrained got a state_dict. "
+                f"Leave it out, or {_LOAD_WHOLE}."
             )
         from transformers.core_model_loading import WeightRenaming
 
@@ -125,7 +217,7 @@ def _sharded_loader(stock: Callable, mesh: Any) -> Callable:
         device = _single_device(load_config.device_map, mesh)
         on_host = [module for choose in _host_choosers for module in choose(model, mesh)]
         dtypes = load_config.dtype_plan
-        fill_sharded(model, checkpoint_files, mesh, device, renamings, dtypes, on_host = on_host)
+        fill_sharded(model, checkpoint_files, mesh, device, renamings, dtypes, on_host)
         if device.type == "cuda":
             # Embedding and head wait in host memory for the wrap; no loader may take that for an
             # offload.
@@ -150,13 +242,10 @@ def _single_device(device_map: Any, mesh: Any) -> torch.device:
     found = {str(value) for value in (device_map or {}).values()}
     if len(found) > 1 or found & {"disk", "meta"} or ("cpu" in found and mesh.device_type != "cpu"):
         raise ValueError(
-            f"Unsloth: FSDP2 shards over the ranks, and device_map places weights on "
-            f"{sorted(found)}; load "
-            "with device_map = None or {'': local_rank}."
+            f"Unsloth: FSDP2 shards over the ranks, and device_map places weights on {sorted(found)}. "
+            "Load with device_map = None or {'': local_rank}."
         )
-    if mesh.device_type == "cpu":
-        return torch.device("cpu")
-    return torch.device(mesh.device_type, getattr(torch, mesh.device_type).current_device())
+    return mesh_device(mesh)
 
 
 def _ranks(mesh: Any) -> List[int]:
@@ -165,9 +254,8 @@ def _ranks(mesh: Any) -> List[int]:
 
 def _refuse_forward(module, args):
     raise RuntimeError(
-        "Unsloth: this rank holds only its shard of the 4-bit weights, so the model cannot run "
-        "before it is "
-        "wrapped: let the Trainer do it under UNSLOTH_FSDP2=1, or call "
+        "Unsloth: this rank holds only its shard of the 4-bit weights, so the model cannot run before "
+        "it is wrapped. Let the Trainer do it under UNSLOTH_FSDP2=1, or call "
         "unsloth.models.fsdp2_native.shard_model(model) first."
     )
 
@@ -175,7 +263,7 @@ def _refuse_forward(module, args):
 def _guard_forward(model: torch.nn.Module) -> None:
     # On every module above a shard: PEFT and Unsloth call some forwards directly, past the hooks.
     for module in model.modules():
-        if any(shard_of(child) is not None for child in module.modules()):
+        if any(get_shard(child) is not None for child in module.modules()):
             module.register_forward_pre_hook(_refuse_forward)
 
 
@@ -189,149 +277,10 @@ def _unguard_forward(model: torch.nn.Module) -> None:
 # --- wrapping ----------------------------------------------------------------------------------
 
 
-def _sharded_modules(model: torch.nn.Module) -> List[Linear4bit]:
-    found = [module for module in model.modules() if shard_of(module) is not None]
-    strangers = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, Linear4bit)
-        and isinstance(module.weight, Params4bit)
-        and shard_of(module) is None
-    ]
-    if found and strangers:
-        raise RuntimeError(
-            f"Unsloth: {strangers[0]!r} is a 4-bit layer beside sharded ones that this load did "
-            "not make (a copy by "
-            "modules_to_save, or an added layer). Set UNSLOTH_FSDP2_SHARDED_LOAD=0 to train it."
-        )
-    return found
-
-
-def _check_wrap(model: torch.nn.Module, mesh: Any, config: Any) -> None:
-    if config.shard_placement_fn is not None:
-        raise RuntimeError(
-            "Unsloth: sharded 4-bit weights are cut on rows; shard_placement_fn cannot be used."
-        )
-    loaded = next(
-        (m.__dict__[_LOADED_OVER] for m in model.modules() if _LOADED_OVER in m.__dict__), None
-    )
-    if loaded != _ranks(mesh):
-        raise RuntimeError(
-            f"Unsloth: this model was loaded over the ranks {loaded}, and the wrap shards over "
-            f"{_ranks(mesh)}; "
-            "give sharded_4bit_loading and FSDP2Config the same mesh."
-        )
-    for name, lora in _lora_configs(model).items():
-        start = getattr(lora, "init_lora_weights", True)
-        if getattr(lora, "use_dora", False) or start not in (True, False, "gaussian", "orthogonal"):
-            what = (
-                "use_dora = True"
-                if getattr(lora, "use_dora", False)
-                else f"init_lora_weights = {start!r}"
-            )
-            raise ValueError(
-                f"Unsloth: adapter {name!r} has {what}, which reads whole base weights, and a rank "
-                "has its "
-                "shard only. Use plain LoRA, or set UNSLOTH_FSDP2_SHARDED_LOAD=0."
-            )
-    ignored = {id(p) for p in config.ignored_params or ()}
-    if any(id(p) in ignored for m in model.modules() if shard_of(m) for p in m.parameters(False)):
-        raise RuntimeError(
-            "Unsloth: ignored_params names a sharded 4-bit weight, which no rank holds whole."
-        )
-
-
-def _lora_configs(model: torch.nn.Module) -> dict:
-    found = {}
-    for module in model.modules():
-        configs = module.__dict__.get("peft_config")
-        if isinstance(configs, dict):
-            found.update(configs)
-    return found
-
-
-def _take_tables(model: torch.nn.Module, mesh: Any, device: torch.device) -> dict:
-    """Embedding and head: this rank's rows on the device, a full-size placeholder in the model.
-
-    Entries are what upstream's `finish_shard` installs: (rows, {shape, world}).
+def take_4bit_shards(stock: Callable) -> Callable:
+    """Decorator of ``begin_shard``, ``shard_model``'s first step: sharded 4-bit weights become
+    placeholders that FSDP2 can cut.
     """
-    pending, seen = {}, {}
-    world, rank = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is None or not getattr(parameter, HOST_TABLE, False):
-                continue
-            if id(parameter) not in seen:
-                size = -(-parameter.shape[0] // world)
-                rows = parameter.detach()[rank * size : (rank + 1) * size]
-                meta = torch.nn.Parameter(
-                    torch.empty_like(parameter, device = "meta"),
-                    requires_grad = parameter.requires_grad,
-                )
-                # A copy even on the CPU: a view would keep the whole table alive.
-                entry = (
-                    rows.to(device, copy = True),
-                    {"shape": tuple(parameter.shape), "world": world},
-                )
-                seen[id(parameter)] = (parameter, meta, entry)
-            module._parameters[name] = seen[id(parameter)][1]
-            pending[(id(module), name)] = seen[id(parameter)][2]
-    return pending
-
-
-def _register_context() -> None:
-    """torch before 2.12 makes every sharded parameter trainable for a moment, which uint8 cannot
-    be.
-    """
-    from unsloth.models.fsdp2_native import register_shard_context
-    from unsloth.models.fsdp2_qlora import nonfloat_param_guard
-
-    def context(model, param_dtype = None):
-        if any(shard_of(module) is not None for module in model.modules()):
-            return nonfloat_param_guard(model)
-        return contextlib.nullcontext()
-
-    register_shard_context("sharded_4bit", context)
-
-
-def replace_sharded_load_env(stock: Callable) -> Callable:
-    """The decorator of Unsloth's loaders: 4-bit loads under native FSDP2 run in
-    `sharded_4bit_loading` where that was asked for, or where whole weights would not fit.
-
-    Upstream's own variable UNSLOTH_FSDP2_SHARDED_LOAD=1 keeps its meaning for 16-bit loads.
-    """
-
-    def sharded_load_env(loader):
-        whole = stock(loader)
-
-        @functools.wraps(loader)
-        def wrapper(*args, **kwargs):
-            if _active.get() is not None:
-                return loader(*args, **kwargs)
-            with deciding() as outermost:
-                if not outermost or not _to_shard(loader, args, kwargs):
-                    return whole(*args, **kwargs)
-                with sharded_4bit_loading():
-                    return loader(*args, **kwargs)
-
-        return wrapper
-
-    return sharded_load_env
-
-
-def _to_shard(loader: Callable, args: tuple, kwargs: dict) -> bool:
-    mode = sharded_load_mode()
-    if mode == "0" or not loads_4bit(loader, args, kwargs):
-        return False
-    if _loading_step() is None:
-        if mode == "1":
-            print(f"Unsloth: every rank loads the whole 4-bit model. {_NEEDS_TRANSFORMERS_5}")
-        return False
-    return mode == "1" or choose_sharded_load(loader, args, kwargs)
-
-
-def replace_begin_shard(stock: Callable) -> Callable:
-    """`shard_model`'s first step: sharded 4-bit weights become placeholders that FSDP2 can cut."""
 
     @functools.wraps(stock)
     def begin_shard(model, mesh, config):
@@ -346,19 +295,19 @@ def replace_begin_shard(stock: Callable) -> Callable:
             raise RuntimeError(f"Unsloth: this torch cannot shard 4-bit weights: {reason}")
         _register_context()
         _unguard_forward(model)
-        device = modules[0].weight.device
-        pending = _take_tables(model, mesh, torch.device("cpu") if config.cpu_offload else device)
+        device = torch.device("cpu") if config.cpu_offload else modules[0].weight.device
+        pending = _take_tables(model, mesh, device)
         for module in modules:
-            pending[(id(module), "weight")] = shard_of(module)
-            module._parameters["weight"] = shard_of(module).placeholder()
+            shard = pending[(id(module), "weight")] = get_shard(module)
+            module._parameters["weight"] = shard.layout.placeholder()
         return pending, dataclasses.replace(config, shard_frozen = True, fit_layout = False)
 
     return begin_shard
 
 
-def replace_finish_shard(stock: Callable) -> Callable:
-    """`shard_model`'s last step: what this rank read becomes the local tensors of the FSDP2
-    parameters.
+def install_4bit_shards(stock: Callable) -> Callable:
+    """Decorator of ``finish_shard``, ``shard_model``'s last step: what this rank read becomes the
+    local tensors of the FSDP2 parameters.
     """
 
     @functools.wraps(stock)
@@ -382,8 +331,106 @@ def _install(model: torch.nn.Module, shards: dict) -> int:
             shard.install(fsdp_param)
     if left:
         raise RuntimeError(
-            f"Unsloth: {len(left)} sharded 4-bit weights are in no FSDP2 unit. Wrap the module "
-            "that holds them, "
-            "or set UNSLOTH_FSDP2_SHARDED_LOAD=0."
+            f"Unsloth: {len(left)} sharded 4-bit weights are in no FSDP2 unit. Wrap the module that "
+            f"holds them, or {_LOAD_WHOLE}."
         )
     return len(shards)
+
+
+def _sharded_modules(model: torch.nn.Module) -> List[Linear4bit]:
+    found = [module for module in model.modules() if get_shard(module) is not None]
+    strangers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, Linear4bit)
+        and isinstance(module.weight, Params4bit)
+        and get_shard(module) is None
+    ]
+    if found and strangers:
+        raise RuntimeError(
+            f"Unsloth: {strangers[0]!r} is a 4-bit layer beside sharded ones that this load did not "
+            f"make (a copy by modules_to_save, or an added layer). To train it, {_LOAD_WHOLE}."
+        )
+    return found
+
+
+def _check_wrap(model: torch.nn.Module, mesh: Any, config: Any) -> None:
+    if config.shard_placement_fn is not None:
+        raise RuntimeError(
+            "Unsloth: sharded 4-bit weights are cut on rows. Leave shard_placement_fn out, or "
+            f"{_LOAD_WHOLE}."
+        )
+    found = (m.__dict__[_LOADED_OVER] for m in model.modules() if _LOADED_OVER in m.__dict__)
+    loaded = next(found, None)
+    if loaded != _ranks(mesh):
+        raise RuntimeError(
+            f"Unsloth: this model was loaded over the ranks {loaded}, and the wrap shards over "
+            f"{_ranks(mesh)}. Give sharded_4bit_loading and FSDP2Config the same mesh."
+        )
+    for name, lora in _lora_configs(model).items():
+        start, what = getattr(lora, "init_lora_weights", True), ""
+        if getattr(lora, "use_dora", False):
+            what = "use_dora = True"
+        elif start not in (True, False, "gaussian", "orthogonal"):
+            what = f"init_lora_weights = {start!r}"
+        if what:
+            raise ValueError(
+                f"Unsloth: adapter {name!r} has {what}, which reads whole base weights, and a rank has "
+                f"its shard only. Use plain LoRA, or {_LOAD_WHOLE}."
+            )
+    ignored = {id(p) for p in config.ignored_params or ()}
+    if any(id(p) in ignored for m in model.modules() if get_shard(m) for p in m.parameters(False)):
+        raise RuntimeError(
+            "Unsloth: ignored_params names a sharded 4-bit weight, which no rank holds whole. Leave it "
+            f"out, or {_LOAD_WHOLE}."
+        )
+
+
+def _lora_configs(model: torch.nn.Module) -> dict:
+    found = {}
+    for module in model.modules():
+        configs = module.__dict__.get("peft_config")
+        if isinstance(configs, dict):
+            found.update(configs)
+    return found
+
+
+def _take_tables(model: torch.nn.Module, mesh: Any, device: torch.device) -> dict:
+    """Embedding and head: this rank's rows on the device, a full-size placeholder in the model.
+
+    Entries are what upstream's ``finish_shard`` installs: (rows, {shape, world}).
+    """
+    pending, seen = {}, {}
+    world, rank = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None or not getattr(parameter, HOST_TABLE, False):
+                continue
+            if id(parameter) not in seen:
+                size = -(-parameter.shape[0] // world)
+                rows = parameter.detach()[rank * size : (rank + 1) * size]
+                # A copy even on the CPU: a view would keep the whole table alive.
+                rows = rows.to(device, copy = True)
+                meta = torch.nn.Parameter(
+                    torch.empty_like(parameter, device = "meta"),
+                    requires_grad = parameter.requires_grad,
+                )
+                entry = (rows, {"shape": tuple(parameter.shape), "world": world})
+                seen[id(parameter)] = (parameter, meta, entry)
+            _, module._parameters[name], pending[(id(module), name)] = seen[id(parameter)]
+    return pending
+
+
+def _register_context() -> None:
+    """torch before 2.12 makes every sharded parameter trainable for a moment, which uint8 cannot
+    be.
+    """
+    from unsloth.models.fsdp2_native import register_shard_context
+    from unsloth.models.fsdp2_qlora import nonfloat_param_guard
+
+    def context(model, param_dtype = None):
+        if any(get_shard(module) is not None for module in model.modules()):
+            return nonfloat_param_guard(model)
+        return contextlib.nullcontext()
+
+    register_shard_context("sharded_4bit", context)

@@ -7,14 +7,15 @@ of the nested quantization too, so packed bytes, absmax and nested absmax of a r
 other row. Only the nested offset, the mean of all absmax, needs the other ranks. Rows are padded to
 a multiple of the world size, so every rank holds equally many.
 
-FSDP2 sees a frozen uint8 parameter of `(rows, 8192)` whose local tensor is a `PackedShard`. Its
-all-gather extension (`fsdp_pre_all_gather`, `fsdp_post_all_gather`; torch's own hook for
-quantized parameters) gathers bytes and scales in the same collective.
+FSDP2 sees a frozen uint8 parameter of ``(rows, 8192)`` whose local tensor is a ``PackedShard``. Its
+all-gather extension (``fsdp_pre_all_gather``, ``fsdp_post_all_gather``; torch's own hook for
+quantized parameters) gathers bytes and scales in the same collective; ``_LeanGather`` spares the
+host what going through it costs at every gather.
 """
 
 from __future__ import annotations
 
-import inspect
+import functools
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Iterator, Optional, Tuple
@@ -32,25 +33,30 @@ except Exception:  # absent or broken: Unsloth has to import without it, and no 
     unpack_tensor_to_dict = None
 
 __all__ = [
-    "PackedShard",
     "RowLayout",
-    "ShardedQuantState",
+    "WeightFormat",
     "WeightShard",
     "all_gather_rows",
+    "copy_front",
     "fsdp_params",
+    "get_shard",
+    "make_shard",
+    "mesh_device",
+    "quantize_rows",
+    "set_shard",
     "shard_group",
-    "shard_of",
 ]
 
 NESTED_BLOCKSIZE = 256  # of bitsandbytes' compress_statistics
 # Launch plans of Unsloth's own kernels: they keep the scales' addresses and key on the tensors.
 _ADDRESS_CACHES = ("_unsloth_nf4_plan", "_unsloth_gemv_plan")
 _SHARD = "_fsdp2_weight_shard"
+_ALIGNMENT = 256  # bytes; of tensors that are gathered into one storage
 
 
 @dataclass(frozen = True)
 class RowLayout:
-    """Which weights of a flattened weight of `numel` elements belong to `rank` of `world`."""
+    """Which weights of a flattened weight of ``numel`` elements belong to ``rank`` of ``world``."""
 
     numel: int
     world: int
@@ -83,17 +89,41 @@ class RowLayout:
         return -(-self.numel // self.blocksize)
 
     @property
+    def nested_blocks(self) -> int:
+        """Blocks of the quantization of the whole weight's absmax."""
+        return -(-self.blocks // NESTED_BLOCKSIZE)
+
+    @property
     def packed_bytes(self) -> int:
         """Packed bytes of the whole weight."""
         return -(-self.numel // 2)
+
+    def placeholder(self) -> torch.nn.Parameter:
+        """Full-size uint8 ``(rows, row / 2)`` on meta: what ``fully_shard`` cuts into equal row
+        chunks.
+        """
+        shape = (self.rows, self.row // 2)
+        return torch.nn.Parameter(
+            torch.empty(shape, dtype = torch.uint8, device = "meta"), requires_grad = False
+        )
+
+
+@dataclass(frozen = True)
+class WeightFormat:
+    """How a whole weight is quantized. dtype: what it dequantizes to; nested: of its scales too."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    quant_type: str = "nf4"
+    nested: bool = True
 
 
 class ShardedQuantState(bnb_functional.QuantState):
     """A QuantState whose scales FSDP2 gathers with the packed bytes.
 
     While the weight is gathered it is an ordinary QuantState. While it is sharded there are no
-    scales to save, and `as_dict` is empty, so a `state_dict()` taken then holds the packed shard
-    alone; the saves of Unsloth gather first.
+    scales to save, and ``as_dict`` is empty, so a ``state_dict()`` taken then holds the packed
+    shard alone; the saves of Unsloth gather first.
     """
 
     gathered = False
@@ -117,15 +147,10 @@ class ShardedQuantState(bnb_functional.QuantState):
 
 
 class PackedShard(torch.Tensor):
-    """uint8 `(local_rows, blocksize * 128)`: the packed bytes of this rank, zero in the padding.
+    """uint8 ``(local_rows, blocksize * 128)``: the packed bytes of this rank, zero in the padding.
 
     A class, not hooks on an instance: views and copies to another device keep the class only.
     """
-
-    def size(self, *dim: int) -> Any:
-        # FSDP2 asks at every gather: without the detour that any subclass takes.
-        with torch._C.DisableTorchFunctionSubclass():
-            return super().size(*dim)
 
     def fsdp_pre_all_gather(
         self,
@@ -135,15 +160,10 @@ class PackedShard(torch.Tensor):
         module: torch.nn.Module,
         mp_policy: Any,
     ) -> Tuple[Tuple[torch.Tensor, ...], "WeightShard"]:
-        shard = shard_of(module)
-        # Made once for a shard that stays on its device: every gather asks for every weight.
-        inputs = self.__dict__.get("_gather_inputs")
-        if inputs is None:
-            plain = self.as_subclass(torch.Tensor)
-            inputs = (plain, *(t.to(plain.device, non_blocking = True) for t in shard.scales()))
-            if inputs[1] is shard.absmax:
-                self._gather_inputs = inputs
-        return inputs, shard
+        shard = get_shard(module)
+        plain = self.as_subclass(torch.Tensor)
+        scales = (scale.to(plain.device, non_blocking = True) for scale in shard.scales())
+        return (plain, *scales), shard
 
     def fsdp_post_all_gather(
         self,
@@ -158,17 +178,74 @@ class PackedShard(torch.Tensor):
         return None if out is not None else (gathered[0], ())
 
 
-# FSDP2 asks for the signature at every gather.
-PackedShard.fsdp_pre_all_gather.__signature__ = inspect.signature(PackedShard.fsdp_pre_all_gather)
+class _LeanGather:
+    """What torch's FSDPParam does at a gather of a ``PackedShard``, after the first with less work
+    for the host: inputs are made once, and one storage for all gathered tensors is freed and
+    allocated.
+    """
+
+    _inputs: Tuple[Any, Any] = (None, None)
+    _gathered: Any = None
+
+    @property
+    def all_gather_inputs(self):
+        local = self.sharded_param._local_tensor
+        if not hasattr(self, "_unsharded_param"):
+            return super().all_gather_inputs
+        if self._inputs[0] is not local or self.offload_to_cpu:
+            shard = get_shard(self._module_info.module)
+            parts = (local.as_subclass(torch.Tensor), *shard.scales())
+            inputs = [part.to(self.device, non_blocking = True).view(-1) for part in parts]
+            if self.offload_to_cpu:
+                return inputs
+            self._inputs = (local, inputs)
+        return self._inputs[1]
+
+    def init_all_gather_outputs(self, numels, dtypes, world_size, device, *args, **kwargs):
+        if self.all_gather_outputs:
+            return
+        sizes = [numel * world_size * dtype.itemsize for numel, dtype in zip(numels, dtypes)]
+        padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+        whole = torch.empty(sum(padded), dtype = torch.uint8, device = device)
+        parts = zip(torch.split(whole, padded), sizes, dtypes)
+        self.all_gather_outputs = [part[:size].view(dtype) for part, size, dtype in parts]
+        self._gathered = whole.untyped_storage()
+        self._gathered_size = sum(padded)
+
+    def alloc_all_gather_outputs(self):
+        if self._gathered.size() == 0:
+            self._gathered.resize_(self._gathered_size)
+
+    def free_unsharded_param(self):
+        if self._gathered is not None and self._gathered.size() != 0:
+            self._gathered.resize_(0)
+
+    def init_unsharded_param(self):
+        if hasattr(self, "_unsharded_param"):
+            get_shard(self._module_info.module).set_gathered(self.all_gather_outputs[1:])
+        else:
+            super().init_unsharded_param()
+
+
+@functools.lru_cache(maxsize = None)
+def _lean_class(stock: type) -> type:
+    """``stock`` (torch's FSDPParam) with ``_LeanGather``; ``stock`` itself where it is not as known
+    here.
+    """
+    names = [name for name in vars(_LeanGather) if not name.startswith("_")]
+    if issubclass(stock, _LeanGather) or not all(hasattr(stock, name) for name in names):
+        return stock
+    return type(stock.__name__, (_LeanGather, stock), {})
 
 
 @dataclass
 class WeightShard:
     """This rank's part of one Linear4bit weight.
 
-    packed: uint8 `(local_rows, row / 2)`; absmax: `(local_rows, 256)`, uint8 with nested
-    quantization, else float32; nested: float32 `(local_rows, 1)` or None; state: what the gathered
-    weight is dequantized with. Tensors are on the rank's device, or in host memory once offloaded.
+    packed: uint8 ``(local_rows, row / 2)``; absmax: ``(local_rows, 256)``, uint8 with nested
+    quantization, else float32; nested: float32 ``(local_rows, 1)`` or None; state: what the
+    gathered weight is dequantized with. Tensors are on the rank's device, or in host memory once
+    offloaded.
     """
 
     layout: RowLayout
@@ -193,40 +270,11 @@ class WeightShard:
         absmax = scales[0].view(-1)[: self.layout.blocks]
         nested = None
         if self.nested is not None:
-            nested = scales[1].view(-1)[: -(-self.layout.blocks // NESTED_BLOCKSIZE)]
+            nested = scales[1].view(-1)[: self.layout.nested_blocks]
         self.state.set_gathered(absmax, nested)
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.packed, *self.scales()))
-
-    def placeholder(self) -> torch.nn.Parameter:
-        """Full-size uint8 `(rows, row / 2)` on meta: what `fully_shard` cuts into equal row chunks."""
-        shape = (self.layout.rows, self.packed.shape[1])
-        return torch.nn.Parameter(
-            torch.empty(shape, dtype = torch.uint8, device = "meta"), requires_grad = False
-        )
-
-    def local_parameter(self, module: Linear4bit) -> Params4bit:
-        """The shard as the module's weight until the wrap, so that PEFT and Unsloth see a 4-bit
-        layer. A shard in host memory is represented by an empty weight on the device, from which
-        they take the adapter's device.
-        """
-        packed = self.packed.view(-1, 1)
-        if self.on_host:
-            packed = torch.empty((0, 1), dtype = torch.uint8, device = self.state.code.device)
-        weight = Params4bit(
-            packed,
-            requires_grad = False,
-            quant_state = self.state,
-            blocksize = self.layout.blocksize,
-            compress_statistics = self.nested is not None,
-            quant_type = self.state.quant_type,
-            module = module,
-            bnb_quantized = True,
-        )
-        module.quant_state = self.state
-        module.__dict__[_SHARD] = self
-        return weight
 
     def to_host(self, pin: bool) -> None:
         """Move the bytes and scales to host memory, pinned for copies that run beside computation."""
@@ -250,7 +298,7 @@ class WeightShard:
         elif fsdp_param.offload_to_cpu:
             self.to_host(fsdp_param.pin_memory)
         module = fsdp_param._module_info.module
-        module.__dict__[_SHARD] = self
+        set_shard(module, self)
         # bitsandbytes would repack the gathered weight in place for CPU inference.
         module.support_avx512bf16_for_cpu = False
         local = self.packed.as_subclass(PackedShard)
@@ -264,6 +312,7 @@ class WeightShard:
         fsdp_param._orig_size = torch.Size((self.layout.packed_bytes, 1))
         fsdp_param._contiguous_orig_stride = (1, 1)
         self._keep_class_and_state(fsdp_param, module)
+        fsdp_param.__class__ = _lean_class(type(fsdp_param))
 
     def _keep_class_and_state(self, fsdp_param: Any, module: Linear4bit) -> None:
         """What Unsloth's FSDP2 hooks put back onto the gathered parameter, which torch makes a
@@ -282,51 +331,21 @@ class WeightShard:
         fsdp_param._unsloth_param_module = module
         for name, value in {**meta, _SHARD: self}.items():
             setattr(fsdp_param.sharded_param, name, value)
-        module.quant_state = self.state
-
-    def gather_whole(self, mesh: Any) -> Tuple[torch.Tensor, bnb_functional.QuantState]:
-        """Collective over the mesh's shard ranks: (packed uint8 `(bytes, 1)`, QuantState), as one
-        GPU has.
-        """
-        group = shard_group(mesh)
-        device = _collective_device(mesh)
-        gathered = [all_gather_rows(t.to(device), group) for t in (self.packed, *self.scales())]
-        state = self.state
-        whole = bnb_functional.QuantState(
-            absmax = gathered[1].view(-1)[: self.layout.blocks].clone(),
-            shape = state.shape,
-            code = state.code,
-            blocksize = state.blocksize,
-            quant_type = state.quant_type,
-            dtype = state.dtype,
-            offset = state.offset,
-            state2 = None
-            if self.nested is None
-            else _whole_nested(state.state2, gathered[2], self.layout),
-        )
-        return gathered[0].view(-1)[: self.layout.packed_bytes].view(-1, 1).clone(), whole
 
 
-def _whole_nested(
-    state2: Any,
-    nested: torch.Tensor,
-    layout: RowLayout,
-) -> bnb_functional.QuantState:
-    return bnb_functional.QuantState(
-        absmax = nested.view(-1)[: -(-layout.blocks // NESTED_BLOCKSIZE)].clone(),
-        code = state2.code,
-        blocksize = state2.blocksize,
-        dtype = state2.dtype,
-    )
-
-
-def shard_of(module: torch.nn.Module) -> Optional[WeightShard]:
-    """The shard that `module` (a Linear4bit) holds, or None."""
+def get_shard(module: torch.nn.Module) -> Optional[WeightShard]:
+    """The shard that ``module`` (a Linear4bit) holds, or None."""
     return module.__dict__.get(_SHARD)
 
 
+def set_shard(module: Linear4bit, shard: WeightShard) -> None:
+    """``shard`` as what ``module`` holds of its weight, with the QuantState that goes with it."""
+    module.__dict__[_SHARD] = shard
+    module.quant_state = shard.state
+
+
 def fsdp_params(model: torch.nn.Module) -> Iterator[Any]:
-    """torch's FSDPParam objects below `model`."""
+    """torch's FSDPParam objects below ``model``."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -345,7 +364,8 @@ def shard_group(mesh: Any) -> Any:
     return mesh.get_group(mesh.ndim - 1)
 
 
-def _collective_device(mesh: Any) -> torch.device:
+def mesh_device(mesh: Any) -> torch.device:
+    """This rank's device of ``mesh``."""
     if mesh.device_type == "cpu":
         return torch.device("cpu")
     return torch.device(mesh.device_type, getattr(torch, mesh.device_type).current_device())
@@ -356,3 +376,78 @@ def all_gather_rows(local: torch.Tensor, group: Any) -> torch.Tensor:
     out = local.new_empty((local.shape[0] * world, *local.shape[1:]))
     dist.all_gather_into_tensor(out, local.contiguous(), group = group)
     return out
+
+
+def make_shard(
+    layout: RowLayout,
+    weight_format: WeightFormat,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    code: torch.Tensor,
+    nested: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = None,
+) -> WeightShard:
+    """A shard with its QuantState, whose shape is the whole weight's and whose scales are the
+    shard's until a gather. nested: absmax of the absmax, its code and the offset.
+    """
+    outer, state2, offset = None, None, None
+    if nested is not None:
+        outer, code2, offset = nested
+        state2 = bnb_functional.QuantState(
+            absmax = outer.view(-1), blocksize = NESTED_BLOCKSIZE, code = code2, dtype = torch.float32
+        )
+    state = ShardedQuantState(
+        absmax = absmax.view(-1),
+        shape = weight_format.shape,
+        code = code,
+        blocksize = layout.blocksize,
+        quant_type = weight_format.quant_type,
+        dtype = weight_format.dtype,
+        offset = offset,
+        state2 = state2,
+    )
+    return WeightShard(layout, packed, absmax, outer, state)
+
+
+def quantize_rows(
+    weights: Optional[torch.Tensor],
+    layout: RowLayout,
+    weight_format: WeightFormat,
+    device: torch.device,
+    group: Any,
+) -> WeightShard:
+    """Quantize this rank's weights: flat ``[stop - start]`` on ``device``, None where it has none.
+
+    Collective over ``group`` with nested quantization. The result is bit-identical to the same
+    slice of ``bitsandbytes.functional.quantize_4bit(whole, compress_statistics = nested)``.
+    """
+    rows, quant_type = layout.local_rows, weight_format.quant_type
+    packed = torch.zeros(rows, layout.row // 2, dtype = torch.uint8, device = device)
+    absmax = torch.zeros(rows, NESTED_BLOCKSIZE, device = device)
+    if weights is not None and weights.numel():
+        data, state = bnb_functional.quantize_4bit(
+            weights, blocksize = layout.blocksize, compress_statistics = False, quant_type = quant_type
+        )
+        copy_front(packed, data)
+        copy_front(absmax, state.absmax)
+    code = bnb_functional.get_4bit_type(quant_type, device = device)
+    if not weight_format.nested:
+        return make_shard(layout, weight_format, packed, absmax, code)
+    # The mean of the whole absmax: a mean of means adds up in another order, and has other bits.
+    offset = all_gather_rows(absmax, group).view(-1)[: layout.blocks].mean()
+    scales = torch.zeros(rows, NESTED_BLOCKSIZE, dtype = torch.uint8, device = device)
+    outer = torch.zeros(rows, 1, device = device)
+    code2 = bnb_functional.create_dynamic_map().to(device)
+    count = -(-(layout.stop - layout.start) // layout.blocksize)
+    if count:
+        quantized, state2 = bnb_functional.quantize_blockwise(
+            absmax.view(-1)[:count] - offset, blocksize = NESTED_BLOCKSIZE
+        )
+        copy_front(scales, quantized)
+        copy_front(outer, state2.absmax)
+        code2 = state2.code
+    return make_shard(layout, weight_format, packed, scales, code, (outer, code2, offset))
+
+
+def copy_front(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy ``source`` to the front of ``target``, both flattened; the rest of it is padding."""
+    target.view(-1)[: source.numel()].copy_(source.view(-1))

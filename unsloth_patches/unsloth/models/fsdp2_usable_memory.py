@@ -19,17 +19,17 @@ def usable_device_memory(
 ) -> int:
     """Bytes of this GPU that training may fill: free now (after the context, NCCL and other
     processes) plus what torch holds already, under the process's memory fraction; the minimum over
-    `mesh`'s ranks.
+    ``mesh``'s ranks.
 
     reserve: bytes of the free memory that something else will take. fresh: what torch has allocated
     belongs to something else too, as before a model is loaded.
 
-    Raises RuntimeError without a GPU: state `device_memory` instead.
+    Raises RuntimeError without a GPU: state ``device_memory`` instead.
     """
     import torch
 
     if not torch.cuda.is_available():
-        raise RuntimeError("plan_offload: no CUDA device to measure; pass device_memory in bytes.")
+        raise RuntimeError("memory plan: no CUDA device to measure; pass device_memory in bytes.")
     device = torch.cuda.current_device()
     free, total = torch.cuda.mem_get_info(device)
     usable = max(free - reserve, 0) + torch.cuda.memory_reserved(device)
@@ -42,7 +42,7 @@ def usable_device_memory(
 
 
 def _smallest(value: int, mesh: Any) -> int:
-    """The minimum of `value` over the ranks of `mesh`, so that all ranks decide alike."""
+    """The minimum of ``value`` over the ranks of ``mesh``, so that all ranks decide alike."""
     if mesh is None:
         return value
     import torch
@@ -56,7 +56,7 @@ def _smallest(value: int, mesh: Any) -> int:
 
 def usable_host_memory(mesh: Any = None) -> Optional[int]:
     """Bytes of host memory that are free for new allocations, under the cgroup's limit; the minimum
-    over `mesh`'s ranks. None if no rank can tell."""
+    over ``mesh``'s ranks. None if no rank can tell."""
     smallest = _smallest(min([*_free_on_host(), _UNKNOWN]), mesh)
     return None if smallest == _UNKNOWN else max(smallest, 0)
 

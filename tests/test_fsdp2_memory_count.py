@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""What QLoRA training holds on a GPU, counted from a model's sizes; what cannot be counted is
+refused.
+"""
+
+import json
+
+import pytest
+
+GIB = 2**30
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+LLAMA_405B = {
+    **LLAMA_8B,
+    "hidden_size": 16384,
+    "intermediate_size": 53248,
+    "num_hidden_layers": 126,
+    "num_attention_heads": 128,
+}
+
+
+@pytest.fixture
+def read_shape():
+    import unsloth  # noqa: F401
+    from unsloth.models.fsdp2_model_shape import read_shape
+
+    return read_shape
+
+
+def test_parameters_are_those_of_the_published_models(read_shape):
+    """The shape that is read from a config has Meta's parameter counts."""
+    assert read_shape(LLAMA_8B).parameters == 8_030_261_248
+    assert read_shape(LLAMA_405B).parameters == 405_853_388_800
+
+
+def test_config_from_a_file_an_object_and_a_nested_dict(read_shape, tmp_path):
+    """A folder, a config.json, a transformers config and a config with text_config read alike."""
+    from transformers import LlamaConfig
+
+    shape = read_shape(LLAMA_8B)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B), encoding = "utf-8")
+    sources = [
+        tmp_path,
+        str(tmp_path / "config.json"),
+        LlamaConfig(**LLAMA_8B),
+        {"text_config": LLAMA_8B},
+    ]
+    assert all(read_shape(source) == shape for source in sources)
+
+
+def test_models_it_does_not_know_are_refused(read_shape):
+    """A mixture of experts or a config without sizes is an error, not a wrong count."""
+    with pytest.raises(ValueError, match = "num_local_experts"):
+        read_shape({**LLAMA_8B, "num_local_experts": 8})
+    with pytest.raises(ValueError, match = "hidden_size"):
+        read_shape({"vocab_size": 5})
+    with pytest.raises(ValueError, match = "no config at"):
+        read_shape("/nowhere/at/all")
+
+
+@pytest.mark.parametrize("source", ["dict", "object"])
+def test_encoders_are_refused(read_shape, source):
+    """An encoder has a decoder's sizes, and no count of a decoder's training holds for it."""
+    from transformers import BertConfig, T5Config
+
+    bert = BertConfig(architectures = ["BertForMaskedLM"])
+    with pytest.raises(ValueError, match = "'bert'.*not known to be a decoder"):
+        read_shape(bert.to_dict() if source == "dict" else bert)
+    with pytest.raises(ValueError, match = "'t5'"):
+        read_shape(T5Config(architectures = ["T5ForConditionalGeneration"]))
+
+
+def test_what_a_count_assumes_or_leaves_out_is_noted(read_shape):
+    """A decoder of another kind is counted as a Llama, and of a model with a vision tower the
+    language part only; both are said. A Llama has nothing to say.
+    """
+    other = {**LLAMA_8B, "model_type": "newlm", "architectures": ["NewLMForCausalLM"]}
+    assert "'newlm'" in read_shape(other).notes[0]
+    vision = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "text_config": {**LLAMA_8B, "model_type": "llama"},
+        "vision_config": {"hidden_size": 1024, "num_hidden_layers": 24},
+        "quantization_config": {"load_in_4bit": True},
+    }
+    (note,) = read_shape(vision).notes
+    assert "vision_config" in note and "quantization_config" not in note
+    assert read_shape({**LLAMA_8B, "model_type": "llama"}).notes == ()
+
+
+def test_the_last_backward_holds_all_gradients(read_shape):
+    """Every gradient of the adapter is there at the end of a backward: the phase that holds most
+    where the rank is large. While gradients accumulate they are there in every phase of a step.
+    """
+    from unsloth.models.fsdp2_memory_count import Training, largest_phase, sharded_phases
+
+    shape, last = read_shape(LLAMA_8B), "last block's backward"
+    job = Training(world = 2, tokens = 16, lora_rank = 1024)
+    phases, _ = sharded_phases(shape, job)
+    factors = 1024 * sum(sum(sizes) for sizes in shape.linears.values())
+    gradients = ("LoRA gradients", 32 * factors * 4 // 2)
+    assert gradients in phases[last] and gradients not in phases["first block's backward"]
+    assert largest_phase(phases)[0] == last
+    several, _ = sharded_phases(
+        shape, Training(world = 2, tokens = 16, lora_rank = 1024, accumulates = True)
+    )
+    assert all(gradients in lines for phase, lines in several.items() if phase != "wrap")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"world": 0}, "world = 0"),
+        ({"tokens": -1}, "tokens = -1"),
+        ({"lora_rank": 1.5}, "lora_rank = 1.5"),
+        ({"lora_targets": ("up",)}, "'up'"),
+        ({"checkpointing": "maybe"}, "'maybe'"),
+    ],
+)
+def test_bad_values_of_a_training_are_named(read_shape, changes, words):
+    """Every value that cannot be counted raises an error that names it."""
+    from unsloth.models.fsdp2_memory_count import Training
+
+    with pytest.raises(ValueError, match = words):
+        Training(**{"world": 2, "tokens": 64, **changes})
+
+
+def test_usable_memory_is_free_and_under_the_fraction(monkeypatch):
+    """Free memory plus what torch holds, under the memory fraction, less a reserve; before a load
+    also less what is allocated for something else.
+    """
+    import torch
+    import unsloth  # noqa: F401
+    from unsloth.models.fsdp2_usable_memory import usable_device_memory
+
+    seen = {"free": 40 * GIB, "reserved": 10 * GIB, "allocated": 4 * GIB, "fraction": 1.0}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (seen["free"], 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: seen["reserved"])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: seen["allocated"])
+    monkeypatch.setattr(
+        torch.cuda, "get_per_process_memory_fraction", lambda _: seen["fraction"], raising = False
+    )
+    assert usable_device_memory() == 50 * GIB
+    assert usable_device_memory(reserve = GIB) == 49 * GIB
+    assert usable_device_memory(fresh = True) == 46 * GIB
+    seen["fraction"] = 0.25
+    assert usable_device_memory() == 20 * GIB
+    assert usable_device_memory(fresh = True) == 16 * GIB

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""A model that is sharded over its ranks trains alike with what the plan moves to host memory."""
+
+import os
+import re
+import types
+
+from backend import require
+
+require("gloo")
+import pytest
+from fsdp2_ranks import checkpoints, load, losses, run_ranks  # noqa: F401
+
+GIB = 2**30
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+
+
+def test_an_unforeseen_out_of_memory_compares():
+    """The step's out-of-memory error names the predicted and the measured bytes."""
+    import torch
+    import unsloth  # noqa: F401
+    from unsloth.models.fsdp2_memory_count import Training
+    from unsloth.models.fsdp2_offload_apply import explaining
+    from unsloth.models.fsdp2_offload_plan import plan_offload
+
+    plan = plan_offload(LLAMA_8B, Training(world = 2, tokens = 64), device_memory = 80 * GIB)
+
+    def step():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError, match = "predicted a peak") as caught:
+        explaining(step, plan)()
+    assert f"{plan.peak / GIB:.2f} GiB" in str(caught.value) and plan.table() in str(caught.value)
+
+
+def test_a_set_up_that_raises_leaves_nothing_behind():
+    """The tokens of one Trainer's micro-batch are there during its set-up only, also where it raises."""
+    from unsloth.models import fsdp2_offload_apply as applied
+
+    seen = []
+
+    def stock(trainer, **_):
+        seen.append((applied._batch_tokens.get(), applied._accumulates.get()))
+        raise OSError("the set-up failed")
+
+    arguments = types.SimpleNamespace(
+        max_length = 8, per_device_train_batch_size = 3, gradient_accumulation_steps = 2
+    )
+    with pytest.raises(OSError, match = "the set-up failed"):
+        applied.explain_out_of_memory(stock)(None, training_args = arguments)
+    assert seen == [(24, True)]
+    assert applied._batch_tokens.get() is None and applied._accumulates.get() is False
+
+
+def test_what_does_not_fit_is_refused_unless_asked_for(monkeypatch):
+    """A training that does not fit offloaded either raises with the count; ``all`` runs it all the same,
+    and ``never`` does not plan.
+    """
+    import torch
+    from unsloth.models import fsdp2_offload_apply as applied
+    from unsloth.models.fsdp2_memory_count import Training
+    from unsloth.models.fsdp2_offload_plan import plan_offload
+
+    model, moved = torch.nn.Linear(1, 1), []
+    model.__dict__["_unsloth_fsdp2_mesh"] = types.SimpleNamespace(device_type = "cuda")
+    model.__dict__["_unsloth_fsdp2_units"] = [model] * 32
+    weight = types.SimpleNamespace(sharded_param = types.SimpleNamespace(quant_state = None))
+    job = Training(world = 2, tokens = 64)
+    monkeypatch.setattr(applied, "fsdp_params", lambda _: [weight])
+    monkeypatch.setattr(applied, "_plan", lambda *_: plan_offload(LLAMA_8B, job, device_memory = GIB))
+    monkeypatch.setattr(applied, "offload_blocks", lambda *arguments: moved.append(arguments[1:]))
+    monkeypatch.delenv("UNSLOTH_FSDP2_OFFLOAD", raising = False)
+    with pytest.raises(RuntimeError, match = "does not fit, with all frozen weights") as refused:
+        applied.offload_sharded_model(model)
+    assert "the device is short by" in str(refused.value) and not moved
+    monkeypatch.setenv("UNSLOTH_FSDP2_OFFLOAD", "never")
+    assert applied.offload_sharded_model(model) is None and not moved
+    monkeypatch.setenv("UNSLOTH_FSDP2_OFFLOAD", "all")
+    plan = applied.offload_sharded_model(model)
+    assert not plan.fits and moved == [(tuple(range(32)), True)]
+
+
+def _offloaded_losses(folder, offload):
+    """Losses of three steps and, per unit, the devices on which FSDP2 keeps frozen and trainable
+    shards.
+    """
+    os.environ["UNSLOTH_FSDP2_OFFLOAD"] = offload
+    import unsloth.models.fsdp2_native as native
+
+    units = []
+    original = native.shard_model
+
+    def keep(model, config = None):
+        units.append(original(model, config))
+        return units[-1]
+
+    native.shard_model = keep
+    history = losses(folder, 2, True)
+    flags = []
+    for unit in units[0]._unsloth_fsdp2_units:
+        found = {True: set(), False: set()}
+        for p in unit._get_fsdp_state()._fsdp_param_group.fsdp_params:
+            found[p.sharded_param.requires_grad].add(p.offload_to_cpu)
+        flags.append((found[False], found[True]))
+    return history, flags
+
+
+def test_offloaded_blocks_train_alike(checkpoints):
+    """Offloading one block or all changes no bit of the losses, moves frozen shards only, and only
+    those.
+    """
+    folder = checkpoints("packed")
+    stay = run_ranks(_offloaded_losses, 2, folder, "never")
+    one = run_ranks(_offloaded_losses, 2, folder, "blocks:1")
+    every = run_ranks(_offloaded_losses, 2, folder, "all")
+    for (_, (a, _)), (_, (b, flags)), (_, (c, all_flags)) in zip(stay, one, every):
+        assert a == b == c
+        assert flags == [({False}, {False}), ({True}, {False})]
+        assert all_flags == [({True}, {False})] * 2
+
+
+def _hosted_at_load(folder):
+    """Of every 4-bit layer after a load under blocks:1: (block, on the host?, elements, shares?)."""
+    os.environ["UNSLOTH_FSDP2_OFFLOAD"] = "blocks:1"
+    from unsloth.models.fsdp2_sharded_params import get_shard
+
+    found = []
+    for name, module in load(folder).named_modules():
+        shard = get_shard(module)
+        if shard is not None:
+            block = int(re.search(r"layers\.(\d+)\.", name)[1])
+            scales = shard.state.absmax.data_ptr() == shard.absmax.data_ptr()
+            found.append((block, shard.on_host, module.weight.numel(), scales))
+    return found
+
+
+def test_offloaded_blocks_are_loaded_into_host_memory(checkpoints):
+    """The shards of a block that will be offloaded go to the host as they are read: no layer keeps
+    bytes or scales of them on the device.
+    """
+    for _, found in run_ranks(_hosted_at_load, 2, checkpoints("bf16")):
+        assert len(found) == 14
+        for block, on_host, numel, scales in found:
+            assert on_host == (block == 1) and scales
+            assert (numel == 0) == on_host

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""A meta 4-bit model, wrapped by its caller: each rank fills in its slices of the checkpoint."""
+
+import glob
+
+from backend import require
+
+require("gloo")
+import pytest
+from fsdp2_ranks import checkpoints, load_whole, run_ranks  # noqa: F401
+
+
+def _own_fully_shard(folder):
+    """Bytes that differ after fully_shard on a meta model and param_init_fn, against a whole load."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.integrations import replace_with_bnb_linear
+    from unsloth.models.fsdp2_param_init import param_init_fn
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = load_whole(folder)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit = True,
+        bnb_4bit_quant_type = "nf4",
+        bnb_4bit_use_double_quant = True,
+        bnb_4bit_compute_dtype = torch.bfloat16,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder), dtype = torch.bfloat16
+        )
+    model = replace_with_bnb_linear(model, ["lm_head"], quantization_config = quantization) or model
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    init = param_init_fn(model, sorted(glob.glob(folder + "/*.safetensors")), mesh)
+    for block in model.model.layers:
+        fully_shard(block, mesh = mesh)
+    fully_shard(model, mesh = mesh)
+    model.apply(init)
+    model.model.rotary_emb = whole.model.rotary_emb
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        return torch.equal(model(input_ids = ids).logits, whole(input_ids = ids).logits)
+
+
+def test_param_init_fn_fills_a_meta_model(checkpoints):
+    """fully_shard on a meta model, then model.apply(param_init_fn): the logits of a whole load, bit
+    for bit.
+    """
+    assert all(same for _, same in run_ranks(_own_fully_shard, 3, checkpoints("bf16")))
+
+
+def _meta_model(folder, meta):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta" if meta else "cpu"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+def _refused(folder, meta, files):
+    from torch.distributed.device_mesh import init_device_mesh
+    from unsloth.models.fsdp2_param_init import param_init_fn
+
+    mesh = init_device_mesh("cpu", (2,))
+    param_init_fn(_meta_model(folder, meta), sorted(glob.glob(f"{folder}/{files}")), mesh)
+
+
+@pytest.mark.parametrize(
+    "meta, files, words",
+    [
+        (False, "*.safetensors", "is on cpu; build the model"),
+        (True, "model-00001-of*.safetensors", "the files have no tensor"),
+        (True, "*.json", "config.json"),
+        (True, "*.bin", "none"),
+    ],
+)
+def test_what_cannot_be_filled_is_named(checkpoints, meta, files, words):
+    """A parameter that is not on meta, or not in the files, and files that are no safetensors."""
+    for error, _ in run_ranks(_refused, 2, checkpoints("bf16"), meta, files, check = False):
+        assert "ValueError" in error and words in error
+
+
+def _gathered_states():
+    """What the QuantState reads after gathers into the same and into other storages."""
+    import torch
+    from unsloth.models import fsdp2_sharded_params as params
+
+    layout = params.RowLayout(numel = 3 * 16384 + 640, world = 1, rank = 0, blocksize = 64)
+    shape = torch.Size((layout.numel // 64, 64))
+    quantized = params.WeightFormat(shape, torch.bfloat16, nested = False)
+    weights = torch.randn(layout.numel, dtype = torch.bfloat16)
+    shard = params.quantize_rows(weights, layout, quantized, torch.device("cpu"), None)
+    state = shard.state
+    first, other = (torch.full((4, 256), value) for value in (1.0, 2.0))
+    shard.set_gathered((first,))
+    seen = [state.absmax.unique().item()]
+    once, state._unsloth_nf4_plan = state.absmax, "of an address"
+    shard.set_gathered((first,))
+    seen += [state.absmax is once, state._unsloth_nf4_plan]
+    shard.set_gathered((other,))
+    return [*seen, state.absmax.unique().item(), state.absmax.numel() == layout.blocks]
+
+
+def test_scales_are_read_from_where_they_were_gathered():
+    """A gather into the same storage keeps the views and voids what was cached by address; one into
+    another storage is seen.
+    """
+    ((_, found),) = run_ranks(_gathered_states, 1)
+    assert found == [1.0, True, None, 2.0, True]
