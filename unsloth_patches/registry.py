@@ -220,73 +220,136 @@ PATCHES: Tuple[Patch, ...] = (
         tests = {"tests/test_nf4_dequantize.py": "interpreter"},
     ),
     Patch(
-        name = "linear-loss",
-        title = "Compute the loss from the head without the logits, with everything nn.CrossEntropyLoss has",
+        name = "cross-entropy-options",
+        title = "Give fast_cross_entropy_loss the options of nn.CrossEntropyLoss",
         targets = (
             Target(
                 attribute = "unsloth.kernels.cross_entropy_loss:fast_cross_entropy_loss",
-                replacement = "fused_loss:replace_fast_cross_entropy_loss",
+                replacement = "kernels.dense_cross_entropy:with_cross_entropy_options",
+                fingerprints = frozenset(["b4d8f61f843d5e8b"]),
+            ),
+        ),
+        modules = (
+            "kernels/cross_entropy_kernel.py",
+            "kernels/cross_entropy_rows.py",
+            "kernels/cross_entropy_spec.py",
+            "kernels/cross_entropy_torch.py",
+            "kernels/dense_cross_entropy.py",
+            "kernels/loss_calls.py",
+            "kernels/second_derivative.py",
+        ),
+        tests = {"tests/test_cross_entropy_options.py": "interpreter"},
+        requires = ("test-backends",),
+    ),
+    Patch(
+        name = "linear-custom-loss",
+        title = "Compute any loss that treats tokens by themselves without holding the logits",
+        targets = (),
+        modules = (
+            "kernels/linear_custom_loss.py",
+            "kernels/loss_chunk_size.py",
+            "kernels/loss_chunking.py",
+        ),
+        tests = {"tests/test_linear_custom_loss.py": "cpu"},
+        shared = ("loss_problems.py",),
+        requires = ("cross-entropy-options",),
+    ),
+    Patch(
+        name = "linear-cross-entropy",
+        title = "Compute the fused loss in fewer matrix products, with everything nn.CrossEntropyLoss has",
+        targets = (
+            Target(
+                attribute = "unsloth.models._utils:unsloth_fused_ce_loss",
+                replacement = "fused_cross_entropy:on_linear_cross_entropy",
+                # Defined in unsloth_zoo: 2026.10.9, .7
+                fingerprints = frozenset(["f90bc40b4e42a1c5", "0cd37c91e1fc3d12"]),
+            ),
+        ),
+        modules = (
+            "fused_cross_entropy.py",
+            "kernels/linear_cross_entropy.py",
+            "kernels/loss_validation.py",
+        ),
+        tests = {
+            "tests/test_cross_entropy_parity.py": "interpreter",
+            "tests/test_linear_cross_entropy.py": "cpu",
+        },
+        requires = ("linear-custom-loss",),
+    ),
+    Patch(
+        name = "linear-log-probs",
+        title = "Compute log-probabilities, entropy and top-1 of tokens without holding the logits",
+        targets = (),
+        modules = (
+            "kernels/linear_log_probs.py",
+            "kernels/linear_loss.py",
+            "kernels/log_probs_kernel.py",
+        ),
+        tests = {
+            "tests/test_linear_log_probs.py": "interpreter",
+            "tests/test_linear_loss_distributed.py": "gloo",
+        },
+        requires = ("linear-cross-entropy",),
+    ),
+    Patch(
+        name = "loss-options",
+        title = "Let class weights, z-loss and label smoothing of a model reach its fused loss",
+        targets = (
+            Target(
+                attribute = "unsloth.kernels.cross_entropy_loss:fast_cross_entropy_loss",
+                replacement = "fused_loss:dense_loss_with_model_options",
                 fingerprints = frozenset(["b4d8f61f843d5e8b"]),
             ),
             Target(
                 attribute = "unsloth.models._utils:unsloth_fused_ce_loss",
-                replacement = "fused_loss:replace_unsloth_fused_ce_loss",
+                replacement = "fused_loss:fused_loss_with_model_options",
                 # Defined in unsloth_zoo: 2026.10.9, .7
                 fingerprints = frozenset(["f90bc40b4e42a1c5", "0cd37c91e1fc3d12"]),
             ),
             Target(
                 attribute = "unsloth.models._utils:_unsloth_pre_compute_loss",
-                replacement = "fused_loss:replace_unsloth_pre_compute_loss",
+                replacement = "fused_loss:label_smoothing_in_the_model",
                 fingerprints = frozenset(["05294ddb7f2090b2"]),
             ),
             Target(
                 attribute = "unsloth.models.llama:CausalLM_fast_forward",
-                replacement = "fused_loss:replace_CausalLM_fast_forward",
+                replacement = "fused_loss:forward_factory_with_loss_options",
                 # 2026.10.9, .7
                 fingerprints = frozenset(["ac27fd88bb3571f3", "ef8af568e4292650"]),
             ),
             Target(
                 attribute = "unsloth.models.mistral:MistralForCausalLM_fast_forward",
-                replacement = "fused_loss:replace_MistralForCausalLM_fast_forward",
+                replacement = "fused_loss:forward_with_loss_options",
                 fingerprints = frozenset(["30e41e06b2a4262d"]),
             ),
+        ),
+        modules = ("fused_loss.py", "loss_options.py"),
+        tests = {"tests/test_loss_options.py": "interpreter"},
+        requires = ("linear-cross-entropy",),
+    ),
+    Patch(
+        name = "cpu-loss-options",
+        title = "Give the CPU backend's loss the options of the fused loss",
+        targets = (
             # 2026.10.7 has no CPU backend.
             Target(
                 attribute = "unsloth_zoo.cpu.ops:chunked_linear_cross_entropy",
-                replacement = "fused_loss_cpu:replace_chunked_linear_cross_entropy",
+                replacement = "fused_loss_cpu:cpu_loss_on_linear_cross_entropy",
                 fingerprints = frozenset(["442c690b45f50d65"]),
                 wired_in = "unsloth/_cpu_init.py",
                 optional = True,
             ),
             Target(
                 attribute = "unsloth_zoo.cpu.loader:patch_chunked_causal_lm_loss",
-                replacement = "fused_loss_cpu:replace_patch_chunked_causal_lm_loss",
+                replacement = "fused_loss_cpu:cpu_forward_with_loss_options",
                 fingerprints = frozenset(["e47d01b3f480695a"]),
                 wired_in = "unsloth/_cpu_init.py",
                 optional = True,
             ),
         ),
-        modules = (
-            "fused_loss.py",
-            "fused_loss_cpu.py",
-            "loss_options.py",
-            "kernels/chunk_rows.py",
-            "kernels/cross_entropy_kernel.py",
-            "kernels/cross_entropy_rows.py",
-            "kernels/cross_entropy_torch.py",
-            "kernels/dense_cross_entropy.py",
-            "kernels/linear_checks.py",
-            "kernels/linear_chunks.py",
-            "kernels/linear_cross_entropy.py",
-            "kernels/linear_log_probs.py",
-            "kernels/linear_loss.py",
-            "kernels/log_probs_kernel.py",
-        ),
-        tests = {
-            "tests/test_linear_loss.py": "cpu",
-            "tests/test_linear_loss_distributed.py": "gloo",
-            "tests/test_cross_entropy_parity.py": "interpreter",
-        },
+        modules = ("fused_loss_cpu.py",),
+        tests = {"tests/test_loss_options_sft.py": "cpu"},
+        requires = ("loss-options",),
     ),
     Patch(
         name = "checkpoint-recompute",

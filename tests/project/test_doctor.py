@@ -154,7 +154,7 @@ def test_unsloth_imported_first(machine, monkeypatch):
 
 
 def test_unknown_patch_switched_off(machine, monkeypatch):
-    monkeypatch.setenv("UNSLOTH_PATCHES_DISABLE", "nf4,linear-loss")
+    monkeypatch.setenv("UNSLOTH_PATCHES_DISABLE", "nf4,loss-options")
     remedy = found("switches", "problem").remedy
     assert "no such patch: nf4;" in remedy and all(patch.name in remedy for patch in PATCHES)
 

@@ -810,7 +810,7 @@ def test_a_mistyped_switch_is_told_at_import():
         import unsloth
         reasons = {row.name: row.reason for row in unsloth_patches.status()}
         print(reasons["fullgraph-report"])
-        assert "choose" not in reasons["linear-loss"]
+        assert "choose" not in reasons["linear-custom-loss"]
         """
     )
     switches = {"UNSLOTH_PATCHES_FULLGRAPH": "stict", "UNSLOTH_PATCHES_QUIET": "0"}

@@ -147,7 +147,7 @@ def products_alone(problem: "Problem") -> Callable:
     """
     import torch
 
-    from unsloth_patches.unsloth.kernels.linear_chunks import multiply_, project
+    from unsloth_patches.unsloth.kernels.loss_chunking import multiply_, project
 
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     active, vocab = problem.shape.active, problem.shape.vocab

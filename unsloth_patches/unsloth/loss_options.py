@@ -1,33 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""What a model's loss does beyond plain cross entropy, and how it gets from a model call to the loss.
-
-The forwards of Unsloth's models are wrapped: loss options among a call's keyword arguments, or set
-once with `set_loss_options`, are there for the loss that the forward computes. transformers' Trainer
-hands its ``label_smoothing_factor`` over the same way.
-"""
+"""What a model's loss does beyond plain cross entropy, and how the loss gets to know it."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any, Dict, Optional
 import contextlib
-import functools
-import os
 import threading
 
 import torch
 
-__all__ = ["LossOptions", "calls", "set_loss_options"]
-
-_COUNTS: Dict[str, int] = {}
-
-
-def calls() -> Dict[str, int]:
-    """How often each loss ran here: ``fused``, ``dense``, ``cpu``, and ``stock: <reason>``."""
-    return dict(_COUNTS)
-
-
-def count_call(name: str) -> None:
-    _COUNTS[name] = _COUNTS.get(name, 0) + 1
+__all__ = ["LossOptions", "active_options", "collect_options", "set_loss_options", "using_options"]
 
 
 @dataclass(frozen = True)
@@ -49,11 +31,20 @@ class LossOptions:
     bias: Optional[torch.Tensor] = None
     shifted_labels: Optional[torch.Tensor] = None
 
+    def changed(self, *names: str) -> Dict[str, Any]:
+        """Those of the options ``names`` that are not the default, as keyword arguments."""
+        values = ((name, getattr(self, name)) for name in names)
+        return {name: v for name, v in values if v is not getattr(PLAIN, name) and not _is(name, v)}
+
+
+def _is(name: str, value: Any) -> bool:
+    return not isinstance(value, torch.Tensor) and value == getattr(PLAIN, name)
+
 
 PLAIN = LossOptions()
-_SETTABLE = tuple(f.name for f in fields(LossOptions) if f.name not in ("bias", "shifted_labels"))
 # Taken from a model call's keyword arguments.
-_CALL_ARGUMENTS = ("class_weight", "label_smoothing", "z_loss", "ignore_index")
+CALL_ARGUMENTS = ("class_weight", "label_smoothing", "z_loss", "ignore_index")
+SETTABLE = tuple(f.name for f in fields(LossOptions) if f.name not in ("bias", "shifted_labels"))
 _local = threading.local()
 # Forwards in progress with options, over all threads: while it is 0, thread state is not looked at.
 _in_use = 0
@@ -68,12 +59,12 @@ def set_loss_options(model: Any, **options: Any) -> None:
     any it removes them. Raises TypeError for an unknown option, ValueError for a model whose loss
     is not computed here.
     """
-    unknown = set(options) - set(_SETTABLE)
+    unknown = set(options) - set(SETTABLE)
     if unknown:
         raise TypeError(
-            f"set_loss_options: no option {sorted(unknown)[0]!r}; there are {', '.join(_SETTABLE)}."
+            f"set_loss_options: no option {sorted(unknown)[0]!r}; there are {', '.join(SETTABLE)}."
         )
-    inner = _causal_lm(model)
+    inner = model_taking_options(model)
     if inner is None:
         raise ValueError(
             f"set_loss_options: the loss of {type(model).__name__} is not computed by Unsloth's fused "
@@ -98,7 +89,7 @@ def _takes_options(module: Any) -> bool:
     return any(getattr(forward, "_takes_loss_options", False) for forward in forwards)
 
 
-def _causal_lm(model: Any) -> Any:
+def model_taking_options(model: Any) -> Any:
     """The model inside wrappers (PEFT, DDP) whose forward takes loss options, or None."""
     for _ in range(8):
         if model is None or _takes_options(model):
@@ -129,122 +120,13 @@ def using_options(options: LossOptions):
             _in_use -= 1
 
 
-def _collect(model: Any, arguments: Dict[str, Any]) -> LossOptions:
+def collect_options(model: Any, arguments: Dict[str, Any]) -> LossOptions:
     """The options of one model call; takes them out of its keyword arguments."""
     options = getattr(model, "_unsloth_loss_options", None) or PLAIN
-    given = {name: arguments.pop(name) for name in _CALL_ARGUMENTS if name in arguments}
+    given = {name: arguments.pop(name) for name in CALL_ARGUMENTS if name in arguments}
     given = {name: value for name, value in given.items() if value is not None}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     bias = getattr(head, "bias", None)
     if isinstance(bias, torch.Tensor):
         given["bias"] = bias
     return replace(options, **given) if given else options
-
-
-def taking_options(
-    forward,
-    shifts_itself: bool,
-    computes_loss = lambda model: True,
-):
-    """``forward`` with loss options among its keyword arguments.
-
-    shifts_itself: it knows ``shift_labels``; otherwise they reach the loss past it.
-    computes_loss: whether a call on this model ends in one of our losses. Where it does not, a call
-        with options gets its loss from the logits.
-    """
-
-    @functools.wraps(forward)
-    def with_options(self, *args, **kwargs):
-        options = _collect(self, kwargs)
-        shifted = kwargs.get("shift_labels")
-        if isinstance(shifted, torch.Tensor):
-            # The fused branch is taken where labels are given; it reads the shifted ones.
-            if kwargs.get("labels") is None:
-                kwargs["labels"] = shifted
-            if not shifts_itself:
-                options = replace(options, shifted_labels = kwargs.pop("shift_labels"))
-        if options is PLAIN:
-            return forward(self, *args, **kwargs)
-        if kwargs.get("labels") is not None and not computes_loss(self):
-            return _with_dense_loss(forward, self, args, kwargs, options)
-        with using_options(options):
-            return forward(self, *args, **kwargs)
-
-    with_options._takes_loss_options = True
-    return with_options
-
-
-def _with_dense_loss(forward, model, args, kwargs, options: LossOptions):
-    """``forward``'s outputs with the loss that the options ask for, from their logits."""
-    labels, shifted = kwargs.pop("labels"), kwargs.pop("shift_labels", None)
-    n_items = kwargs.pop("num_items_in_batch", None)
-    kwargs["return_dict"] = True
-    outputs = forward(model, *args, **kwargs)
-    if shifted is None:
-        shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value = -100)
-    count_call("dense")
-    from .fused_loss import dense_loss
-
-    loss = dense_loss(outputs.logits, shifted, 0, 0, n_items, options)
-    return type(outputs)(**{**outputs, "loss": loss})
-
-
-# --- the Trainer's label_smoothing_factor ---------------------------------------------------------
-
-
-# Our Trainer.compute_loss and the one that it wraps, while it is in place.
-_trainer_wrap = None
-
-
-def smooth_in_the_loss() -> None:
-    """transformers' Trainer hands ``label_smoothing_factor`` to models that take loss options.
-
-    The CPU backend calls ``Trainer.compute_loss`` as it is. On a GPU Unsloth has its own in its place,
-    and that one is wrapped instead.
-    """
-    global _trainer_wrap
-    from transformers import Trainer
-
-    stock = Trainer.compute_loss
-    if not getattr(stock, "_takes_loss_options", False):
-        _trainer_wrap = (smoothing_compute_loss(stock), stock)
-        Trainer.compute_loss = _trainer_wrap[0]
-
-
-def leave_the_trainer() -> None:
-    """Takes `smooth_in_the_loss` back; does nothing where another wrap lies over ours by now."""
-    global _trainer_wrap
-    if _trainer_wrap is None:
-        return
-    from transformers import Trainer
-
-    if Trainer.compute_loss is _trainer_wrap[0]:
-        Trainer.compute_loss = _trainer_wrap[1]
-    _trainer_wrap = None
-
-
-def smoothing_compute_loss(compute_loss):
-    @functools.wraps(compute_loss)
-    def with_smoothing(self, model, inputs, *args, **kwargs):
-        smoother = getattr(self, "label_smoother", None)
-        if not _smooths_in_model(self, model, inputs, smoother):
-            return compute_loss(self, model, inputs, *args, **kwargs)
-        self.label_smoother = None
-        try:
-            inputs = {**inputs, "label_smoothing": float(smoother.epsilon)}
-            return compute_loss(self, model, inputs, *args, **kwargs)
-        finally:
-            self.label_smoother = smoother
-
-    with_smoothing._takes_loss_options = True
-    return with_smoothing
-
-
-def _smooths_in_model(trainer, model, inputs, smoother) -> bool:
-    if smoother is None or type(smoother).__name__ != "LabelSmoother" or "labels" not in inputs:
-        return False
-    if getattr(trainer, "compute_loss_func", None) is not None or smoother.ignore_index != -100:
-        return False
-    if os.environ.get("UNSLOTH_RETURN_HIDDEN_STATES", "0") == "1":
-        return False
-    return _causal_lm(model) is not None

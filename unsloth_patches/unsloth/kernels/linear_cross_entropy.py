@@ -8,20 +8,21 @@ from typing import Optional, Union
 import torch
 import torch.nn.functional as F
 
-from .cross_entropy_rows import RowLoss, cross_entropy_rows
+from .cross_entropy_rows import cross_entropy_rows
+from .cross_entropy_spec import RowLoss
 from .cross_entropy_torch import transform_logits
-from .linear_checks import check_dtype, check_range, check_reduction, flat_labels, row_loss_of
-from .linear_chunks import (
+from .linear_custom_loss import chunked_rows_loss
+from .loss_chunking import (
     ChunkPlan,
     HeadGradients,
     HeadInputs,
     check_device,
     iterate_chunks,
-    narrow_logits,
     prepare_head,
-    refuse_second_derivative,
     without_autocast,
 )
+from .loss_validation import check_dtype, check_range, check_reduction, flat_labels
+from .second_derivative import refuse_second_derivative
 
 __all__ = ["linear_cross_entropy"]
 
@@ -66,7 +67,7 @@ def linear_cross_entropy(
     logit_scale, softcap: logits become ``softcap * tanh(logit_scale * logits / softcap)``; a
         softcap of 0 is none.
     z_loss: adds ``z_loss * logsumexp(logits)**2`` to every row that has a label (PaLM, section 5);
-        reduced like the rest.
+        its mean is over the labels, whatever their class weights are.
     shift: labels are the input tokens; position t is scored against label t + 1, the last not at all.
     nan_if_empty: a mean over no labels is NaN, as in PyTorch; False makes it 0, so that a batch whose
         labels are all ignored trains on.
@@ -85,8 +86,16 @@ def linear_cross_entropy(
     (arXiv 2410.10989) and "Cut Your Losses" (arXiv 2411.09009).
     """
     head = prepare_head(_NAME, hidden, weight, bias)
-    spec = row_loss_of(
-        _NAME, head, class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss
+    spec = RowLoss.validated(
+        _NAME,
+        head.hidden,
+        head.weight.shape[0],
+        class_weight,
+        ignore_index,
+        label_smoothing,
+        logit_scale,
+        softcap,
+        z_loss,
     )
     n_items = check_reduction(_NAME, reduction, n_items)
     check_dtype(_NAME, "logits_dtype", logits_dtype, head.hidden.dtype)
@@ -100,6 +109,9 @@ def linear_cross_entropy(
     plan = ChunkPlan.make(head, flat != ignore_index, chunk_rows, logits_dtype)
     check_range(_NAME, flat, plan.index, plan.count, head.weight.shape[0])
     denominator = _denominator(reduction, n_items, flat, plan, spec)
+    if spec.z_loss and spec.class_weight is not None and reduction == "mean" and n_items is None:
+        # z_loss is a mean over the labels, not over their weights.
+        spec = replace(spec, z_loss = spec.z_loss * denominator / max(plan.count, 1))
     if plan.count == 0 and not nan_if_empty:
         denominator = 1.0
     job = _Job(spec, plan, reduction, denominator, head_grad_dtype, torch.is_grad_enabled())
@@ -164,7 +176,7 @@ def _chunked(
     if any(wanted):
         gradients = HeadGradients(hidden, weight, bias, wanted, job.plan, job.head_grad_dtype)
     for chunk in iterate_chunks(hidden, weight, job.plan):
-        into = None if gradients is None else narrow_logits(chunk, hidden.dtype)
+        into = None if gradients is None else chunk.gradients(hidden.dtype)
         cross_entropy_rows(
             chunk.logits,
             chunk.rows_of(labels),
@@ -183,7 +195,7 @@ def _chunked(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, job):
-        wanted = tuple(ctx.needs_input_grad[:3]) if job.differentiable else (False,) * 3
+        wanted = tuple(need and job.differentiable for need in ctx.needs_input_grad[:3])
         # The per-row upstream gradients of "none" can be applied to hidden's rows afterwards, but
         # not to the head's sums over rows: those wait for the backward.
         later = job.reduction == "none" and any(wanted[1:])
@@ -212,12 +224,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _backward(ctx, upstream):
+    # Read even where it is not needed: autograd raises here when one was changed in place.
+    hidden, weight, bias, labels = ctx.saved_tensors
     job, gradients = ctx.job, ctx.gradients
     ctx.gradients = None
     per_row = job.reduction == "none"
     if gradients is None and any(ctx.wanted):
         # "none" with a trained head, or a second backward through a retained graph.
-        hidden, weight, bias, labels = ctx.saved_tensors
         row_scale = (
             upstream.to(torch.promote_types(upstream.dtype, torch.float32)) if ctx.later else None
         )
@@ -225,7 +238,6 @@ def _backward(ctx, upstream):
         _, gradients = _chunked(hidden, weight, bias, labels, job, ctx.wanted, alpha, row_scale)
     if gradients is None:
         return (None, None, None)
-    bias = ctx.saved_tensors[2] if ctx.wanted[2] else None
     if not per_row:
         return gradients.scaled(upstream * ctx.rest, bias)
     if not ctx.later:
@@ -246,8 +258,6 @@ def _probability_targets(
     chunk_rows: Optional[int],
 ) -> torch.Tensor:
     """Class probabilities as targets, which may have a gradient too: autograd on each chunk."""
-    from .linear_loss import chunked_rows_loss
-
     wanted = (*head.shape, head.weight.shape[0])
     if targets.shape != wanted:
         raise ValueError(

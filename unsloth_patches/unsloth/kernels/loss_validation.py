@@ -8,59 +8,10 @@ import os
 import torch
 import torch.nn.functional as F
 
-from .cross_entropy_rows import RowLoss
-from .linear_chunks import HeadInputs, check_device
+from .cross_entropy_spec import finite_number
+from .loss_chunking import HeadInputs
 
 _REDUCTIONS = ("none", "mean", "sum")
-
-
-def row_loss_of(
-    name: str,
-    head: HeadInputs,
-    class_weight,
-    ignore_index,
-    label_smoothing,
-    logit_scale,
-    softcap,
-    z_loss,
-) -> RowLoss:
-    """What a row's loss is made of; raises TypeError or ValueError for values that do not fit."""
-    vocab_size = head.weight.shape[0]
-    if class_weight is not None:
-        if not isinstance(class_weight, torch.Tensor) or not class_weight.is_floating_point():
-            raise TypeError(
-                f"{name}: class_weight must be a floating point tensor of [{vocab_size}]."
-            )
-        if class_weight.shape != (vocab_size,):
-            raise ValueError(
-                f"{name}: class_weight must be [{vocab_size}], one weight a class, "
-                f"got shape {tuple(class_weight.shape)}."
-            )
-        if class_weight.requires_grad:
-            raise ValueError(f"{name}: class_weight has no gradient; pass class_weight.detach().")
-        check_device(name, head.hidden, class_weight = class_weight)
-        wide = torch.float64 if head.hidden.dtype == torch.float64 else torch.float32
-        class_weight = class_weight.to(wide).contiguous()
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{name}: ignore_index must be an integer, got {ignore_index!r}.")
-    label_smoothing = _number(name, "label_smoothing", label_smoothing)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{name}: label_smoothing must be between 0 and 1, got {label_smoothing}.")
-    softcap = _number(name, "softcap", softcap)
-    if softcap < 0.0:
-        raise ValueError(f"{name}: softcap must be positive, or 0 for none; got {softcap}.")
-    scale, z = _number(name, "logit_scale", logit_scale), _number(name, "z_loss", z_loss)
-    return RowLoss(class_weight, ignore_index, label_smoothing, scale, softcap, z)
-
-
-def _number(name: str, label: str, value) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if number != number or number in (float("inf"), float("-inf")):
-        raise ValueError(f"{name}: {label} must be a finite number, got {value!r}.")
-    return number
 
 
 def check_reduction(name: str, reduction, n_items) -> Optional[float]:
@@ -81,7 +32,7 @@ def check_reduction(name: str, reduction, n_items) -> Optional[float]:
             raise ValueError(f"{name}: n_items must hold one number, got an empty tensor.")
         # A DataParallel replica gets a slice of the repeated count.
         n_items = n_items.reshape(-1)[0].item()
-    number = _number(name, "n_items", n_items)
+    number = finite_number(name, "n_items", n_items)
     if number < 0:
         raise ValueError(f"{name}: n_items must not be negative, got {number}.")
     return number or 1.0
