@@ -131,3 +131,43 @@ def test_z_loss_is_a_mean_over_the_labels_whatever_their_weights_are():
     torch.testing.assert_close(ours, dense, rtol = 1e-5, atol = 1e-5)
     got, wanted = (torch.autograd.grad(value, logits)[0] for value in (ours, dense))
     torch.testing.assert_close(got, wanted, rtol = 1e-4, atol = 1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weights_of_rows_and_reductions_of_dense_logits(reduction):
+    """loss_weights beside class weights, and what the mean is over."""
+    from unsloth.kernels import fast_cross_entropy_loss
+
+    logits = torch.randn(2, 4, 9, device = DEVICE, requires_grad = True)
+    labels = torch.tensor([[1, 2, -100, 4], [5, 6, 7, -100]], device = DEVICE)
+    weight, each = torch.rand(9, device = DEVICE), torch.rand(2, 4, device = DEVICE)
+    options = {"class_weight": weight, "loss_weights": each, "reduction": reduction}
+    ours = fast_cross_entropy_loss(logits, labels, **options)
+    rows = F.cross_entropy(logits.view(-1, 9), labels.view(-1), weight = weight, reduction = "none")
+    rows, keep = rows.view(2, 4) * each, labels != -100
+    by_weights = (weight[labels.clamp(min = 0)] * each * keep).sum()
+    dense = {"none": rows, "sum": rows.sum(), "mean": rows.sum() / by_weights}[reduction]
+    torch.testing.assert_close(ours, dense, rtol = 1e-5, atol = 1e-5)
+    upstream = torch.randn_like(dense)
+    got, wanted = (torch.autograd.grad(value, logits, upstream)[0] for value in (ours, dense))
+    torch.testing.assert_close(got, wanted, rtol = 1e-4, atol = 1e-6)
+    if reduction == "mean":
+        by_labels = fast_cross_entropy_loss(logits, labels, **options, class_weight_mean = "labels")
+        torch.testing.assert_close(by_labels, rows.sum() / keep.sum(), rtol = 1e-5, atol = 1e-5)
+        group = fast_cross_entropy_loss(logits, labels, n_items = 9, **options, weight_items = 4.0)
+        torch.testing.assert_close(group, rows.sum() / 4, rtol = 1e-5, atol = 1e-5)
+
+
+def test_arguments_of_dense_logits_that_do_not_fit_are_named():
+    from unsloth.kernels import fast_cross_entropy_loss
+
+    logits, labels = torch.zeros(1, 3, 9, device = DEVICE), torch.zeros(1, 3, device = DEVICE).long()
+    for options, error, words in (
+        ({"class_weight": torch.ones(3)}, ValueError, r"class_weight must be \[9\]"),
+        ({"label_smoothing": 1.5}, ValueError, "between 0 and 1"),
+        ({"reduction": "max"}, ValueError, "none, mean or sum"),
+        ({"loss_weights": torch.ones(3)}, ValueError, "loss_weights have shape"),
+        ({"weight": torch.ones(9)}, TypeError, "weight"),
+    ):
+        with pytest.raises(error, match = words):
+            fast_cross_entropy_loss(logits, labels, **options)

@@ -404,3 +404,119 @@ def test_an_infinite_logit_gives_nan_as_in_pytorch(linear_cross_entropy):
             bias.zero_()[3] = float("inf")
         assert linear_cross_entropy(hidden, weight, labels, bias).isnan()
         assert F.cross_entropy(F.linear(hidden, weight, bias), labels).isnan()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_loss_weights_multiply_rows_and_count_in_the_mean(
+    linear_cross_entropy, reduction, weighted
+):
+    """A weight a row, beside class weights, shifted with the labels; gradients in float64."""
+    hidden, weight, bias, labels = problem(rows = 8)
+    make = torch.Generator().manual_seed(1)
+    each = torch.rand(2, 4, generator = make, dtype = torch.float64).to(DEVICE)
+    by_class = torch.rand(11, generator = make, dtype = torch.float64).to(DEVICE) if weighted else None
+    states, tokens = hidden.view(2, 4, 5), labels.view(2, 4)
+    ours = linear_cross_entropy(
+        states,
+        weight,
+        tokens,
+        bias,
+        loss_weights = each,
+        class_weight = by_class,
+        reduction = reduction,
+        shift = True,
+        chunk_rows = 3,
+    )
+    logits = F.linear(states, weight, bias)[:, :-1].reshape(-1, 11)
+    targets, scale = tokens[:, 1:].reshape(-1), each[:, 1:].reshape(-1)
+    dense = F.cross_entropy(logits, targets, weight = by_class, reduction = "none") * scale
+    if reduction == "none":
+        dense = F.pad(dense.view(2, 3), (0, 1))
+    elif reduction == "sum":
+        dense = dense.sum()
+    else:
+        table = torch.ones(11, dtype = torch.float64, device = DEVICE) if by_class is None else by_class
+        dense = dense.sum() / (table[targets.clamp(min = 0)] * scale * (targets != -100)).sum()
+    assert_same(ours, dense, (hidden, weight, bias))
+
+
+def test_the_weights_of_a_whole_group_divide_it(linear_cross_entropy):
+    """Micro-batches with n_items and weight_items add up to the loss of one batch, z_loss included."""
+    hidden, weight, _, labels = problem(rows = 12)
+    by_class = torch.rand(11, dtype = torch.float64, device = DEVICE)
+    keep = labels != -100
+    options = {"class_weight": by_class, "z_loss": 0.1}
+    whole = linear_cross_entropy(hidden, weight, labels, **options)
+    options.update(n_items = keep.sum(), weight_items = by_class[labels[keep]].sum())
+    parts = [
+        linear_cross_entropy(hidden[rows], weight, labels[rows], **options)
+        for rows in (slice(0, 3), slice(3, 4), slice(4, 12))
+    ]
+    assert_same(sum(parts), whole, (hidden, weight))
+    by_labels = linear_cross_entropy(
+        hidden, weight, labels, class_weight = by_class, class_weight_mean = "labels"
+    )
+    summed = F.cross_entropy(F.linear(hidden, weight), labels, weight = by_class, reduction = "sum")
+    assert_same(by_labels, summed / keep.sum(), (hidden, weight))
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"loss_weights": torch.ones(7, dtype = torch.long)}, TypeError, "floating point tensor"),
+        ({"loss_weights": torch.ones(6)}, ValueError, "one weight a label"),
+        ({"loss_weights": torch.ones(7, requires_grad = True)}, ValueError, "detach"),
+        ({"class_weight_mean": "sum"}, ValueError, '"weights" or "labels"'),
+        ({"weight_items": -1.0, "n_items": 3}, ValueError, "weight_items must not be negative"),
+        ({"weight_items": 3, "reduction": "sum"}, ValueError, "leave weight_items out"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(linear_cross_entropy, change, error, words):
+    hidden, weight, _, labels = problem(dtype = torch.float32)
+    if "loss_weights" in change and DEVICE != "cpu":
+        given = change["loss_weights"]
+        change = {"loss_weights": given.detach().to(DEVICE).requires_grad_(given.requires_grad)}
+    with pytest.raises(error, match = words):
+        linear_cross_entropy(hidden, weight, labels, **change)
+
+
+@pytest.mark.skipif(
+    not hasattr(F, "linear_cross_entropy"), reason = "this PyTorch has no linear_cross_entropy"
+)
+@pytest.mark.parametrize("shape, vocab", [((3,), 4), ((8, 3), 4), ((8,), 8), ((8, 8), 8)])
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_samples_of_pytorchs_own_linear_cross_entropy(
+    linear_cross_entropy, shape, vocab, probabilities, reduction
+):
+    """Values and gradients, float64, on the kinds of samples that PyTorch tests its function with.
+
+    Without those whose head has more dimensions than a vocabulary.
+    """
+    make = torch.Generator().manual_seed(0)
+
+    def draw(*size):
+        return torch.randn(size, generator = make, dtype = torch.float64).to(DEVICE).requires_grad_()
+
+    hidden, weight, bias = draw(*shape), draw(vocab, shape[-1]), draw(vocab)
+    class_weight = draw(vocab).detach().abs()
+    if probabilities:
+        labels = draw(*shape[:-1], vocab).detach().softmax(-1)
+    else:
+        labels = torch.randint(0, vocab, shape[:-1], generator = make).to(DEVICE)
+    for settings in (
+        {},
+        {"label_smoothing": 0.5},
+        {"weight": class_weight},
+        {"weight": class_weight, "label_smoothing": 0.3, "linear_bias": bias},
+        {} if probabilities else {"ignore_index": 1, "linear_bias": bias},
+    ):
+        theirs = F.linear_cross_entropy(hidden, weight, labels, reduction = reduction, **settings)
+        renamed = {"weight": "class_weight", "linear_bias": "bias"}
+        options = {renamed.get(name, name): value for name, value in settings.items()}
+        ours = linear_cross_entropy(hidden, weight, labels, reduction = reduction, **options)
+        torch.testing.assert_close(ours, theirs, rtol = 1e-10, atol = 1e-10, equal_nan = True)
+        if not theirs.isnan().any():
+            leaves = (hidden, weight) + ((bias,) if "bias" in options else ())
+            assert_same(ours, theirs, leaves)

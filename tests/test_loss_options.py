@@ -126,31 +126,22 @@ def test_a_batch_with_every_label_ignored_trains_on(model_call):
     model.zero_grad()
 
 
-def test_what_we_do_not_serve_goes_to_stock_or_is_refused():
-    """A stock setting keeps stock; an option that stock would drop is an error."""
+def test_shifted_labels_reach_the_stock_loss_where_it_has_to_run():
+    """Labels that the forward got shifted are not shifted again, and not dropped."""
     from unsloth import fused_loss, loss_options
     from unsloth.models._utils import unsloth_fused_ce_loss
 
     hidden, weight, _, labels = problem(rows = 5, dtype = torch.float32, ignored = ())
     arguments = {"hidden_states": hidden[None], "lm_head_weight": weight, "lm_head_bias": None}
-    before = fused_loss.calls().get("stock: mask", 0)
-    mask = torch.ones_like(labels[None])
-    loss = unsloth_fused_ce_loss(
-        None, labels = labels[None], mask = mask, torch_compile = False, **arguments
-    )
+    arguments.update(target_gb = 1, torch_compile = False)
+    targets = F.pad(labels[1:], (0, 1), value = -100)[None]
     wanted = F.cross_entropy(F.linear(hidden, weight)[:-1], labels[1:])
+    with loss_options.using_options(fused_loss.LossOptions(shifted_labels = targets)):
+        loss = unsloth_fused_ce_loss(None, labels = targets, **arguments)
     torch.testing.assert_close(loss, wanted, rtol = 1e-4, atol = 1e-4)
-    assert fused_loss.calls()["stock: mask"] == before + 1
     with loss_options.using_options(fused_loss.LossOptions(z_loss = 0.1)):
         with pytest.raises(NotImplementedError, match = "z_loss cannot be honoured"):
-            unsloth_fused_ce_loss(None, labels = labels[None], mask = mask, **arguments)
-    # Labels that are shifted already reach the stock loss as such.
-    targets = F.pad(labels[1:], (0, 1), value = -100)[None]
-    with loss_options.using_options(fused_loss.LossOptions(shifted_labels = targets)):
-        loss = unsloth_fused_ce_loss(
-            None, labels = targets, target_gb = 1, torch_compile = False, **arguments
-        )
-    torch.testing.assert_close(loss, wanted, rtol = 1e-4, atol = 1e-4)
+            unsloth_fused_ce_loss(None, labels = labels[None], **arguments)
 
 
 # --- what an error leaves behind ----------------------------------------------------------------

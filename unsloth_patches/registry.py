@@ -256,17 +256,9 @@ PATCHES: Tuple[Patch, ...] = (
     ),
     Patch(
         name = "linear-cross-entropy",
-        title = "Compute the fused loss in fewer matrix products, with everything nn.CrossEntropyLoss has",
-        targets = (
-            Target(
-                attribute = "unsloth.models._utils:unsloth_fused_ce_loss",
-                replacement = "fused_cross_entropy:on_linear_cross_entropy",
-                # Defined in unsloth_zoo: 2026.10.9, .7
-                fingerprints = frozenset(["f90bc40b4e42a1c5", "0cd37c91e1fc3d12"]),
-            ),
-        ),
+        title = "Compute everything nn.CrossEntropyLoss has without holding the logits",
+        targets = (),
         modules = (
-            "fused_cross_entropy.py",
             "kernels/linear_cross_entropy.py",
             "kernels/loss_validation.py",
         ),
@@ -275,6 +267,21 @@ PATCHES: Tuple[Patch, ...] = (
             "tests/test_linear_cross_entropy.py": "cpu",
         },
         requires = ("linear-custom-loss",),
+    ),
+    Patch(
+        name = "fused-cross-entropy",
+        title = "Compute the fused loss in fewer matrix products and less memory",
+        targets = (
+            Target(
+                attribute = "unsloth.models._utils:unsloth_fused_ce_loss",
+                replacement = "fused_cross_entropy:on_linear_cross_entropy",
+                # Defined in unsloth_zoo: 2026.10.9, .7
+                fingerprints = frozenset(["f90bc40b4e42a1c5", "0cd37c91e1fc3d12"]),
+            ),
+        ),
+        modules = ("fused_cross_entropy.py",),
+        tests = {"tests/test_fused_cross_entropy.py": "interpreter"},
+        requires = ("linear-cross-entropy",),
     ),
     Patch(
         name = "linear-log-probs",
@@ -323,9 +330,9 @@ PATCHES: Tuple[Patch, ...] = (
                 fingerprints = frozenset(["30e41e06b2a4262d"]),
             ),
         ),
-        modules = ("fused_loss.py", "loss_options.py"),
+        modules = ("fused_loss.py", "loss_in_trainers.py", "loss_options.py"),
         tests = {"tests/test_loss_options.py": "interpreter"},
-        requires = ("linear-cross-entropy",),
+        requires = ("fused-cross-entropy",),
     ),
     Patch(
         name = "cpu-loss-options",

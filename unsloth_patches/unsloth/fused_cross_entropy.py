@@ -5,14 +5,16 @@
 What that does not serve goes to the stock function; `calls` counts both.
 """
 
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Dict, Optional, Tuple
 import functools
 import os
 import warnings
 
 import torch
 
+from .kernels.cross_entropy_spec import RowLoss
 from .kernels.loss_calls import count_call, require_parameters
+from .kernels.loss_validation import refuse_lookalikes
 
 __all__ = ["head_loss", "on_linear_cross_entropy", "unless_zoo_is_unknown"]
 
@@ -28,7 +30,15 @@ _STOCK_KEYWORDS = (
     "ignore_index",
     "label_smoothing",
 )
-_OUR_KEYWORDS = ("class_weight", "z_loss", "chunk_rows", "logits_dtype")
+_REFUSED_BY_STOCK = ("class_weight", "z_loss", "loss_weights", "loss_fn")
+_OUR_KEYWORDS = _REFUSED_BY_STOCK + (
+    "reduction",
+    "class_weight_mean",
+    "weight_items",
+    "loss_columns",
+    "chunk_rows",
+    "logits_dtype",
+)
 # Whether this module is a part of Unsloth itself, rather than put in by import hooks.
 _IN_UNSLOTH = __name__.partition(".")[0] == "unsloth"
 # Settings of the stock loss's own chunking: who sets one gets the stock loss.
@@ -70,8 +80,7 @@ def _stock_alone(stock, reason: str):
 def on_linear_cross_entropy(stock):
     """The fused loss of ``models/llama.py`` and ``models/mistral.py``; stock serves what we do not.
 
-    It takes class_weight, z_loss, chunk_rows and logits_dtype of `linear_cross_entropy` besides the
-    stock loss's keywords.
+    It takes the options of `head_loss` besides the stock loss's keywords.
     """
     require_parameters(stock, _PARAMETERS)
 
@@ -91,6 +100,7 @@ def on_linear_cross_entropy(stock):
         shift_labels = True,
         **kwargs,
     ):
+        refuse_lookalikes("unsloth_fused_ce_loss", kwargs, _STOCK_KEYWORDS + _OUR_KEYWORDS)
         reason = _unserved(hidden_states, lm_head_weight, mask, target_gb, overwrite, kwargs)
         if reason:
             count_call(f"stock: {reason}")
@@ -144,13 +154,15 @@ def _unserved(hidden, weight, mask, target_gb, overwrite, keywords) -> str:
 
 def without_our_keywords(keywords: Dict[str, Any], reason: str) -> Dict[str, Any]:
     """``keywords`` for the stock loss; NotImplementedError for one that it would drop in silence."""
-    for name in ("class_weight", "z_loss"):
-        value = keywords.get(name)
-        if value is not None and (isinstance(value, torch.Tensor) or value):
-            raise NotImplementedError(
-                f"{name} cannot be honoured here, as the stock loss has to run ({reason}); "
-                f"leave {name} out or remove the cause."
-            )
+    asked = [name for name in _REFUSED_BY_STOCK if keywords.get(name) is not None]
+    asked = [name for name in asked if name != "z_loss" or keywords[name]]
+    if keywords.get("reduction") not in (None, "mean"):
+        asked.append("reduction")
+    for name in asked:
+        raise NotImplementedError(
+            f"{name} cannot be honoured here, as the stock loss has to run ({reason}); "
+            f"leave {name} out or remove the cause."
+        )
     return {name: value for name, value in keywords.items() if name not in _OUR_KEYWORDS}
 
 
@@ -168,12 +180,16 @@ def head_loss(
     logit_scale_multiply = 0,
     logit_scale_divide = 0,
     logits_dtype: Optional[torch.dtype] = None,
+    loss_weights: Optional[torch.Tensor] = None,
+    loss_fn: Optional[Callable] = None,
+    loss_columns: Tuple[torch.Tensor, ...] = (),
     **options,
 ) -> torch.Tensor:
     """Loss of a model's head and its inputs as training wants it; options of `linear_cross_entropy`.
 
     hidden: [..., width]; labels: integers of hidden's leading shape. -100 is ignored whatever
     ``ignore_index`` is, a batch without labels has loss 0, and Unsloth's variables are read.
+    loss_fn: takes the place of cross entropy; see `custom_loss`.
     """
     from .kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -186,20 +202,96 @@ def head_loss(
         labels = labels.masked_fill(labels == -100, ignore_index)
     if os.environ.get("UNSLOTH_LOSS_FLOAT32_LOGITS", "0") == "1":
         logits_dtype = torch.float32
+    if loss_weights is not None:
+        loss_weights = loss_weights.to(device)
+    scale = (logit_scale_multiply or 1.0) / (logit_scale_divide or 1.0)
+    softcap = logit_softcapping or 0.0
+    bias = None if bias is None else bias.to(device)
+    if loss_fn is not None:
+        from .kernels.linear_custom_loss import linear_loss
+
+        rows = (labels, *(column.to(device) for column in loss_columns))
+        if shift:
+            rows = tuple(row.roll(-1, labels.dim() - 1) for row in rows)
+            rows[0][..., -1] = ignore_index
+            if loss_weights is not None:
+                loss_weights = loss_weights.roll(-1, labels.dim() - 1)
+        chunk_rows = options.pop("chunk_rows", None)
+        total_of = functools.partial(linear_loss, hidden, weight, bias = bias, chunk_rows = chunk_rows)
+        transform = RowLoss(logit_scale = scale, softcap = softcap)
+        return custom_loss(
+            loss_fn,
+            total_of,
+            rows,
+            ignore_index,
+            n_items,
+            transform,
+            loss_weights = loss_weights,
+            **options,
+        )
     wide_head = os.environ.get("UNSLOTH_CE_FP32_HEAD_GRAD", "0") == "1"
     return linear_cross_entropy(
         hidden,
         weight,
         labels,
-        None if bias is None else bias.to(device),
+        bias,
         class_weight = None if class_weight is None else class_weight.to(device),
         ignore_index = ignore_index,
         n_items = n_items,
-        logit_scale = (logit_scale_multiply or 1.0) / (logit_scale_divide or 1.0),
-        softcap = logit_softcapping or 0.0,
+        loss_weights = loss_weights,
+        logit_scale = scale,
+        softcap = softcap,
         shift = shift,
         nan_if_empty = False,
         logits_dtype = None if hidden.dtype == torch.float64 else logits_dtype,
         head_grad_dtype = torch.float32 if wide_head and weight.dtype != torch.float64 else None,
         **options,
     )
+
+
+def custom_loss(
+    loss_fn: Callable,
+    total_of: Callable,
+    rows: Tuple[torch.Tensor, ...],
+    ignore_index: int,
+    n_items,
+    transform: RowLoss,
+    *,
+    loss_weights: Optional[torch.Tensor] = None,
+    reduction: str = "mean",
+    class_weight_mean: str = "weights",
+    weight_items = None,
+) -> torch.Tensor:
+    """``loss_fn(logits, labels, *columns)`` of the rows that have a label, reduced like cross entropy.
+
+    total_of: ``total_of(function, *row arguments, keep)`` applies a function to the logits of the rows
+    to keep. rows: labels and columns, shifted already. loss_fn gets float32 logits, scaled and
+    soft-capped as the model's are, and returns each row's loss.
+    """
+    from .kernels.cross_entropy_torch import transform_logits
+
+    labels, *columns = rows
+    keep = labels != ignore_index
+    if loss_weights is None:
+        loss_weights = torch.ones_like(labels, dtype = torch.float32)
+
+    def weighted(logits, weights, *values):
+        found = loss_fn(transform_logits(logits, transform), *values)
+        if not isinstance(found, torch.Tensor) or found.shape != weights.shape:
+            raise ValueError(
+                f"loss_fn must return each token's loss, {tuple(weights.shape)}; it returned "
+                f"{tuple(getattr(found, 'shape', ())) or type(found).__name__}."
+            )
+        found = found * weights
+        return found if reduction == "none" else found.sum()
+
+    labelled = labels.masked_fill(~keep, 0).long()
+    total = total_of(weighted, loss_weights, labelled, *columns, keep = keep)
+    if reduction != "mean":
+        return total
+    if n_items is None:
+        n_items = ((loss_weights * keep) if class_weight_mean == "weights" else keep).sum()
+    elif class_weight_mean == "weights" and weight_items is not None:
+        n_items = weight_items
+    n_items = torch.as_tensor(n_items, dtype = total.dtype, device = total.device).reshape(-1)[0]
+    return total / torch.where(n_items == 0, 1.0, n_items)

@@ -8,25 +8,62 @@ while the forward runs. transformers' Trainer hands its ``label_smoothing_factor
 """
 
 from dataclasses import replace
+from typing import Any, Callable, Iterator
 import functools
 import inspect
 import os
+import sys
+import types
 
 import torch
 
 from .kernels.loss_calls import calls, count_call, require_parameters
 from .loss_options import (
-    CALL_ARGUMENTS,
     PLAIN,
     LossOptions,
     active_options,
+    checked_options,
     collect_options,
-    model_taking_options,
-    set_loss_options,
     using_options,
 )
 
 __all__ = ["LossOptions", "calls", "set_loss_options"]
+
+
+def set_loss_options(
+    model: Any,
+    reset: bool = False,
+    **options: Any,
+) -> LossOptions:
+    """Options for every loss of a model, through SFTTrainer, in its evaluation, or called directly.
+
+    ``set_loss_options(model, class_weight = w, label_smoothing = 0.1, z_loss = 1e-4)``; fields of
+    `LossOptions`, checked here. Arguments of a model call win. Called again with options, it replaces
+    all of them; without any it changes nothing; ``reset = True`` removes them. Returns what is in force.
+
+    Models of FastLanguageModel compute the loss without holding the logits; any other causal language
+    model with an output head computes it from its logits. Raises TypeError for an unknown option,
+    ValueError for a value that does not fit or a model without such a head.
+    """
+    inner = model_taking_options(model) or causal_model(model)
+    head = None if inner is None else inner.get_output_embeddings()
+    if getattr(head, "weight", None) is None:
+        raise ValueError(
+            f"set_loss_options: {type(model).__name__} is no causal language model with an output "
+            "head (get_output_embeddings() with a weight), so it has no cross entropy of logits."
+        )
+    vocab_size = getattr(head, "out_features", None) or head.weight.shape[0]
+    if options:
+        checked = checked_options("set_loss_options", vocab_size, options)
+        if model_taking_options(inner) is None:
+            take_options_from_logits(inner)
+        from .loss_in_trainers import install_in_trainers
+
+        install_in_trainers()
+        inner._unsloth_loss_options = checked
+    elif reset:
+        inner._unsloth_loss_options = None
+    return getattr(inner, "_unsloth_loss_options", None) or PLAIN
 
 
 # --- the losses ---------------------------------------------------------------------------------
@@ -45,7 +82,7 @@ def fused_loss_with_model_options(stock):
                 lm_head_bias = options.bias
             if options.shifted_labels is not None:
                 labels, kwargs["shift_labels"] = options.shifted_labels, False
-            kwargs.update(options.changed(*CALL_ARGUMENTS, "logits_dtype", "chunk_rows"))
+            kwargs.update(options.changed("bias", "shifted_labels"))
         return stock(trainer, hidden_states, lm_head_weight, lm_head_bias, labels, *args, **kwargs)
 
     return unsloth_fused_ce_loss
@@ -60,10 +97,58 @@ def dense_loss_with_model_options(stock):
         if options is not PLAIN:
             if options.shifted_labels is not None:
                 labels = options.shifted_labels.to(labels.device)
-            kwargs = {**options.changed(*CALL_ARGUMENTS), **kwargs}
+            if options.shifted_labels is None:
+                options = _with_shifted_columns(options)
+            if options.loss_fn is not None:
+                return _loss_of_logits(logits, labels, *args, options = options, **kwargs)
+            kwargs = {**options.changed(*_OF_THE_HEAD), **kwargs}
         return stock(logits, labels, *args, **kwargs)
 
     return fast_cross_entropy_loss
+
+
+# Options that say nothing about logits that are there already.
+_OF_THE_HEAD = ("bias", "shifted_labels", "chunk_rows", "logits_dtype", "loss_fn", "loss_columns")
+
+
+def _loss_of_logits(
+    logits,
+    labels,
+    logit_softcapping = 0,
+    logit_scaling = 0,
+    n_items = None,
+    *,
+    options: LossOptions,
+):
+    """The loss that the options ask for, of logits that are there anyway and labels in their places."""
+    if options.loss_fn is None:
+        from .kernels.dense_cross_entropy import dense_cross_entropy
+
+        settings = options.changed(*_OF_THE_HEAD)
+        settings.update(logit_scale = logit_scaling or 1.0, softcap = logit_softcapping or 0.0)
+        return dense_cross_entropy(logits, labels, n_items, **settings)
+    from .fused_cross_entropy import custom_loss
+    from .kernels.cross_entropy_spec import RowLoss
+
+    def total_of(function, *arguments, keep):
+        return function(logits[keep].float(), *(argument[keep] for argument in arguments))
+
+    transform = RowLoss(logit_scale = logit_scaling or 1.0, softcap = logit_softcapping or 0.0)
+    rows = (labels, *(column.to(labels.device) for column in options.loss_columns))
+    settings = options.changed(*_OF_THE_HEAD, "ignore_index")
+    return custom_loss(
+        options.loss_fn, total_of, rows, options.ignore_index, n_items, transform, **settings
+    )
+
+
+def _with_shifted_columns(options: LossOptions) -> LossOptions:
+    """The columns of the batch at the positions that its labels are scored at."""
+    weights = options.loss_weights
+    if weights is None and not options.loss_columns:
+        return options
+    columns = tuple(column.roll(-1, 1) for column in options.loss_columns)
+    weights = None if weights is None else weights.roll(-1, 1)
+    return replace(options, loss_columns = columns, loss_weights = weights)
 
 
 # --- the forwards -------------------------------------------------------------------------------
@@ -76,8 +161,10 @@ def forward_factory_with_loss_options(stock):
     @functools.wraps(stock)
     def CausalLM_fast_forward(fast_forward_inference):
         forward = stock(fast_forward_inference)
-        return taking_options(forward, shifts_itself = _knows_shift_labels(forward))
+        shifts_itself, in_force = _knows_shift_labels(forward), still_there(stock)
+        return taking_options(forward, shifts_itself, in_force = in_force)
 
+    CausalLM_fast_forward._takes_loss_options = True
     return CausalLM_fast_forward
 
 
@@ -85,7 +172,17 @@ def forward_with_loss_options(stock):
     """Mistral's forward, with loss options and shifted labels."""
     if "labels" not in inspect.signature(stock).parameters:
         raise NotImplementedError(f"{stock.__name__} takes no labels here")
-    return taking_options(stock, shifts_itself = _knows_shift_labels(stock))
+    return taking_options(stock, _knows_shift_labels(stock), in_force = still_there(stock))
+
+
+def still_there(stock, module: str = "") -> Callable[[], bool]:
+    """Whether ``stock``'s name still stands for what takes loss options in its place."""
+    module, name = module or stock.__module__, stock.__name__
+
+    def is_there():
+        return getattr(getattr(sys.modules[module], name, None), "_takes_loss_options", False)
+
+    return is_there
 
 
 def _knows_shift_labels(forward) -> bool:
@@ -97,24 +194,30 @@ def taking_options(
     forward,
     shifts_itself: bool,
     computes_loss = lambda model: True,
+    in_force = lambda: True,
 ):
     """``forward`` with loss options among its keyword arguments.
 
     shifts_itself: it knows ``shift_labels``; otherwise they reach the loss past it.
     computes_loss: whether a call on this model ends in one of our losses. Where it does not, a call
         with options gets its loss from the logits.
+    in_force: False while whoever put the loss in has taken it out again, to compare: the call is stock.
     """
 
     @functools.wraps(forward)
     def with_options(self, *args, **kwargs):
+        if not in_force():
+            return forward(self, *args, **kwargs)
         options = collect_options(self, kwargs)
         shifted = kwargs.get("shift_labels")
         if isinstance(shifted, torch.Tensor):
             # The fused branch is taken where labels are given; it reads the shifted ones.
             if kwargs.get("labels") is None:
                 kwargs["labels"] = shifted
+            if options is not PLAIN or not shifts_itself:
+                options = replace(options, shifted_labels = shifted)
             if not shifts_itself:
-                options = replace(options, shifted_labels = kwargs.pop("shift_labels"))
+                del kwargs["shift_labels"]
         if options is PLAIN:
             return forward(self, *args, **kwargs)
         if kwargs.get("labels") is not None and not computes_loss(self):
@@ -128,23 +231,81 @@ def taking_options(
 
 def _with_dense_loss(forward, model, args, kwargs, options: LossOptions):
     """``forward``'s outputs with the loss that the options ask for, from their logits."""
-    from .kernels.dense_cross_entropy import dense_cross_entropy
-
     labels, shifted = kwargs.pop("labels"), kwargs.pop("shift_labels", None)
     n_items = kwargs.pop("num_items_in_batch", None)
-    kwargs["return_dict"] = True
-    outputs = forward(model, *args, **kwargs)
+    wants_dict = kwargs.pop("return_dict", None)
+    outputs = forward(model, *args, **kwargs, return_dict = True)
+    if outputs.logits is None or outputs.logits.dim() != 3:
+        raise NotImplementedError(
+            f"{type(model).__name__} returns no logits here, so its loss options cannot be honoured; "
+            "set UNSLOTH_RETURN_LOGITS=1, or remove them with set_loss_options(model, reset = True)."
+        )
     if shifted is None:
         shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value = -100)
+        options = _with_shifted_columns(options)
     count_call("dense")
-    loss = dense_cross_entropy(outputs.logits, shifted, n_items, **options.changed(*CALL_ARGUMENTS))
-    return type(outputs)(**{**outputs, "loss": loss})
+    loss = _loss_of_logits(
+        outputs.logits, shifted.to(outputs.logits.device), 0, 0, n_items, options = options
+    )
+    balance = getattr(outputs, "aux_loss", None)
+    if isinstance(balance, torch.Tensor):  # of a mixture of experts' router
+        loss = loss + getattr(model, "router_aux_loss_coef", 0.0) * balance.to(loss.device)
+    outputs = type(outputs)(**{**outputs, "loss": loss})
+    return outputs.to_tuple() if wants_dict is False else outputs
+
+
+def _takes_options(module: Any) -> bool:
+    # TRL wraps a model's forward on the instance, so a model whose own forward takes options is marked
+    # itself. Not getattr: PEFT forwards attribute reads to what it wraps.
+    own = vars(module)
+    if own.get("_takes_loss_options", False):
+        return True
+    forwards = (own.get("forward"), getattr(type(module), "forward", None))
+    return any(getattr(forward, "_takes_loss_options", False) for forward in forwards)
+
+
+def _inside(model: Any) -> Iterator[Any]:
+    """The model and those inside its wrappers (PEFT, DDP)."""
+    for _ in range(8):
+        if not isinstance(model, torch.nn.Module):
+            return
+        yield model
+        inside = model._modules
+        model = inside.get("module", inside.get("base_model", inside.get("model")))
+
+
+def model_taking_options(model: Any) -> Any:
+    """The model inside wrappers whose forward takes loss options, or None."""
+    return next(filter(_takes_options, _inside(model)), None)
+
+
+def causal_model(model: Any) -> Any:
+    """The causal language model inside wrappers, of whatever kind, or None."""
+    kinds = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+    named = (part for part in _inside(model) if type(part).__name__.endswith(kinds))
+    return next((part for part in named if part.get_output_embeddings() is not None), None)
+
+
+def take_options_from_logits(model: Any, in_force = lambda: True) -> None:
+    """``model`` computes its loss from its logits wherever it has loss options."""
+    bound = model.forward
+    if getattr(bound, "__self__", None) is model:
+        forward = bound.__func__  # as deepcopy rebinds the method to the copy
+    else:
+
+        @functools.wraps(type(model).forward)
+        def forward(self, *args, **kwargs):
+            return bound(*args, **kwargs)
+
+    taking = taking_options(forward, True, computes_loss = lambda model: False, in_force = in_force)
+    model.forward = types.MethodType(taking, model)
+    model._takes_loss_options = True
 
 
 # --- the Trainer's label_smoothing_factor ---------------------------------------------------------
 
 
-def label_smoothing_in_the_model(compute_loss):
+def label_smoothing_in_the_model(compute_loss, in_force = lambda: True):
     """``label_smoothing_factor`` reaches the model's loss, instead of asking for all logits."""
     if tuple(inspect.signature(compute_loss).parameters)[:3] != ("self", "model", "inputs"):
         raise NotImplementedError(
@@ -154,7 +315,7 @@ def label_smoothing_in_the_model(compute_loss):
     @functools.wraps(compute_loss)
     def with_smoothing(self, model, inputs, *args, **kwargs):
         smoother = getattr(self, "label_smoother", None)
-        if not _smooths_in_model(self, model, inputs, smoother):
+        if not in_force() or not _smooths_in_model(self, model, inputs, smoother):
             return compute_loss(self, model, inputs, *args, **kwargs)
         self.label_smoother = None
         try:

@@ -8,9 +8,15 @@ import functools
 import torch
 
 from .fused_cross_entropy import head_loss, unless_zoo_is_unknown, without_our_keywords
-from .fused_loss import label_smoothing_in_the_model, taking_options
+from .fused_loss import (
+    causal_model,
+    label_smoothing_in_the_model,
+    still_there,
+    take_options_from_logits,
+    taking_options,
+)
 from .kernels.loss_calls import count_call, require_parameters
-from .loss_options import CALL_ARGUMENTS, active_options
+from .loss_options import active_options
 
 _PARAMETERS = (
     "hidden",
@@ -29,7 +35,7 @@ def cpu_loss_on_linear_cross_entropy(stock):
 
     @functools.wraps(stock)
     def chunked_linear_cross_entropy(*args, **kwargs):
-        options = active_options().changed(*CALL_ARGUMENTS, "logits_dtype", "chunk_rows", "bias")
+        options = active_options().changed("shifted_labels")
         return loss(*args, **{**kwargs, **options})
 
     chunked_linear_cross_entropy._takes_loss_options = True
@@ -81,6 +87,7 @@ def _on_linear_cross_entropy(stock):
 def cpu_forward_with_loss_options(stock):
     """The CPU backend's per-model hook: the forward that it installs takes loss options."""
     require_parameters(stock, ("model",))
+    in_force = still_there(stock, "unsloth_zoo.cpu.loader")
 
     @functools.wraps(stock)
     def patch_chunked_causal_lm_loss(model):
@@ -88,28 +95,36 @@ def cpu_forward_with_loss_options(stock):
         forward = vars(model).get("forward")
         if installed and forward is not None and not getattr(forward, "_takes_loss_options", False):
             plain = forward.__func__
-            taking = taking_options(plain, shifts_itself = True, computes_loss = _in_cpu_step)
+            taking = taking_options(plain, True, _in_cpu_step, in_force)
             model.forward = type(forward)(taking, model)
             model._takes_loss_options = True
-            smooth_in_the_model()
+            smooth_in_the_model(in_force)
+        elif not installed and causal_model(model) is model:
+            # Soft caps, scales, routers: the options' loss comes from the logits.
+            take_options_from_logits(model, in_force)
+            smooth_in_the_model(in_force)
         return installed
 
+    patch_chunked_causal_lm_loss._takes_loss_options = True
     patch_chunked_causal_lm_loss._undo_replacement = leave_the_trainer
     return patch_chunked_causal_lm_loss
 
 
 def _in_cpu_step(model: Any) -> bool:
     """The CPU backend computes its loss in chunks within SFTTrainer's own training step alone."""
-    return torch.is_grad_enabled() and bool(
-        vars(model).get("_unsloth_cpu_chunked_ce_active", False)
-    )
+    from unsloth_zoo.cpu import ops
+
+    if not vars(model).get("_unsloth_cpu_chunked_ce_active", False) or not torch.is_grad_enabled():
+        return False
+    weight_of = getattr(ops, "_plain_head_weight", lambda head: head)
+    return weight_of(model.get_output_embeddings()) is not None  # None: LoRA on the head
 
 
 # Our Trainer.compute_loss and the one that it wraps, while it is in place.
 _trainer_wrap = None
 
 
-def smooth_in_the_model() -> None:
+def smooth_in_the_model(in_force = lambda: True) -> None:
     """transformers' Trainer hands ``label_smoothing_factor`` to models that take loss options.
 
     The CPU backend calls ``Trainer.compute_loss`` as it is. On a GPU Unsloth has its own in its place,
@@ -120,7 +135,7 @@ def smooth_in_the_model() -> None:
 
     stock = Trainer.compute_loss
     if not getattr(stock, "_takes_loss_options", False):
-        _trainer_wrap = (label_smoothing_in_the_model(stock), stock)
+        _trainer_wrap = (label_smoothing_in_the_model(stock, in_force), stock)
         Trainer.compute_loss = _trainer_wrap[0]
 
 

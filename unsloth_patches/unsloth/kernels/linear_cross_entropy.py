@@ -21,7 +21,7 @@ from .loss_chunking import (
     prepare_head,
     without_autocast,
 )
-from .loss_validation import check_dtype, check_range, check_reduction, flat_labels
+from .loss_validation import check_dtype, check_range, check_reduction, flat_labels, flat_weights
 from .second_derivative import refuse_second_derivative
 
 __all__ = ["linear_cross_entropy"]
@@ -41,6 +41,9 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     n_items: Union[None, int, float, torch.Tensor] = None,
+    loss_weights: Optional[torch.Tensor] = None,
+    class_weight_mean: str = "weights",
+    weight_items: Union[None, int, float, torch.Tensor] = None,
     logit_scale: float = 1.0,
     softcap: float = 0.0,
     z_loss: float = 0.0,
@@ -61,9 +64,14 @@ def linear_cross_entropy(
         (or both cast by torch.autocast); a sharded DTensor is gathered. bias: [vocab] or None.
     labels: [...] integers, or [..., vocab] class probabilities in floating point.
     class_weight: [vocab]; multiplies a class's loss, and counts in the mean's denominator.
+    loss_weights: [...] in floating point, labels' shape; each multiplies its row's loss, and counts in
+        the mean's denominator as class weights do. Shifted with the labels.
     reduction: "mean", "sum", or "none" (shape of labels, 0 where ignored).
     n_items: divides the sum instead of the number of labels: the count over a whole gradient
         accumulation group. Only with "mean"; 0 counts as 1, so a group without labels trains on.
+    class_weight_mean: the mean of weighted rows is over their "weights", as in PyTorch, or over the
+        number of "labels". With n_items, ``weight_items`` is that sum of weights over the whole group;
+        without it n_items divides.
     logit_scale, softcap: logits become ``softcap * tanh(logit_scale * logits / softcap)``; a
         softcap of 0 is none.
     z_loss: adds ``z_loss * logsumexp(logits)**2`` to every row that has a label (PaLM, section 5);
@@ -98,44 +106,59 @@ def linear_cross_entropy(
         z_loss,
     )
     n_items = check_reduction(_NAME, reduction, n_items)
+    weight_items = check_reduction(_NAME, reduction, weight_items, "weight_items")
+    if class_weight_mean not in ("weights", "labels"):
+        raise ValueError(
+            f'{_NAME}: class_weight_mean must be "weights" or "labels", got {class_weight_mean!r}.'
+        )
     check_dtype(_NAME, "logits_dtype", logits_dtype, head.hidden.dtype)
     check_dtype(_NAME, "head_grad_dtype", head_grad_dtype, head.weight.dtype)
     if not isinstance(labels, torch.Tensor):
         raise TypeError(f"{_NAME}: labels must be a tensor, got {type(labels).__name__}.")
     check_device(_NAME, head.hidden, labels = labels)
     if labels.is_floating_point():
+        if loss_weights is not None:
+            raise ValueError(
+                f"{_NAME}: loss_weights are for integer labels; multiply the losses that "
+                'reduction = "none" gives of class probabilities.'
+            )
         return _probability_targets(head, labels, spec, reduction, n_items, shift, chunk_rows)
     flat = flat_labels(_NAME, labels, head, ignore_index, shift)
     plan = ChunkPlan.make(head, flat != ignore_index, chunk_rows, logits_dtype)
     check_range(_NAME, flat, plan.index, plan.count, head.weight.shape[0])
-    denominator = _denominator(reduction, n_items, flat, plan, spec)
-    if spec.z_loss and spec.class_weight is not None and reduction == "mean" and n_items is None:
-        # z_loss is a mean over the labels, not over their weights.
-        spec = replace(spec, z_loss = spec.z_loss * denominator / max(plan.count, 1))
+    row_weight = None
+    if loss_weights is not None:
+        row_weight = flat_weights(_NAME, loss_weights, labels, head, shift)
+    denominator = 1.0
+    if reduction == "mean":
+        count = denominator = plan.count if n_items is None else n_items
+        if class_weight_mean == "weights" and (
+            spec.class_weight is not None or loss_weights is not None
+        ):
+            if weight_items is not None:
+                denominator = weight_items
+            elif n_items is None:
+                denominator = _sum_of_weights(flat, row_weight, plan, spec)
+        if spec.z_loss and denominator != count:
+            # z_loss is a mean over the labels, not over their weights.
+            spec = replace(spec, z_loss = spec.z_loss * denominator / count)
     if plan.count == 0 and not nan_if_empty:
         denominator = 1.0
-    job = _Job(spec, plan, reduction, denominator, head_grad_dtype, torch.is_grad_enabled())
+    job = _Job(
+        spec, plan, reduction, denominator, head_grad_dtype, torch.is_grad_enabled(), row_weight
+    )
     loss = _LinearCrossEntropy.apply(head.hidden, head.weight, head.bias, flat, job)
     return loss.reshape(labels.shape) if reduction == "none" else loss
 
 
-def _denominator(
-    reduction: str,
-    n_items: Optional[float],
-    labels,
-    plan: ChunkPlan,
-    spec: RowLoss,
-) -> float:
-    if reduction != "mean":
-        return 1.0
-    if n_items is not None:
-        return n_items
-    if spec.class_weight is None:
-        return float(plan.count)
-    active = labels if plan.index is None else labels[plan.index]
-    # A label outside the vocabulary makes its row NaN, whatever its weight.
-    active = active.clamp(0, spec.class_weight.shape[0] - 1)
-    return spec.class_weight[active].sum(dtype = torch.float64).item()
+def _sum_of_weights(labels, row_weight, plan: ChunkPlan, spec: RowLoss) -> float:
+    active = slice(None) if plan.index is None else plan.index
+    weights = None if row_weight is None else row_weight[active]
+    if spec.class_weight is not None:
+        # A label outside the vocabulary makes its row NaN, whatever its weight.
+        by_class = spec.class_weight[labels[active].clamp(0, spec.class_weight.shape[0] - 1)]
+        weights = by_class if weights is None else by_class * weights
+    return weights.sum(dtype = torch.float64).item()
 
 
 # ------------------------------------------------------------------------------- autograd
@@ -149,6 +172,7 @@ class _Job:
     denominator: float
     head_grad_dtype: Optional[torch.dtype]
     differentiable: bool
+    row_weight: Optional[torch.Tensor] = None
 
     @property
     def alpha(self) -> float:
@@ -175,6 +199,8 @@ def _chunked(
     gradients = None
     if any(wanted):
         gradients = HeadGradients(hidden, weight, bias, wanted, job.plan, job.head_grad_dtype)
+    if job.row_weight is not None:
+        row_scale = job.row_weight if row_scale is None else row_scale * job.row_weight
     for chunk in iterate_chunks(hidden, weight, job.plan):
         into = None if gradients is None else chunk.gradients(hidden.dtype)
         cross_entropy_rows(
@@ -189,6 +215,8 @@ def _chunked(
         )
         if gradients is not None:
             gradients.add(chunk, into, alpha)
+    if job.row_weight is not None:
+        losses *= job.row_weight if job.plan.index is None else job.row_weight[job.plan.index]
     return losses, gradients
 
 
