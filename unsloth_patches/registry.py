@@ -356,7 +356,16 @@ PATCHES: Tuple[Patch, ...] = (
         ),
         modules = ("fused_loss_cpu.py",),
         tests = {"tests/test_loss_options_sft.py": "cpu"},
+        shared = ("loss_trainer.py",),
         requires = ("loss-options",),
+    ),
+    Patch(
+        name = "loss-metrics",
+        title = "Log token accuracy and entropy of a training that holds no logits",
+        targets = (),
+        modules = ("loss_metrics.py",),
+        tests = {"tests/test_loss_metrics.py": "cpu"},
+        requires = ("linear-log-probs", "cpu-loss-options"),
     ),
     Patch(
         name = "checkpoint-recompute",

@@ -36,6 +36,7 @@ _OUR_KEYWORDS = _REFUSED_BY_STOCK + (
     "class_weight_mean",
     "weight_items",
     "loss_columns",
+    "observe",
     "chunk_rows",
     "logits_dtype",
 )
@@ -217,6 +218,7 @@ def head_loss(
             if loss_weights is not None:
                 loss_weights = loss_weights.roll(-1, labels.dim() - 1)
         chunk_rows = options.pop("chunk_rows", None)
+        options.pop("observe", None)  # statistics of cross entropy
         total_of = functools.partial(linear_loss, hidden, weight, bias = bias, chunk_rows = chunk_rows)
         transform = RowLoss(logit_scale = scale, softcap = softcap)
         return custom_loss(

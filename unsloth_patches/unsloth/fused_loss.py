@@ -60,7 +60,8 @@ def set_loss_options(
         from .loss_in_trainers import install_in_trainers
 
         install_in_trainers()
-        inner._unsloth_loss_options = checked
+        before = getattr(inner, "_unsloth_loss_options", None) or PLAIN
+        inner._unsloth_loss_options = replace(checked, observe = before.observe)
     elif reset:
         inner._unsloth_loss_options = None
     return getattr(inner, "_unsloth_loss_options", None) or PLAIN
@@ -108,7 +109,15 @@ def dense_loss_with_model_options(stock):
 
 
 # Options that say nothing about logits that are there already.
-_OF_THE_HEAD = ("bias", "shifted_labels", "chunk_rows", "logits_dtype", "loss_fn", "loss_columns")
+_OF_THE_HEAD = (
+    "bias",
+    "shifted_labels",
+    "chunk_rows",
+    "logits_dtype",
+    "loss_fn",
+    "loss_columns",
+    "observe",
+)
 
 
 def _loss_of_logits(

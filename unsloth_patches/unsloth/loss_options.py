@@ -26,8 +26,8 @@ class LossOptions:
     loss_fn, loss_columns: a loss of one's own, ``loss_fn(logits, labels, *columns)``, which returns
         each token's; loss_columns names columns of the batch, shaped and shifted as the labels are.
     logits_dtype: ``torch.float32`` holds the logits in float32. chunk_rows: rows of logits at once.
-    The others are of one call: loss_weights, a weight a token; reduction; and what the forward and
-    the trainer fill in.
+    observe: sees the chunks of logits, for statistics; see ``linear_cross_entropy``. The others are of
+    one call: loss_weights, a weight a token; reduction; and what the forward and the trainer fill in.
     """
 
     class_weight: Optional[torch.Tensor] = None
@@ -39,6 +39,7 @@ class LossOptions:
     loss_columns: Tuple[Any, ...] = ()
     logits_dtype: Optional[torch.dtype] = None
     chunk_rows: Optional[int] = None
+    observe: Optional[Callable] = None
     loss_weights: Optional[torch.Tensor] = None
     reduction: str = "mean"
     weight_items: Any = None
@@ -67,7 +68,7 @@ CALL_ARGUMENTS = (
     "reduction",
     "weight_items",
 )
-_FILLED_IN = ("loss_weights", "reduction", "weight_items", "bias", "shifted_labels")
+_FILLED_IN = ("observe", "loss_weights", "reduction", "weight_items", "bias", "shifted_labels")
 SETTABLE = tuple(f.name for f in fields(LossOptions) if f.name not in _FILLED_IN)
 _local = threading.local()
 # Forwards in progress with options, over all threads: while it is 0, thread state is not looked at.

@@ -3,7 +3,7 @@
 """nn.CrossEntropyLoss of ``hidden @ weight.T + bias`` without the logits ever being whole."""
 
 from dataclasses import dataclass, replace
-from typing import Optional, Union
+from typing import Callable, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,7 @@ def linear_cross_entropy(
     chunk_rows: Optional[int] = None,
     logits_dtype: Optional[torch.dtype] = None,
     head_grad_dtype: Optional[torch.dtype] = None,
+    observe: Optional[Callable] = None,
 ) -> torch.Tensor:
     """``nn.CrossEntropyLoss(...)`` of the logits ``hidden @ weight.T + bias``, computed in chunks.
 
@@ -84,6 +85,8 @@ def linear_cross_entropy(
         are rounded to hidden's dtype, as a linear layer rounds them.
     head_grad_dtype: ``torch.float32`` sums a trained head's gradient in float32; by default in
         weight's dtype, as autograd does (float16 always in float32).
+    observe: ``observe(logits, labels, spec, bias, training)`` sees every chunk's raw logits and labels
+        before they become gradients, for statistics; integer labels only.
 
     Returns float32 (float64 for float64 inputs).
     Raises TypeError or ValueError for arguments that do not fit, IndexError for labels outside the
@@ -145,7 +148,14 @@ def linear_cross_entropy(
     if plan.count == 0 and not nan_if_empty:
         denominator = 1.0
     job = _Job(
-        spec, plan, reduction, denominator, head_grad_dtype, torch.is_grad_enabled(), row_weight
+        spec,
+        plan,
+        reduction,
+        denominator,
+        head_grad_dtype,
+        torch.is_grad_enabled(),
+        row_weight,
+        observe,
     )
     loss = _LinearCrossEntropy.apply(head.hidden, head.weight, head.bias, flat, job)
     return loss.reshape(labels.shape) if reduction == "none" else loss
@@ -173,6 +183,7 @@ class _Job:
     head_grad_dtype: Optional[torch.dtype]
     differentiable: bool
     row_weight: Optional[torch.Tensor] = None
+    observe: Optional[Callable] = None
 
     @property
     def alpha(self) -> float:
@@ -188,6 +199,7 @@ def _chunked(
     wanted,
     alpha: float,
     row_scale = None,
+    observe = None,
 ):
     """(losses of the rows that take part, their gradients or None).
 
@@ -203,6 +215,8 @@ def _chunked(
         row_scale = job.row_weight if row_scale is None else row_scale * job.row_weight
     for chunk in iterate_chunks(hidden, weight, job.plan):
         into = None if gradients is None else chunk.gradients(hidden.dtype)
+        if observe is not None:
+            observe(chunk.logits, chunk.rows_of(labels), job.spec, bias, job.differentiable)
         cross_entropy_rows(
             chunk.logits,
             chunk.rows_of(labels),
@@ -231,7 +245,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         alpha = 1.0 if hidden.dtype == torch.float16 else job.alpha
         with without_autocast(hidden.device.type):
             now = (False,) * 3 if later else wanted
-            losses, gradients = _chunked(hidden, weight, bias, labels, job, now, alpha)
+            arguments = (hidden, weight, bias, labels, job, now, alpha)
+            losses, gradients = _chunked(*arguments, observe = job.observe)
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.job, ctx.wanted, ctx.later, ctx.gradients = job, wanted, later, gradients
         ctx.rest = job.alpha / alpha if alpha != job.alpha and job.plan.count else 1.0
