@@ -8,7 +8,7 @@ while the forward runs. transformers' Trainer hands its ``label_smoothing_factor
 """
 
 from dataclasses import replace
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 import functools
 import inspect
 import os
@@ -22,8 +22,10 @@ from .loss_options import (
     PLAIN,
     LossOptions,
     active_options,
+    causal_model,
     checked_options,
     collect_options,
+    model_taking_options,
     using_options,
 )
 
@@ -261,38 +263,6 @@ def _with_dense_loss(forward, model, args, kwargs, options: LossOptions):
         loss = loss + getattr(model, "router_aux_loss_coef", 0.0) * balance.to(loss.device)
     outputs = type(outputs)(**{**outputs, "loss": loss})
     return outputs.to_tuple() if wants_dict is False else outputs
-
-
-def _takes_options(module: Any) -> bool:
-    # TRL wraps a model's forward on the instance, so a model whose own forward takes options is marked
-    # itself. Not getattr: PEFT forwards attribute reads to what it wraps.
-    own = vars(module)
-    if own.get("_takes_loss_options", False):
-        return True
-    forwards = (own.get("forward"), getattr(type(module), "forward", None))
-    return any(getattr(forward, "_takes_loss_options", False) for forward in forwards)
-
-
-def _inside(model: Any) -> Iterator[Any]:
-    """The model and those inside its wrappers (PEFT, DDP)."""
-    for _ in range(8):
-        if not isinstance(model, torch.nn.Module):
-            return
-        yield model
-        inside = model._modules
-        model = inside.get("module", inside.get("base_model", inside.get("model")))
-
-
-def model_taking_options(model: Any) -> Any:
-    """The model inside wrappers whose forward takes loss options, or None."""
-    return next(filter(_takes_options, _inside(model)), None)
-
-
-def causal_model(model: Any) -> Any:
-    """The causal language model inside wrappers, of whatever kind, or None."""
-    kinds = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
-    named = (part for part in _inside(model) if type(part).__name__.endswith(kinds))
-    return next((part for part in named if part.get_output_embeddings() is not None), None)
 
 
 def take_options_from_logits(model: Any, in_force = lambda: True) -> None:

@@ -9,14 +9,13 @@ import torch
 
 from .fused_cross_entropy import head_loss, unless_zoo_is_unknown, without_our_keywords
 from .fused_loss import (
-    causal_model,
     label_smoothing_in_the_model,
     still_there,
     take_options_from_logits,
     taking_options,
 )
 from .kernels.loss_calls import count_call, require_parameters
-from .loss_options import active_options
+from .loss_options import active_options, causal_model
 
 _PARAMETERS = (
     "hidden",

@@ -10,9 +10,8 @@ import functools
 
 import torch
 
-from .fused_loss import model_taking_options
 from .kernels.loss_calls import calls
-from .loss_options import LossOptions
+from .loss_options import LossOptions, model_taking_options
 
 __all__ = ["install_in_trainers"]
 

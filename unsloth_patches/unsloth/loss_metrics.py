@@ -8,10 +8,9 @@ import functools
 
 import torch
 
-from .fused_loss import model_taking_options
 from .kernels.cross_entropy_spec import RowLoss
 from .kernels.log_probs_kernel import log_prob_rows
-from .loss_options import PLAIN
+from .loss_options import PLAIN, model_taking_options
 
 __all__ = ["TokenMetrics", "log_token_metrics"]
 

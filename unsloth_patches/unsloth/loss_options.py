@@ -3,7 +3,7 @@
 """What a model's loss does beyond plain cross entropy, and how the loss gets to know it."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 import contextlib
 import threading
 
@@ -181,3 +181,35 @@ def collect_options(model: Any, arguments: Dict[str, Any]) -> LossOptions:
     if isinstance(bias, torch.Tensor):
         given["bias"] = bias
     return replace(options, **given) if given else options
+
+
+def _takes_options(module: Any) -> bool:
+    # TRL wraps a model's forward on the instance, so a model whose own forward takes options is marked
+    # itself. Not getattr: PEFT forwards attribute reads to what it wraps.
+    own = vars(module)
+    if own.get("_takes_loss_options", False):
+        return True
+    forwards = (own.get("forward"), getattr(type(module), "forward", None))
+    return any(getattr(forward, "_takes_loss_options", False) for forward in forwards)
+
+
+def _inside(model: Any) -> Iterator[Any]:
+    """The model and those inside its wrappers (PEFT, DDP)."""
+    for _ in range(8):
+        if not isinstance(model, torch.nn.Module):
+            return
+        yield model
+        inside = model._modules
+        model = inside.get("module", inside.get("base_model", inside.get("model")))
+
+
+def model_taking_options(model: Any) -> Any:
+    """The model inside wrappers whose forward takes loss options, or None."""
+    return next(filter(_takes_options, _inside(model)), None)
+
+
+def causal_model(model: Any) -> Any:
+    """The causal language model inside wrappers, of whatever kind, or None."""
+    kinds = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+    named = (part for part in _inside(model) if type(part).__name__.endswith(kinds))
+    return next((part for part in named if part.get_output_embeddings() is not None), None)
