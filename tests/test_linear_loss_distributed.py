@@ -11,10 +11,13 @@ import socket
 import subprocess
 import sys
 
-import unsloth  # noqa: F401
 import pytest
 import torch
 import torch.nn.functional as F
+from backend import require
+
+require("gloo")
+import unsloth  # noqa: F401, E402
 
 WIDTH, VOCAB, ROWS = 6, 12, 8
 pytest.importorskip("torch.distributed.fsdp")

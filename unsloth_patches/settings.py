@@ -53,7 +53,7 @@ class Value(NamedTuple):
 def _read_chunk_rows() -> None:
     import torch
 
-    from .unsloth.kernels.chunk_rows import choose_chunk_rows
+    from .unsloth.kernels.loss_chunk_size import choose_chunk_rows
 
     choose_chunk_rows(1, 1, 2, torch.device("cpu"))
 
@@ -77,7 +77,7 @@ def _read_compile_report() -> None:
 
 
 SWITCHES: Dict[str, Switch] = {
-    "UNSLOTH_LOSS_CHUNK_ROWS": Switch("linear-loss", _read_chunk_rows),
+    "UNSLOTH_LOSS_CHUNK_ROWS": Switch("linear-custom-loss", _read_chunk_rows),
     "UNSLOTH_FSDP2_OFFLOAD": Switch("fsdp2-offload-plan", _read_offload),
     "UNSLOTH_FULLGRAPH": Switch("compile-strict", _read_fullgraph),
     "UNSLOTH_COMPILE_REPORT": Switch("compile-report", _read_compile_report),

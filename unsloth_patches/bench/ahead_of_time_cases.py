@@ -151,7 +151,7 @@ def cases() -> List[Case]:
         ),
         Case(
             "scaling of gradients",
-            "linear_chunks",
+            "loss_chunking",
             "_scale_kernel",
             {"values_ptr": "*T", "factor_ptr": "*fp32", "size": "i64"},
             lambda capability: {"BLOCK": 4096},

@@ -2,7 +2,7 @@
 # Copyright 2026 the unsloth_patches authors
 """How many rows of logits to hold at once: a sweep on this GPU, and a model for others.
 
-The sweep stores its choice for GPUs of this name, where `chunk_rows.choose_chunk_rows` finds it. The
+The sweep stores its choice for GPUs of this name, where `loss_chunk_size.choose_chunk_rows` finds it. The
 model is a roofline from published figures. Two of its constants were set with the sweep of `SHAPES` on
 an H200 at hand, so what it is worth is measured on other heads, `CHECK_SHAPES`: how much slower than
 the best budget found there is the one that the model names, and the one that training takes?
@@ -32,8 +32,8 @@ CHECK_SHAPES = (
     Shape(8192, 1024, 151936, True, 0.0),
 )
 QUICK = (Shape(2048, 512, 32000, False, 0.0),)
-# The smallest budget within this of the fastest is chosen: the last percents cost a multiple of memory.
-TOLERANCE = 0.07
+# The smallest budget within this of the fastest is chosen.
+TOLERANCE = 0.02
 
 
 @dataclass(frozen = True)
@@ -62,14 +62,14 @@ LAUNCH_SECONDS = 6e-6
 
 def rows_of(shape: Shape, budget_mib: int) -> int:
     """The rows that this budget of logits gives, by the rule that training uses."""
-    from unsloth_patches.unsloth.kernels.chunk_rows import fit_rows
+    from unsloth_patches.unsloth.kernels.loss_chunk_size import fit_rows
 
     return min(fit_rows((budget_mib << 20) // (shape.vocab * 2)), shape.active)
 
 
 def training_mib(shape: Shape, budget_mib: int) -> int:
     """MiB of logits that training takes for this head where the GPU's budget is ``budget_mib``."""
-    from unsloth_patches.unsloth.kernels.chunk_rows import TRAINED_BUDGET_MIB
+    from unsloth_patches.unsloth.kernels.loss_chunk_size import TRAINED_BUDGET_MIB
 
     gradient = shape.vocab * shape.hidden * 2 >> 20 if shape.trained else 0
     return max(budget_mib, min(gradient, TRAINED_BUDGET_MIB))
@@ -145,11 +145,7 @@ def run(out: Path, quick: bool = False) -> int:
         return 0
     import torch
 
-    from unsloth_patches.unsloth.kernels.chunk_rows import (
-        BUDGET_MIB,
-        DEFAULT_BUDGET_MIB,
-        store_budget,
-    )
+    from unsloth_patches.unsloth.kernels.loss_chunk_size import BUDGET_MIB, store_budget
 
     shapes, rounds = (QUICK, 3) if quick else (SHAPES, 6)
     swept = [sweep(shape, rounds) for shape in shapes]
@@ -160,7 +156,7 @@ def run(out: Path, quick: bool = False) -> int:
     }
     choice = choose(means)
     device = torch.cuda.get_device_name()
-    budget = BUDGET_MIB.get(torch.cuda.get_device_capability(), DEFAULT_BUDGET_MIB)
+    budget = BUDGET_MIB
     path = None if quick else store_budget(device, choice)
     payload = {
         "swept": swept,

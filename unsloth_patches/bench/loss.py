@@ -97,6 +97,7 @@ def option_price(shape: Shape, rounds: int) -> dict:
     """Microseconds with each option on, beside the plain loss."""
     import torch
 
+    problem = Problem(shape)
     class_weight = torch.rand(shape.vocab, device = "cuda") + 0.5
     variants = {
         "plain": {},
@@ -104,6 +105,7 @@ def option_price(shape: Shape, rounds: int) -> dict:
         "smoothing": {"label_smoothing": 0.1},
         "softcap": {"softcap": 30.0},
         "z-loss": {"z_loss": 1e-4},
+        "token weights": {"loss_weights": torch.rand(problem.labels.shape, device = "cuda") + 0.5},
         "all four": {
             "class_weight": class_weight,
             "label_smoothing": 0.1,
@@ -111,7 +113,6 @@ def option_price(shape: Shape, rounds: int) -> dict:
             "z_loss": 1e-4,
         },
     }
-    problem = Problem(shape)
     steps = {name: problem.step(ours(**options)) for name, options in variants.items()}
     timed = harness.measure(steps, rounds = rounds, warmup = 1, lead_cycles = 0)
     return {"shape": shape.name, "time_us": timed}

@@ -117,6 +117,14 @@ def _cce() -> Callable:
     return lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels)
 
 
+def _torch() -> Callable:
+    try:
+        from torch.nn.functional import linear_cross_entropy
+    except ImportError as error:
+        raise ImportError("PyTorch has it from 2.13 on") from error
+    return lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels)
+
+
 def dense(hidden, weight, labels):
     import torch.nn.functional as F
 
@@ -131,7 +139,8 @@ def candidates() -> Dict[str, Optional[Callable]]:
         "ours": ours(),
         "ours, float32 logits": ours(logits_dtype = torch.float32),
     }
-    for name, make in (("unsloth_zoo", _zoo), ("liger", _liger), ("cce", _cce)):
+    peers = {"unsloth_zoo": _zoo, "liger": _liger, "cce": _cce, "torch": _torch}
+    for name, make in peers.items():
         try:
             found[name] = make()
         except ImportError as error:
@@ -147,7 +156,7 @@ def products_alone(problem: "Problem") -> Callable:
     """
     import torch
 
-    from unsloth_patches.unsloth.kernels.linear_chunks import multiply_, project
+    from unsloth_patches.unsloth.kernels.loss_chunking import multiply_, project
 
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     active, vocab = problem.shape.active, problem.shape.vocab

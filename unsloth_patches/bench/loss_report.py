@@ -17,7 +17,7 @@ def summary(rows) -> dict:
             row["shape"]: _median(row, "ours") / row["products_us"]["median"] for row in rows
         },
     }
-    for peer in ("unsloth_zoo", "liger", "cce", "dense"):
+    for peer in ("unsloth_zoo", "liger", "cce", "torch", "dense"):
         ratios = {
             row["shape"]: _median(row, peer) / _median(row, "ours")
             for row in rows
@@ -99,6 +99,7 @@ def plot(payload: dict, path: Path) -> None:
         "unsloth_zoo": harness.COLORS["upstream"],
         "liger": harness.COLORS["peer"],
         "cce": harness.COLORS["extra"],
+        "torch": "#a78bfa",
         "dense": harness.COLORS["baseline"],
     }
     rows = payload["rows"]

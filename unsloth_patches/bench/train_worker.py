@@ -231,7 +231,7 @@ def _patches() -> dict:
 
     states = {row.name: row.state for row in status()}
     calls = {}
-    if states.get("linear-loss") == "applied":
+    if states.get("loss-options") == "applied":
         from unsloth_patches.unsloth.fused_loss import calls as count
 
         calls = count()

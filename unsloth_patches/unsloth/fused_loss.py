@@ -1,290 +1,199 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Unsloth's causal language model losses on ``kernels.linear_loss``.
+"""Loss options of a model reach the loss that its forward computes.
 
-Replaced are the fused loss that FastLanguageModel's forwards call on a GPU and the loss of dense
-logits; ``fused_loss_cpu`` does the same on the CPU backend. The forwards are wrapped so that what
-they drop reaches the loss: ``label_smoothing``, ``ignore_index``, ``class_weight`` and ``z_loss``
-as model arguments or set once with `set_loss_options`, a bias of the head, and labels that are
-shifted already.
-
-What we do not serve goes to the stock function; `calls` counts both.
+The forwards are wrapped: options among a call's keyword arguments, or set once with
+`set_loss_options`, a bias of the head, and labels that are shifted already are there for the loss
+while the forward runs. transformers' Trainer hands its ``label_smoothing_factor`` over the same way.
 """
 
 from dataclasses import replace
-from typing import Any, Dict, Optional
+from typing import Any, Callable
 import functools
 import inspect
 import os
-import warnings
+import sys
+import types
 
 import torch
 
+from .kernels.loss_calls import calls, count_call, require_parameters
 from .loss_options import (
     PLAIN,
     LossOptions,
     active_options,
-    calls,
-    count_call,
-    set_loss_options,
-    smoothing_compute_loss,
-    taking_options,
+    causal_model,
+    checked_options,
+    collect_options,
+    model_taking_options,
+    using_options,
 )
 
 __all__ = ["LossOptions", "calls", "set_loss_options"]
 
 
-# ------------------------------------------------------------------------------- GPU: fused loss
+def set_loss_options(
+    model: Any,
+    reset: bool = False,
+    **options: Any,
+) -> LossOptions:
+    """Options for every loss of a model, through SFTTrainer, in its evaluation, or called directly.
 
-_FUSED_PARAMETERS = (
-    "trainer",
-    "hidden_states",
-    "lm_head_weight",
-    "lm_head_bias",
-    "labels",
-    "mask",
-    "n_items",
-    "scaling",
-    "target_gb",
-    "torch_compile",
-    "overwrite",
-    "shift_labels",
-    "kwargs",
-)
-_FUSED_KEYWORDS = frozenset(
-    (
-        "logit_softcapping",
-        "logit_scale_multiply",
-        "logit_scale_divide",
-        "ignore_index",
-        "label_smoothing",
-    )
-)
-# Whether this module is a part of Unsloth itself, rather than put in by import hooks.
-_IN_UNSLOTH = __name__.partition(".")[0] == "unsloth"
-# Settings of the stock loss's own chunking: who sets one gets the stock loss.
-_STOCK_SETTINGS = ("UNSLOTH_CE_LOSS_TARGET_GB", "UNSLOTH_CE_LOSS_N_CHUNKS")
+    ``set_loss_options(model, class_weight = w, label_smoothing = 0.1, z_loss = 1e-4)``; fields of
+    `LossOptions`, checked here. Arguments of a model call win. Called again with options, it replaces
+    all of them; without any it changes nothing; ``reset = True`` removes them. Returns what is in force.
 
-
-def require_parameters(function, expected) -> None:
-    """Raises NotImplementedError where an upstream function has other parameters than we know."""
-    found = tuple(inspect.signature(function).parameters)
-    if found != tuple(expected):
-        raise NotImplementedError(
-            f"{function.__name__} takes ({', '.join(found)}) here, not ({', '.join(expected)})"
-        )
-
-
-def of_zoo(replace_stock):
-    """For replacements of functions of unsloth_zoo, whose release is chosen apart from Unsloth's.
-
-    Import hooks skip the whole patch where one raises NotImplementedError. As a line of Unsloth's own
-    source it must not break ``import unsloth``: there the stock function stays, with a warning, and
-    loss options that it would drop in silence are refused.
+    Models of FastLanguageModel compute the loss without holding the logits; any other causal language
+    model with an output head computes it from its logits. Raises TypeError for an unknown option,
+    ValueError for a value that does not fit or a model without such a head.
     """
+    inner = model_taking_options(model) or causal_model(model)
+    head = None if inner is None else inner.get_output_embeddings()
+    if getattr(head, "weight", None) is None:
+        raise ValueError(
+            f"set_loss_options: {type(model).__name__} is no causal language model with an output "
+            "head (get_output_embeddings() with a weight), so it has no cross entropy of logits."
+        )
+    vocab_size = getattr(head, "out_features", None) or head.weight.shape[0]
+    if options:
+        checked = checked_options("set_loss_options", vocab_size, options)
+        if model_taking_options(inner) is None:
+            take_options_from_logits(inner)
+        from .loss_in_trainers import install_in_trainers
 
-    @functools.wraps(replace_stock)
-    def guarded(stock):
-        try:
-            return replace_stock(stock)
-        except NotImplementedError as error:
-            if not _IN_UNSLOTH:
-                raise
-            reason = f"this unsloth_zoo is not known: {error}"
-            warnings.warn(f"Unsloth: its own loss stays in place of the fused one; {reason}.")
-            return _stock_alone(stock, reason)
-
-    return guarded
-
-
-def _stock_alone(stock, reason: str):
-    @functools.wraps(stock)
-    def stock_function(*args, **kwargs):
-        count_call(f"stock: {reason}")
-        refuse_unhonoured(active_options(), reason)
-        return stock(*args, **kwargs)
-
-    return stock_function
+        install_in_trainers()
+        before = getattr(inner, "_unsloth_loss_options", None) or PLAIN
+        inner._unsloth_loss_options = replace(checked, observe = before.observe)
+    elif reset:
+        inner._unsloth_loss_options = None
+    return getattr(inner, "_unsloth_loss_options", None) or PLAIN
 
 
-@of_zoo
-def replace_unsloth_fused_ce_loss(stock):
-    """The fused loss of ``models/llama.py`` and ``models/mistral.py``; stock serves what we do not."""
-    require_parameters(stock, _FUSED_PARAMETERS)
+# --- the losses ---------------------------------------------------------------------------------
+
+
+def fused_loss_with_model_options(stock):
+    """``unsloth_fused_ce_loss`` with the options of the forward that calls it."""
 
     @functools.wraps(stock)
     def unsloth_fused_ce_loss(
-        trainer,
-        hidden_states,
-        lm_head_weight,
-        lm_head_bias,
-        labels,
-        mask = None,
-        n_items = None,
-        scaling = None,
-        target_gb = None,
-        torch_compile = True,
-        overwrite = False,
-        shift_labels = True,
-        **kwargs,
+        trainer, hidden_states, lm_head_weight, lm_head_bias, labels, *args, **kwargs
     ):
         options = active_options()
-        reason = _unserved(hidden_states, lm_head_weight, mask, target_gb, overwrite, kwargs)
-        if reason:
-            count_call(f"stock: {reason}")
-            refuse_unhonoured(options, reason)
-            for name in ("label_smoothing", "ignore_index"):
-                if getattr(options, name) != getattr(PLAIN, name):
-                    kwargs[name] = getattr(options, name)
-            bias = options.bias if lm_head_bias is None else lm_head_bias
-            return stock(
-                trainer,
-                hidden_states,
-                lm_head_weight,
-                bias,
-                labels,
-                mask = mask,
-                n_items = n_items,
-                scaling = scaling,
-                target_gb = target_gb,
-                torch_compile = torch_compile,
-                overwrite = overwrite,
-                shift_labels = shift_labels,
-                **kwargs,
-            )
-        count_call("fused")
-        if options.shifted_labels is not None:
-            labels, shift_labels = options.shifted_labels, False
-        return head_loss(
-            hidden_states,
-            lm_head_weight,
-            labels,
-            options if lm_head_bias is None else replace(options, bias = lm_head_bias),
-            n_items,
-            shift_labels,
-            kwargs,
-        )
+        if options is not PLAIN:
+            if lm_head_bias is None:
+                lm_head_bias = options.bias
+            if options.shifted_labels is not None:
+                labels, kwargs["shift_labels"] = options.shifted_labels, False
+            kwargs.update(options.changed("bias", "shifted_labels"))
+        return stock(trainer, hidden_states, lm_head_weight, lm_head_bias, labels, *args, **kwargs)
 
     return unsloth_fused_ce_loss
 
 
-def _unserved(hidden, weight, mask, target_gb, overwrite, keywords) -> str:
-    """Why the stock loss has to run; empty where ours does."""
-    if torch.compiler.is_compiling():
-        return "inside torch.compile"
-    if mask is not None:
-        return "mask"
-    if target_gb is not None or any(os.environ.get(name) for name in _STOCK_SETTINGS):
-        return "memory target of the stock loss"
-    if overwrite:
-        return "overwrite"
-    unknown = [
-        name
-        for name, value in keywords.items()
-        if name not in _FUSED_KEYWORDS and value is not None
-    ]
-    if unknown:
-        return f"keyword {sorted(unknown)[0]}"
-    if weight.device.type not in ("cuda", "cpu"):
-        return f"device {weight.device.type}"
-    if hasattr(weight, "ds_id"):
-        return "DeepSpeed ZeRO-3 head"
-    if weight.dim() != 2 or not weight.is_floating_point() or weight.element_size() < 2:
-        return f"{weight.dtype} head"
-    if not hidden.is_floating_point():
-        return f"{hidden.dtype} hidden states"
-    return ""
+def dense_loss_with_model_options(stock):
+    """``fast_cross_entropy_loss`` with the options of the forward that calls it."""
+
+    @functools.wraps(stock)
+    def fast_cross_entropy_loss(logits, labels, *args, **kwargs):
+        options = active_options()
+        if options is not PLAIN:
+            if options.shifted_labels is not None:
+                labels = options.shifted_labels.to(labels.device)
+            if options.shifted_labels is None:
+                options = _with_shifted_columns(options)
+            if options.loss_fn is not None:
+                return _loss_of_logits(logits, labels, *args, options = options, **kwargs)
+            kwargs = {**options.changed(*_OF_THE_HEAD), **kwargs}
+        return stock(logits, labels, *args, **kwargs)
+
+    return fast_cross_entropy_loss
 
 
-def refuse_unhonoured(options: LossOptions, reason: str) -> None:
-    """The stock loss would drop these in silence."""
-    for name in ("class_weight", "z_loss", "shifted_labels"):
-        value = getattr(options, name)
-        if value is not None and (isinstance(value, torch.Tensor) or value):
-            raise NotImplementedError(
-                f"{name} cannot be honoured here, as the stock loss has to run ({reason}); "
-                f"leave {name} out or remove the cause."
-            )
+# Options that say nothing about logits that are there already.
+_OF_THE_HEAD = (
+    "bias",
+    "shifted_labels",
+    "chunk_rows",
+    "logits_dtype",
+    "loss_fn",
+    "loss_columns",
+    "observe",
+)
 
 
-def head_loss(
-    hidden,
-    weight,
+def _loss_of_logits(
+    logits,
     labels,
+    logit_softcapping = 0,
+    logit_scaling = 0,
+    n_items = None,
+    *,
     options: LossOptions,
-    n_items,
-    shift: bool,
-    keywords: Dict[str, Any],
-) -> torch.Tensor:
-    """Loss of a head's weight and its inputs, with the options and the stock loss's keywords.
+):
+    """The loss that the options ask for, of logits that are there anyway and labels in their places."""
+    if options.loss_fn is None:
+        from .kernels.dense_cross_entropy import dense_cross_entropy
 
-    hidden: [..., width]; labels: integers of hidden's leading shape; see `linear_cross_entropy`.
-    """
-    from .kernels.linear_cross_entropy import linear_cross_entropy
+        settings = options.changed(*_OF_THE_HEAD)
+        settings.update(logit_scale = logit_scaling or 1.0, softcap = logit_softcapping or 0.0)
+        return dense_cross_entropy(logits, labels, n_items, **settings)
+    from .fused_cross_entropy import custom_loss
+    from .kernels.cross_entropy_spec import RowLoss
 
-    device = weight.device
-    hidden = hidden.to(device)
-    labels = labels.to(device)
-    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(device.type):
-        hidden = hidden.to(weight.dtype)
-    ignore_index = options.ignore_index
-    if keywords.get("ignore_index") is not None and ignore_index == -100:
-        ignore_index = int(keywords["ignore_index"])
-    if ignore_index != -100:
-        # Collators and packing mark with -100 whatever the model's ignore_index is.
-        labels = labels.masked_fill(labels == -100, ignore_index)
-    class_weight = options.class_weight
-    return linear_cross_entropy(
-        hidden,
-        weight,
-        labels,
-        None if options.bias is None else options.bias.to(device),
-        class_weight = None if class_weight is None else class_weight.to(device),
-        ignore_index = ignore_index,
-        label_smoothing = options.label_smoothing or float(keywords.get("label_smoothing") or 0.0),
-        n_items = n_items,
-        logit_scale = (keywords.get("logit_scale_multiply") or 1.0)
-        / (keywords.get("logit_scale_divide") or 1.0),
-        softcap = keywords.get("logit_softcapping") or 0.0,
-        z_loss = options.z_loss,
-        shift = shift,
-        nan_if_empty = False,
-        chunk_rows = options.chunk_rows,
-        logits_dtype = _logits_dtype(options, hidden),
-        head_grad_dtype = _head_grad_dtype(weight),
+    def total_of(function, *arguments, keep):
+        return function(logits[keep].float(), *(argument[keep] for argument in arguments))
+
+    transform = RowLoss(logit_scale = logit_scaling or 1.0, softcap = logit_softcapping or 0.0)
+    rows = (labels, *(column.to(labels.device) for column in options.loss_columns))
+    settings = options.changed(*_OF_THE_HEAD, "ignore_index")
+    return custom_loss(
+        options.loss_fn, total_of, rows, options.ignore_index, n_items, transform, **settings
     )
 
 
-def _logits_dtype(options: LossOptions, hidden) -> Optional[torch.dtype]:
-    """``UNSLOTH_LOSS_FLOAT32_LOGITS=1`` turns the precise mode on for every model."""
-    precise = os.environ.get("UNSLOTH_LOSS_FLOAT32_LOGITS", "0") == "1"
-    wanted = torch.float32 if precise else options.logits_dtype
-    return None if hidden.dtype == torch.float64 else wanted
+def _with_shifted_columns(options: LossOptions) -> LossOptions:
+    """The columns of the batch at the positions that its labels are scored at."""
+    weights = options.loss_weights
+    if weights is None and not options.loss_columns:
+        return options
+    columns = tuple(column.roll(-1, 1) for column in options.loss_columns)
+    weights = None if weights is None else weights.roll(-1, 1)
+    return replace(options, loss_columns = columns, loss_weights = weights)
 
 
-def _head_grad_dtype(weight) -> Optional[torch.dtype]:
-    # Upstream's setting for a trained head; ours honours it too.
-    wide = os.environ.get("UNSLOTH_CE_FP32_HEAD_GRAD", "0") == "1"
-    return torch.float32 if wide and weight.dtype != torch.float64 else None
+# --- the forwards -------------------------------------------------------------------------------
 
 
-def replace_CausalLM_fast_forward(stock):
+def forward_factory_with_loss_options(stock):
     """The factory of Llama's, Qwen's, Gemma's … forward: what it makes takes loss options."""
     require_parameters(stock, ("fast_forward_inference",))
 
     @functools.wraps(stock)
     def CausalLM_fast_forward(fast_forward_inference):
         forward = stock(fast_forward_inference)
-        return taking_options(forward, shifts_itself = _knows_shift_labels(forward))
+        shifts_itself, in_force = _knows_shift_labels(forward), still_there(stock)
+        return taking_options(forward, shifts_itself, in_force = in_force)
 
+    CausalLM_fast_forward._takes_loss_options = True
     return CausalLM_fast_forward
 
 
-def replace_MistralForCausalLM_fast_forward(stock):
+def forward_with_loss_options(stock):
     """Mistral's forward, with loss options and shifted labels."""
     if "labels" not in inspect.signature(stock).parameters:
-        raise NotImplementedError("MistralForCausalLM_fast_forward takes no labels here")
-    return taking_options(stock, shifts_itself = _knows_shift_labels(stock))
+        raise NotImplementedError(f"{stock.__name__} takes no labels here")
+    return taking_options(stock, _knows_shift_labels(stock), in_force = still_there(stock))
+
+
+def still_there(stock, module: str = "") -> Callable[[], bool]:
+    """Whether ``stock``'s name still stands for what takes loss options in its place."""
+    module, name = module or stock.__module__, stock.__name__
+
+    def is_there():
+        return getattr(getattr(sys.modules[module], name, None), "_takes_loss_options", False)
+
+    return is_there
 
 
 def _knows_shift_labels(forward) -> bool:
@@ -292,79 +201,117 @@ def _knows_shift_labels(forward) -> bool:
     return "shift_labels" in getattr(forward, "__code__", forward).co_consts
 
 
-# ------------------------------------------------------------------------------- dense logits
+def taking_options(
+    forward,
+    shifts_itself: bool,
+    computes_loss = lambda model: True,
+    in_force = lambda: True,
+):
+    """``forward`` with loss options among its keyword arguments.
 
-_DENSE_PARAMETERS = ("logits", "labels", "logit_softcapping", "logit_scaling", "n_items")
-
-
-def replace_fast_cross_entropy_loss(stock):
-    """Cross entropy of dense logits with label_smoothing, class_weight, ignore_index and z_loss.
-
-    Without any of them, given here or to the model, the stock kernel runs.
+    shifts_itself: it knows ``shift_labels``; otherwise they reach the loss past it.
+    computes_loss: whether a call on this model ends in one of our losses. Where it does not, a call
+        with options gets its loss from the logits.
+    in_force: False while whoever put the loss in has taken it out again, to compare: the call is stock.
     """
-    require_parameters(stock, _DENSE_PARAMETERS)
 
-    @functools.wraps(stock)
-    def fast_cross_entropy_loss(
-        logits,
-        labels,
-        logit_softcapping = 0,
-        logit_scaling = 0,
-        n_items = None,
-        *,
-        label_smoothing = 0.0,
-        class_weight = None,
-        ignore_index = -100,
-        z_loss = 0.0,
-    ):
-        asked = (class_weight, label_smoothing, z_loss, ignore_index)
-        options = active_options()
-        if asked != (None, 0.0, 0.0, -100):
-            given = zip(("class_weight", "label_smoothing", "z_loss", "ignore_index"), asked)
-            options = replace(options, **dict(given))
-        if options.shifted_labels is not None:
-            labels = options.shifted_labels.to(labels.device)
-        if (
-            replace(options, bias = None, shifted_labels = None, chunk_rows = None, logits_dtype = None)
-            == PLAIN
-        ):
-            return stock(logits, labels, logit_softcapping, logit_scaling, n_items)
-        count_call("dense")
-        return dense_loss(logits, labels, logit_softcapping, logit_scaling, n_items, options)
+    @functools.wraps(forward)
+    def with_options(self, *args, **kwargs):
+        if not in_force():
+            return forward(self, *args, **kwargs)
+        options = collect_options(self, kwargs)
+        shifted = kwargs.get("shift_labels")
+        if isinstance(shifted, torch.Tensor):
+            # The fused branch is taken where labels are given; it reads the shifted ones.
+            if kwargs.get("labels") is None:
+                kwargs["labels"] = shifted
+            if options is not PLAIN or not shifts_itself:
+                options = replace(options, shifted_labels = shifted)
+            if not shifts_itself:
+                del kwargs["shift_labels"]
+        if options is PLAIN:
+            return forward(self, *args, **kwargs)
+        if kwargs.get("labels") is not None and not computes_loss(self):
+            return _with_dense_loss(forward, self, args, kwargs, options)
+        with using_options(options):
+            return forward(self, *args, **kwargs)
 
-    return fast_cross_entropy_loss
+    with_options._takes_loss_options = True
+    return with_options
 
 
-def dense_loss(logits, labels, softcap, scale, n_items, options: LossOptions) -> torch.Tensor:
-    from .kernels.cross_entropy_rows import RowLoss
-    from .kernels.dense_cross_entropy import dense_cross_entropy
-
-    if not 0.0 <= options.label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be between 0 and 1, got {options.label_smoothing}.")
-    weight = options.class_weight
-    if weight is not None:
-        weight = weight.to(device = logits.device, dtype = torch.float32).contiguous()
-    labels = labels.to(logits.device)
-    if options.ignore_index != -100:
-        labels = labels.masked_fill(labels == -100, options.ignore_index)
-    spec = RowLoss(
-        weight,
-        options.ignore_index,
-        float(options.label_smoothing),
-        float(scale) or 1.0,
-        float(softcap),
-        float(options.z_loss),
-    )
-    return dense_cross_entropy(logits, labels, spec, n_items)
-
-
-# ------------------------------------------------------------------------------- Trainer
-
-
-def replace_unsloth_pre_compute_loss(stock):
-    """``label_smoothing_factor`` reaches the fused loss, instead of asking for all logits."""
-    if tuple(inspect.signature(stock).parameters)[:3] != ("self", "model", "inputs"):
+def _with_dense_loss(forward, model, args, kwargs, options: LossOptions):
+    """``forward``'s outputs with the loss that the options ask for, from their logits."""
+    labels, shifted = kwargs.pop("labels"), kwargs.pop("shift_labels", None)
+    n_items = kwargs.pop("num_items_in_batch", None)
+    wants_dict = kwargs.pop("return_dict", None)
+    outputs = forward(model, *args, **kwargs, return_dict = True)
+    if outputs.logits is None or outputs.logits.dim() != 3:
         raise NotImplementedError(
-            "_unsloth_pre_compute_loss does not take (self, model, inputs) here"
+            f"{type(model).__name__} returns no logits here, so its loss options cannot be honoured; "
+            "set UNSLOTH_RETURN_LOGITS=1, or remove them with set_loss_options(model, reset = True)."
         )
-    return smoothing_compute_loss(stock)
+    if shifted is None:
+        shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value = -100)
+        options = _with_shifted_columns(options)
+    count_call("dense")
+    loss = _loss_of_logits(
+        outputs.logits, shifted.to(outputs.logits.device), 0, 0, n_items, options = options
+    )
+    balance = getattr(outputs, "aux_loss", None)
+    if isinstance(balance, torch.Tensor):  # of a mixture of experts' router
+        loss = loss + getattr(model, "router_aux_loss_coef", 0.0) * balance.to(loss.device)
+    outputs = type(outputs)(**{**outputs, "loss": loss})
+    return outputs.to_tuple() if wants_dict is False else outputs
+
+
+def take_options_from_logits(model: Any, in_force = lambda: True) -> None:
+    """``model`` computes its loss from its logits wherever it has loss options."""
+    bound = model.forward
+    if getattr(bound, "__self__", None) is model:
+        forward = bound.__func__  # as deepcopy rebinds the method to the copy
+    else:
+
+        @functools.wraps(type(model).forward)
+        def forward(self, *args, **kwargs):
+            return bound(*args, **kwargs)
+
+    taking = taking_options(forward, True, computes_loss = lambda model: False, in_force = in_force)
+    model.forward = types.MethodType(taking, model)
+    model._takes_loss_options = True
+
+
+# --- the Trainer's label_smoothing_factor ---------------------------------------------------------
+
+
+def label_smoothing_in_the_model(compute_loss, in_force = lambda: True):
+    """``label_smoothing_factor`` reaches the model's loss, instead of asking for all logits."""
+    if tuple(inspect.signature(compute_loss).parameters)[:3] != ("self", "model", "inputs"):
+        raise NotImplementedError(
+            f"{compute_loss.__name__} does not take (self, model, inputs) here"
+        )
+
+    @functools.wraps(compute_loss)
+    def with_smoothing(self, model, inputs, *args, **kwargs):
+        smoother = getattr(self, "label_smoother", None)
+        if not in_force() or not _smooths_in_model(self, model, inputs, smoother):
+            return compute_loss(self, model, inputs, *args, **kwargs)
+        self.label_smoother = None
+        try:
+            inputs = {**inputs, "label_smoothing": float(smoother.epsilon)}
+            return compute_loss(self, model, inputs, *args, **kwargs)
+        finally:
+            self.label_smoother = smoother
+
+    with_smoothing._takes_loss_options = True
+    return with_smoothing
+
+
+def _smooths_in_model(trainer, model, inputs, smoother) -> bool:
+    if smoother is None or type(smoother).__name__ != "LabelSmoother" or "labels" not in inputs:
+        return False
+    if getattr(trainer, "compute_loss_func", None) is not None or smoother.ignore_index != -100:
+        return False
+    if os.environ.get("UNSLOTH_RETURN_HIDDEN_STATES", "0") == "1":
+        return False
+    return model_taking_options(model) is not None

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""The CPU backend's causal language model loss on ``kernels.linear_loss``, with `LossOptions`."""
+"""The CPU backend's causal language model loss on ``kernels.linear_cross_entropy``, with options."""
 
-from dataclasses import replace
 from typing import Any
 import functools
 
 import torch
 
-from .fused_loss import head_loss, of_zoo, refuse_unhonoured, require_parameters
-from .loss_options import (
-    active_options,
-    count_call,
-    leave_the_trainer,
-    smooth_in_the_loss,
+from .fused_cross_entropy import head_loss, unless_zoo_is_unknown, without_our_keywords
+from .fused_loss import (
+    label_smoothing_in_the_model,
+    still_there,
+    take_options_from_logits,
     taking_options,
 )
+from .kernels.loss_calls import count_call, require_parameters
+from .loss_options import active_options, causal_model
 
-_CPU_PARAMETERS = (
+_PARAMETERS = (
     "hidden",
     "weight",
     "labels",
@@ -28,10 +28,22 @@ _CPU_PARAMETERS = (
 )
 
 
-@of_zoo
-def replace_chunked_linear_cross_entropy(stock):
-    """The CPU backend's loss."""
-    require_parameters(stock, _CPU_PARAMETERS)
+def cpu_loss_on_linear_cross_entropy(stock):
+    """The CPU backend's loss on ours, with the options of the forward that calls it."""
+    loss = _on_linear_cross_entropy(stock)
+
+    @functools.wraps(stock)
+    def chunked_linear_cross_entropy(*args, **kwargs):
+        options = active_options().changed("shifted_labels")
+        return loss(*args, **{**kwargs, **options})
+
+    chunked_linear_cross_entropy._takes_loss_options = True
+    return chunked_linear_cross_entropy
+
+
+@unless_zoo_is_unknown
+def _on_linear_cross_entropy(stock):
+    require_parameters(stock, _PARAMETERS)
 
     @functools.wraps(stock)
     def chunked_linear_cross_entropy(
@@ -42,32 +54,39 @@ def replace_chunked_linear_cross_entropy(stock):
         ignore_index = -100,
         shift_labels = None,
         chunk_rows = None,
+        bias = None,
+        **options,
     ):
-        options = active_options()
         try:
             from .kernels import linear_cross_entropy  # noqa: F401  (needs Triton's package)
         except ImportError as error:
             count_call(f"stock: {error}")
-            refuse_unhonoured(options, str(error))
+            without_our_keywords(options, str(error))
             return stock(
                 hidden, weight, labels, num_items_in_batch, ignore_index, shift_labels, chunk_rows
             )
         count_call("cpu")
-        if chunk_rows is not None:
-            options = replace(options, chunk_rows = chunk_rows)
         shifted = shift_labels is not None
-        keywords = {"ignore_index": ignore_index}
-        target = shift_labels if shifted else labels
-        return head_loss(hidden, weight, target, options, num_items_in_batch, not shifted, keywords)
+        return head_loss(
+            hidden,
+            weight,
+            shift_labels if shifted else labels,
+            bias,
+            num_items_in_batch,
+            shift = not shifted,
+            ignore_index = ignore_index,
+            chunk_rows = chunk_rows,
+            **options,
+        )
 
-    chunked_linear_cross_entropy._takes_loss_options = True
     return chunked_linear_cross_entropy
 
 
-@of_zoo
-def replace_patch_chunked_causal_lm_loss(stock):
+@unless_zoo_is_unknown
+def cpu_forward_with_loss_options(stock):
     """The CPU backend's per-model hook: the forward that it installs takes loss options."""
     require_parameters(stock, ("model",))
+    in_force = still_there(stock, "unsloth_zoo.cpu.loader")
 
     @functools.wraps(stock)
     def patch_chunked_causal_lm_loss(model):
@@ -75,18 +94,57 @@ def replace_patch_chunked_causal_lm_loss(stock):
         forward = vars(model).get("forward")
         if installed and forward is not None and not getattr(forward, "_takes_loss_options", False):
             plain = forward.__func__
-            taking = taking_options(plain, shifts_itself = True, computes_loss = _in_cpu_step)
+            taking = taking_options(plain, True, _in_cpu_step, in_force)
             model.forward = type(forward)(taking, model)
             model._takes_loss_options = True
-            smooth_in_the_loss()
+            smooth_in_the_model(in_force)
+        elif not installed and causal_model(model) is model:
+            # Soft caps, scales, routers: the options' loss comes from the logits.
+            take_options_from_logits(model, in_force)
+            smooth_in_the_model(in_force)
         return installed
 
+    patch_chunked_causal_lm_loss._takes_loss_options = True
     patch_chunked_causal_lm_loss._undo_replacement = leave_the_trainer
     return patch_chunked_causal_lm_loss
 
 
 def _in_cpu_step(model: Any) -> bool:
     """The CPU backend computes its loss in chunks within SFTTrainer's own training step alone."""
-    return torch.is_grad_enabled() and bool(
-        vars(model).get("_unsloth_cpu_chunked_ce_active", False)
-    )
+    from unsloth_zoo.cpu import ops
+
+    if not vars(model).get("_unsloth_cpu_chunked_ce_active", False) or not torch.is_grad_enabled():
+        return False
+    weight_of = getattr(ops, "_plain_head_weight", lambda head: head)
+    return weight_of(model.get_output_embeddings()) is not None  # None: LoRA on the head
+
+
+# Our Trainer.compute_loss and the one that it wraps, while it is in place.
+_trainer_wrap = None
+
+
+def smooth_in_the_model(in_force = lambda: True) -> None:
+    """transformers' Trainer hands ``label_smoothing_factor`` to models that take loss options.
+
+    The CPU backend calls ``Trainer.compute_loss`` as it is. On a GPU Unsloth has its own in its place,
+    and that one is wrapped instead.
+    """
+    global _trainer_wrap
+    from transformers import Trainer
+
+    stock = Trainer.compute_loss
+    if not getattr(stock, "_takes_loss_options", False):
+        _trainer_wrap = (label_smoothing_in_the_model(stock, in_force), stock)
+        Trainer.compute_loss = _trainer_wrap[0]
+
+
+def leave_the_trainer() -> None:
+    """Takes `smooth_in_the_model` back; does nothing where another wrap lies over ours by now."""
+    global _trainer_wrap
+    if _trainer_wrap is None:
+        return
+    from transformers import Trainer
+
+    if Trainer.compute_loss is _trainer_wrap[0]:
+        Trainer.compute_loss = _trainer_wrap[1]
+    _trainer_wrap = None

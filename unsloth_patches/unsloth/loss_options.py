@@ -1,33 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""What a model's loss does beyond plain cross entropy, and how it gets from a model call to the loss.
-
-The forwards of Unsloth's models are wrapped: loss options among a call's keyword arguments, or set
-once with `set_loss_options`, are there for the loss that the forward computes. transformers' Trainer
-hands its ``label_smoothing_factor`` over the same way.
-"""
+"""What a model's loss does beyond plain cross entropy, and how the loss gets to know it."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 import contextlib
-import functools
-import os
 import threading
 
 import torch
 
-__all__ = ["LossOptions", "calls", "set_loss_options"]
+from .kernels.cross_entropy_spec import RowLoss
+from .kernels.loss_validation import refuse_lookalikes
 
-_COUNTS: Dict[str, int] = {}
-
-
-def calls() -> Dict[str, int]:
-    """How often each loss ran here: ``fused``, ``dense``, ``cpu``, and ``stock: <reason>``."""
-    return dict(_COUNTS)
-
-
-def count_call(name: str) -> None:
-    _COUNTS[name] = _COUNTS.get(name, 0) + 1
+__all__ = ["LossOptions", "active_options", "checked_options", "collect_options", "using_options"]
 
 
 @dataclass(frozen = True)
@@ -35,77 +20,112 @@ class LossOptions:
     """What a model's loss does beyond plain cross entropy.
 
     class_weight: [vocab] or None. label_smoothing: 0 to 1. z_loss: factor of logsumexp squared.
-    ignore_index: besides -100, a label that does not count. logits_dtype: ``torch.float32`` holds
-    the logits in float32. chunk_rows: rows of logits at once.
-    bias, shifted_labels: filled in by the forward.
+    ignore_index: besides -100, a label that does not count.
+    class_weight_mean: a weighted mean is over the "weights" of its labels, as in nn.CrossEntropyLoss
+        (in a trainer: of the labels of the whole step), or over the number of "labels".
+    loss_fn, loss_columns: a loss of one's own, ``loss_fn(logits, labels, *columns)``, which returns
+        each token's; loss_columns names columns of the batch, shaped and shifted as the labels are.
+    logits_dtype: ``torch.float32`` holds the logits in float32. chunk_rows: rows of logits at once.
+    observe: sees the chunks of logits, for statistics; see ``linear_cross_entropy``. The others are of
+    one call: loss_weights, a weight a token; reduction; and what the forward and the trainer fill in.
     """
 
     class_weight: Optional[torch.Tensor] = None
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     ignore_index: int = -100
+    class_weight_mean: str = "weights"
+    loss_fn: Optional[Callable] = None
+    loss_columns: Tuple[Any, ...] = ()
     logits_dtype: Optional[torch.dtype] = None
     chunk_rows: Optional[int] = None
+    observe: Optional[Callable] = None
+    loss_weights: Optional[torch.Tensor] = None
+    reduction: str = "mean"
+    weight_items: Any = None
     bias: Optional[torch.Tensor] = None
     shifted_labels: Optional[torch.Tensor] = None
 
+    def changed(self, *without: str) -> Dict[str, Any]:
+        """The options that are not the default, as keyword arguments; ``without`` some."""
+        names = (f.name for f in fields(self) if f.name not in without)
+        return {name: getattr(self, name) for name in names if self._differs(name)}
+
+    def _differs(self, name: str) -> bool:
+        value = getattr(self, name)
+        return isinstance(value, torch.Tensor) or value != getattr(PLAIN, name)
+
 
 PLAIN = LossOptions()
-_SETTABLE = tuple(f.name for f in fields(LossOptions) if f.name not in ("bias", "shifted_labels"))
 # Taken from a model call's keyword arguments.
-_CALL_ARGUMENTS = ("class_weight", "label_smoothing", "z_loss", "ignore_index")
+CALL_ARGUMENTS = (
+    "class_weight",
+    "label_smoothing",
+    "z_loss",
+    "ignore_index",
+    "class_weight_mean",
+    "loss_weights",
+    "reduction",
+    "weight_items",
+)
+_FILLED_IN = ("observe", "loss_weights", "reduction", "weight_items", "bias", "shifted_labels")
+SETTABLE = tuple(f.name for f in fields(LossOptions) if f.name not in _FILLED_IN)
 _local = threading.local()
 # Forwards in progress with options, over all threads: while it is 0, thread state is not looked at.
 _in_use = 0
 _lock = threading.Lock()
 
 
-def set_loss_options(model: Any, **options: Any) -> None:
-    """Options for every loss of a model from FastLanguageModel, through SFTTrainer or called directly.
+def checked_options(name: str, vocab_size: int, options: Dict[str, Any]) -> LossOptions:
+    """LossOptions of what a user gave; TypeError or ValueError that name what does not fit.
 
-    ``set_loss_options(model, class_weight = w, label_smoothing = 0.1, z_loss = 1e-4)``; fields of
-    `LossOptions`. Arguments of a model call win. Called again, it replaces all options; without
-    any it removes them. Raises TypeError for an unknown option, ValueError for a model whose loss
-    is not computed here.
+    Lists and arrays become tensors, on the CPU until the first loss needs them elsewhere.
     """
-    unknown = set(options) - set(_SETTABLE)
+    refuse_lookalikes(name, options, SETTABLE)
+    unknown = sorted(set(options) - set(SETTABLE))
     if unknown:
-        raise TypeError(
-            f"set_loss_options: no option {sorted(unknown)[0]!r}; there are {', '.join(_SETTABLE)}."
-        )
-    inner = _causal_lm(model)
-    if inner is None:
-        raise ValueError(
-            f"set_loss_options: the loss of {type(model).__name__} is not computed by Unsloth's fused "
-            "loss; load the model with FastLanguageModel."
-        )
+        raise TypeError(f"{name}: no option {unknown[0]!r}; there are {', '.join(SETTABLE)}.")
+    options = {key: value for key, value in options.items() if value is not None}
     weight = options.get("class_weight")
-    vocab_size = inner.get_output_embeddings().weight.shape[0]
-    if weight is not None and tuple(weight.shape) != (vocab_size,):
-        raise ValueError(
-            f"set_loss_options: class_weight must be [{vocab_size}], got {tuple(weight.shape)}."
-        )
-    inner._unsloth_loss_options = LossOptions(**options) if options else None
-
-
-def _takes_options(module: Any) -> bool:
-    # TRL wraps a model's forward on the instance, so the CPU backend's model is marked itself. Not
-    # getattr: PEFT forwards attribute reads to what it wraps.
-    own = vars(module)
-    if own.get("_takes_loss_options", False):
-        return True
-    forwards = (own.get("forward"), getattr(type(module), "forward", None))
-    return any(getattr(forward, "_takes_loss_options", False) for forward in forwards)
-
-
-def _causal_lm(model: Any) -> Any:
-    """The model inside wrappers (PEFT, DDP) whose forward takes loss options, or None."""
-    for _ in range(8):
-        if model is None or _takes_options(model):
-            return model
-        inside = getattr(model, "_modules", {})
-        model = inside.get("module", inside.get("base_model", inside.get("model")))
-    return None
+    if weight is not None:
+        weight = torch.as_tensor(weight).detach()
+        weight = weight if weight.is_floating_point() else weight.float()
+        if not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
+            raise ValueError(f"{name}: class_weight must be finite and not negative.")
+        if not bool(weight.any()):
+            raise ValueError(f"{name}: class_weight must have a weight that is not 0.")
+        options["class_weight"] = weight
+    like = torch.empty(0, device = "cpu" if weight is None else weight.device)
+    numbers = ("class_weight", "label_smoothing", "z_loss", "ignore_index")
+    given = {key: options[key] for key in numbers if key in options}
+    checked = RowLoss.validated(name, like, vocab_size, **given)
+    options.update({key: getattr(checked, key) for key in given if key != "class_weight"})
+    if checked.z_loss < 0.0:
+        raise ValueError(f"{name}: z_loss must not be negative, got {checked.z_loss}.")
+    if options.get("class_weight_mean", "weights") not in ("weights", "labels"):
+        got = options["class_weight_mean"]
+        raise ValueError(f'{name}: class_weight_mean must be "weights" or "labels", got {got!r}.')
+    if options.get("logits_dtype") not in (None, torch.float32):
+        got = options["logits_dtype"]
+        raise ValueError(f"{name}: logits_dtype must be torch.float32 or left out, got {got}.")
+    rows = options.get("chunk_rows")
+    if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
+        raise ValueError(f"{name}: chunk_rows must be a positive number of rows, got {rows!r}.")
+    columns = options.get("loss_columns", ())
+    options["loss_columns"] = (columns,) if isinstance(columns, str) else tuple(columns)
+    if options.get("loss_fn") is None:
+        if columns:
+            raise ValueError(f"{name}: loss_columns are for a loss_fn; give one or leave them out.")
+    elif not callable(options["loss_fn"]):
+        raise TypeError(f"{name}: loss_fn must be a function, got {options['loss_fn']!r}.")
+    else:
+        unused = [key for key in ("class_weight", "label_smoothing", "z_loss") if key in given]
+        if unused:
+            raise ValueError(
+                f"{name}: {unused[0]} is an option of cross entropy, which loss_fn replaces; "
+                "leave one of them out."
+            )
+    return LossOptions(**options)
 
 
 def active_options() -> LossOptions:
@@ -129,11 +149,33 @@ def using_options(options: LossOptions):
             _in_use -= 1
 
 
-def _collect(model: Any, arguments: Dict[str, Any]) -> LossOptions:
-    """The options of one model call; takes them out of its keyword arguments."""
+def collect_options(model: Any, arguments: Dict[str, Any]) -> LossOptions:
+    """The options of one model call; takes them out of its keyword arguments.
+
+    TypeError for an argument that means an option by another name: it would be ignored.
+    """
+    name = f"{type(model).__name__}'s loss"
+    refuse_lookalikes(name, arguments, CALL_ARGUMENTS)
     options = getattr(model, "_unsloth_loss_options", None) or PLAIN
-    given = {name: arguments.pop(name) for name in _CALL_ARGUMENTS if name in arguments}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {key: arguments.pop(key) for key in CALL_ARGUMENTS if key in arguments}
+    given = {key: value for key, value in given.items() if value is not None}
+    if options.loss_fn is not None:
+        unused = [key for key in ("class_weight", "label_smoothing", "z_loss") if given.get(key)]
+        if unused:
+            raise ValueError(
+                f"{name}: {unused[0]} is an option of cross entropy, which the model's loss_fn replaces; "
+                "leave one of them out."
+            )
+        missing = [column for column in options.loss_columns if column not in arguments]
+        labelled = arguments.get("labels") is not None or arguments.get("shift_labels") is not None
+        if missing and labelled:
+            raise ValueError(
+                f"{name}: the batch has no column {missing[0]!r}, which loss_fn asked for; "
+                "keep it in the data set and the collator (remove_unused_columns = False)."
+            )
+        given["loss_columns"] = tuple(
+            arguments.pop(column) for column in options.loss_columns if column in arguments
+        )
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     bias = getattr(head, "bias", None)
     if isinstance(bias, torch.Tensor):
@@ -141,110 +183,33 @@ def _collect(model: Any, arguments: Dict[str, Any]) -> LossOptions:
     return replace(options, **given) if given else options
 
 
-def taking_options(
-    forward,
-    shifts_itself: bool,
-    computes_loss = lambda model: True,
-):
-    """``forward`` with loss options among its keyword arguments.
-
-    shifts_itself: it knows ``shift_labels``; otherwise they reach the loss past it.
-    computes_loss: whether a call on this model ends in one of our losses. Where it does not, a call
-        with options gets its loss from the logits.
-    """
-
-    @functools.wraps(forward)
-    def with_options(self, *args, **kwargs):
-        options = _collect(self, kwargs)
-        shifted = kwargs.get("shift_labels")
-        if isinstance(shifted, torch.Tensor):
-            # The fused branch is taken where labels are given; it reads the shifted ones.
-            if kwargs.get("labels") is None:
-                kwargs["labels"] = shifted
-            if not shifts_itself:
-                options = replace(options, shifted_labels = kwargs.pop("shift_labels"))
-        if options is PLAIN:
-            return forward(self, *args, **kwargs)
-        if kwargs.get("labels") is not None and not computes_loss(self):
-            return _with_dense_loss(forward, self, args, kwargs, options)
-        with using_options(options):
-            return forward(self, *args, **kwargs)
-
-    with_options._takes_loss_options = True
-    return with_options
+def _takes_options(module: Any) -> bool:
+    # TRL wraps a model's forward on the instance, so a model whose own forward takes options is marked
+    # itself. Not getattr: PEFT forwards attribute reads to what it wraps.
+    own = vars(module)
+    if own.get("_takes_loss_options", False):
+        return True
+    forwards = (own.get("forward"), getattr(type(module), "forward", None))
+    return any(getattr(forward, "_takes_loss_options", False) for forward in forwards)
 
 
-def _with_dense_loss(forward, model, args, kwargs, options: LossOptions):
-    """``forward``'s outputs with the loss that the options ask for, from their logits."""
-    labels, shifted = kwargs.pop("labels"), kwargs.pop("shift_labels", None)
-    n_items = kwargs.pop("num_items_in_batch", None)
-    kwargs["return_dict"] = True
-    outputs = forward(model, *args, **kwargs)
-    if shifted is None:
-        shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value = -100)
-    count_call("dense")
-    from .fused_loss import dense_loss
-
-    loss = dense_loss(outputs.logits, shifted, 0, 0, n_items, options)
-    return type(outputs)(**{**outputs, "loss": loss})
+def _inside(model: Any) -> Iterator[Any]:
+    """The model and those inside its wrappers (PEFT, DDP)."""
+    for _ in range(8):
+        if not isinstance(model, torch.nn.Module):
+            return
+        yield model
+        inside = model._modules
+        model = inside.get("module", inside.get("base_model", inside.get("model")))
 
 
-# --- the Trainer's label_smoothing_factor ---------------------------------------------------------
+def model_taking_options(model: Any) -> Any:
+    """The model inside wrappers whose forward takes loss options, or None."""
+    return next(filter(_takes_options, _inside(model)), None)
 
 
-# Our Trainer.compute_loss and the one that it wraps, while it is in place.
-_trainer_wrap = None
-
-
-def smooth_in_the_loss() -> None:
-    """transformers' Trainer hands ``label_smoothing_factor`` to models that take loss options.
-
-    The CPU backend calls ``Trainer.compute_loss`` as it is. On a GPU Unsloth has its own in its place,
-    and that one is wrapped instead.
-    """
-    global _trainer_wrap
-    from transformers import Trainer
-
-    stock = Trainer.compute_loss
-    if not getattr(stock, "_takes_loss_options", False):
-        _trainer_wrap = (smoothing_compute_loss(stock), stock)
-        Trainer.compute_loss = _trainer_wrap[0]
-
-
-def leave_the_trainer() -> None:
-    """Takes `smooth_in_the_loss` back; does nothing where another wrap lies over ours by now."""
-    global _trainer_wrap
-    if _trainer_wrap is None:
-        return
-    from transformers import Trainer
-
-    if Trainer.compute_loss is _trainer_wrap[0]:
-        Trainer.compute_loss = _trainer_wrap[1]
-    _trainer_wrap = None
-
-
-def smoothing_compute_loss(compute_loss):
-    @functools.wraps(compute_loss)
-    def with_smoothing(self, model, inputs, *args, **kwargs):
-        smoother = getattr(self, "label_smoother", None)
-        if not _smooths_in_model(self, model, inputs, smoother):
-            return compute_loss(self, model, inputs, *args, **kwargs)
-        self.label_smoother = None
-        try:
-            inputs = {**inputs, "label_smoothing": float(smoother.epsilon)}
-            return compute_loss(self, model, inputs, *args, **kwargs)
-        finally:
-            self.label_smoother = smoother
-
-    with_smoothing._takes_loss_options = True
-    return with_smoothing
-
-
-def _smooths_in_model(trainer, model, inputs, smoother) -> bool:
-    if smoother is None or type(smoother).__name__ != "LabelSmoother" or "labels" not in inputs:
-        return False
-    if getattr(trainer, "compute_loss_func", None) is not None or smoother.ignore_index != -100:
-        return False
-    if os.environ.get("UNSLOTH_RETURN_HIDDEN_STATES", "0") == "1":
-        return False
-    return _causal_lm(model) is not None
+def causal_model(model: Any) -> Any:
+    """The causal language model inside wrappers, of whatever kind, or None."""
+    kinds = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+    named = (part for part in _inside(model) if type(part).__name__.endswith(kinds))
+    return next((part for part in named if part.get_output_embeddings() is not None), None)

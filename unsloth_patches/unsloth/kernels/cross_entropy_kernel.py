@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .cross_entropy_rows import padded_columns
+from .cross_entropy_spec import padded_columns
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -33,16 +33,9 @@ def _sigmoid(x):
 
 @triton.jit
 def _transform(
-    x,
-    bias_ptr,
-    columns,
-    mask,
-    logit_scale,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
+    x, bias_ptr, columns, mask, logit_scale, softcap, HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
     HALF: tl.constexpr = x.dtype != tl.float32
     x = x.to(tl.float32)
     if HAS_BIAS:
@@ -63,18 +56,9 @@ def _transform(
 
 @triton.jit
 def _read(
-    logits_ptr,
-    columns,
-    VOCAB,
-    COLUMNS,
-    bias_ptr,
-    logit_scale,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    TAIL: tl.constexpr,
-):
+    logits_ptr, columns, VOCAB, COLUMNS, bias_ptr, logit_scale, softcap, HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
     # Transformed logits of a block. Only a row's last block is masked: columns behind the
     # vocabulary read as -inf there, those below COLUMNS from the row's padding, so that loads
     # stay vectors.
@@ -107,21 +91,9 @@ def _class_weights(weight_ptr, columns, VOCAB, HAS_WEIGHT: tl.constexpr, TAIL: t
 
 @triton.jit
 def _sum_exponentials(
-    x,
-    columns,
-    start,
-    index,
-    top,
-    total,
-    linear,
-    weight_ptr,
-    VOCAB,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,
-):
+    x, columns, start, index, top, total, linear, weight_ptr, VOCAB, HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
     # Each lane's running maximum (in units of log 2), sum of exp2 below it without the label,
     # and weighted sum of logits.
     if HAS_SMOOTHING:
@@ -139,18 +111,9 @@ def _sum_exponentials(
 
 @triton.jit
 def _gradient(
-    gradient,
-    x,
-    weight,
-    soft_each,
-    scale,
-    logit_scale,
-    softcap,
-    HAS_FACTOR: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
+    gradient, x, weight, soft_each, scale, logit_scale, softcap, HAS_FACTOR: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
     # From the hard label's gradient by the transformed logits x to all of it by the raw logits.
     if HAS_SMOOTHING:
         gradient -= soft_each * weight
@@ -166,37 +129,13 @@ def _gradient(
 
 @triton.jit
 def _cross_entropy_kernel(
-    logits_ptr,
-    logits_stride,
-    grads_ptr,
-    grads_stride,
-    labels_ptr,
-    losses_ptr,
-    row_scale_ptr,
-    bias_ptr,
-    weight_ptr,
-    weight_sum_ptr,
-    ignore_index,
-    smoothing,
-    logit_scale,
-    softcap,
-    z_loss,
-    VOCAB,
-    COLUMNS,
-    HAS_GRADS: tl.constexpr,
-    NARROW: tl.constexpr,
-    HAS_ROW_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_Z_LOSS: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
-    FROM_END: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    logits_ptr, logits_stride, grads_ptr, grads_stride, labels_ptr, losses_ptr, row_scale_ptr,
+    bias_ptr, weight_ptr, weight_sum_ptr, ignore_index, smoothing, logit_scale, softcap, z_loss,
+    VOCAB, COLUMNS, HAS_GRADS: tl.constexpr, NARROW: tl.constexpr, HAS_ROW_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_Z_LOSS: tl.constexpr,
+    HAS_FACTOR: tl.constexpr, FROM_END: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     # One program a row. Each lane owns WIDTH neighbouring columns of a block and keeps its own
     # running maximum and sum, so nothing is exchanged between threads until the row's end.
     row = tl.program_id(0).to(tl.int64)
@@ -210,6 +149,8 @@ def _cross_entropy_kernel(
     target = _transform(
         target, bias_ptr, index, True, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP
     )
+    # A label whose logit is +inf makes its row NaN as one outside the vocabulary does.
+    in_range = in_range & (target != float("inf"))
     tile = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     BLOCK: tl.constexpr = LANES * WIDTH
     HALF: tl.constexpr = logits_ptr.dtype.element_ty != tl.float32
@@ -355,41 +296,22 @@ def triton_rows(logits, labels, spec, losses, grads, row_scale, bias, scratch) -
     out = logits if grads is None else grads
     narrow = in_place and grads.dtype != logits.dtype
     unused = losses
+    # Plain rows need no multiplication; rows that may be ignored do.
+    factor = row_scale is not None or weight is not None or spec.label_smoothing or spec.z_loss
+    # What the first pass read last is still in L2. Narrow gradients lie over logits before them.
+    from_end = not narrow
     _cross_entropy_kernel[(rows,)](
-        logits,
-        logits.stride(0),
-        out,
-        out.stride(0),
-        labels,
-        losses,
+        logits, logits.stride(0), out, out.stride(0), labels, losses,
         unused if row_scale is None else row_scale,
         unused if bias is None else bias,
         unused if weight is None else weight,
         unused if weight_sum is None else weight_sum,
-        spec.ignore_index,
-        spec.label_smoothing,
-        spec.logit_scale,
-        spec.softcap,
-        spec.z_loss,
-        vocab_size,
-        columns,
-        HAS_GRADS = grads is not None,
-        NARROW = narrow,
-        HAS_ROW_SCALE = row_scale is not None,
-        HAS_BIAS = bias is not None,
-        HAS_WEIGHT = weight is not None,
-        HAS_SMOOTHING = spec.label_smoothing != 0.0,
-        HAS_SCALE = spec.logit_scale != 1.0,
-        HAS_SOFTCAP = spec.softcap != 0.0,
-        HAS_Z_LOSS = spec.z_loss != 0.0,
-        # Plain rows need no multiplication; rows that may be ignored do.
-        HAS_FACTOR = bool(
-            row_scale is not None or weight is not None or spec.label_smoothing or spec.z_loss
-        )
-        or not scratch,
-        # What the first pass read last is still in L2. Narrow gradients lie over logits before them.
-        FROM_END = not narrow,
-        LANES = lanes,
-        WIDTH = width,
-        num_warps = num_warps,
-    )
+        spec.ignore_index, spec.label_smoothing, spec.logit_scale, spec.softcap, spec.z_loss,
+        vocab_size, columns,
+        HAS_GRADS = grads is not None, NARROW = narrow, HAS_ROW_SCALE = row_scale is not None,
+        HAS_BIAS = bias is not None, HAS_WEIGHT = weight is not None,
+        HAS_SMOOTHING = spec.label_smoothing != 0.0, HAS_SCALE = spec.logit_scale != 1.0,
+        HAS_SOFTCAP = spec.softcap != 0.0, HAS_Z_LOSS = spec.z_loss != 0.0,
+        HAS_FACTOR = bool(factor) or not scratch, FROM_END = from_end,
+        LANES = lanes, WIDTH = width, num_warps = num_warps,
+    )  # fmt: skip

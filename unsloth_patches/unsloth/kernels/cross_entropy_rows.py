@@ -13,49 +13,13 @@ minus x_y rounds to 0 from 16.6 nats on. ``cross_entropy_rows`` runs a Triton ke
 the same arithmetic in plain torch everywhere else.
 """
 
-from dataclasses import dataclass
 from typing import Optional
-import os
 
 import torch
 
-try:
-    import triton
-except ImportError:  # a CPU build of torch may come without Triton
-    triton = None
+from .cross_entropy_spec import RowLoss, uses_triton
 
-__all__ = ["RowLoss", "cross_entropy_rows", "narrow_view", "padded_columns", "uses_triton"]
-
-# Rows start 16-byte aligned whatever the vocabulary: the last columns of a buffer are padding.
-COLUMN_ALIGNMENT = 16
-
-
-@dataclass(frozen = True)
-class RowLoss:
-    """What a row's loss is made of, apart from its logits and label. Validated by the callers.
-
-    class_weight: float32 or float64 [vocab], on the logits' device, or None.
-    ignore_index: rows with this label have loss 0 and gradient 0.
-    """
-
-    class_weight: Optional[torch.Tensor] = None
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-    logit_scale: float = 1.0
-    softcap: float = 0.0
-    z_loss: float = 0.0
-
-
-def padded_columns(vocab_size: int) -> int:
-    """Row stride of a logits buffer, in elements."""
-    return -(-vocab_size // COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT
-
-
-def uses_triton(tensor: torch.Tensor) -> bool:
-    """True where the Triton kernels serve this tensor; float64 and other devices run plain torch."""
-    if triton is None or tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return False
-    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET", "0") == "1"
+__all__ = ["cross_entropy_rows"]
 
 
 def cross_entropy_rows(
@@ -87,12 +51,3 @@ def cross_entropy_rows(
     else:
         from .cross_entropy_torch import torch_rows as run
     run(logits, labels, spec, losses, grads, row_scale, bias, scratch)
-
-
-def narrow_view(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The rows of ``logits`` seen as ``dtype``, each from its row's first byte on."""
-    if dtype == logits.dtype:
-        return logits
-    rows, columns = logits.shape
-    wide = logits.as_strided((rows, logits.stride(0)), (logits.stride(0), 1))
-    return wide.view(dtype)[:, :columns]

@@ -53,7 +53,8 @@ def torch_rows(logits, labels, spec, losses, grads, row_scale, bias, scratch) ->
     others = x.sub_(top).exp_()
     margin = top + others.sum(1, keepdim = True).log_() - target
     nll = torch.nn.functional.softplus(margin, threshold = 50.0)
-    # A label outside the vocabulary makes its whole row NaN.
+    # A label outside the vocabulary makes its whole row NaN, and so does one whose logit is +inf.
+    known &= target != float("inf")
     lse = torch.where(known | ignored.unsqueeze(1), target + nll, float("nan"))
     hard = (
         1.0 - spec.label_smoothing

@@ -3,25 +3,26 @@
 """nn.CrossEntropyLoss of ``hidden @ weight.T + bias`` without the logits ever being whole."""
 
 from dataclasses import dataclass, replace
-from typing import Optional, Union
+from typing import Callable, Optional, Union
 
 import torch
 import torch.nn.functional as F
 
-from .cross_entropy_rows import RowLoss, cross_entropy_rows
+from .cross_entropy_rows import cross_entropy_rows
+from .cross_entropy_spec import RowLoss
 from .cross_entropy_torch import transform_logits
-from .linear_checks import check_dtype, check_range, check_reduction, flat_labels, row_loss_of
-from .linear_chunks import (
+from .linear_custom_loss import chunked_rows_loss
+from .loss_chunking import (
     ChunkPlan,
     HeadGradients,
     HeadInputs,
     check_device,
     iterate_chunks,
-    narrow_logits,
     prepare_head,
-    refuse_second_derivative,
     without_autocast,
 )
+from .loss_validation import check_dtype, check_range, check_reduction, flat_labels, flat_weights
+from .second_derivative import refuse_second_derivative
 
 __all__ = ["linear_cross_entropy"]
 
@@ -40,6 +41,9 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     n_items: Union[None, int, float, torch.Tensor] = None,
+    loss_weights: Optional[torch.Tensor] = None,
+    class_weight_mean: str = "weights",
+    weight_items: Union[None, int, float, torch.Tensor] = None,
     logit_scale: float = 1.0,
     softcap: float = 0.0,
     z_loss: float = 0.0,
@@ -48,6 +52,7 @@ def linear_cross_entropy(
     chunk_rows: Optional[int] = None,
     logits_dtype: Optional[torch.dtype] = None,
     head_grad_dtype: Optional[torch.dtype] = None,
+    observe: Optional[Callable] = None,
 ) -> torch.Tensor:
     """``nn.CrossEntropyLoss(...)`` of the logits ``hidden @ weight.T + bias``, computed in chunks.
 
@@ -60,13 +65,18 @@ def linear_cross_entropy(
         (or both cast by torch.autocast); a sharded DTensor is gathered. bias: [vocab] or None.
     labels: [...] integers, or [..., vocab] class probabilities in floating point.
     class_weight: [vocab]; multiplies a class's loss, and counts in the mean's denominator.
+    loss_weights: [...] in floating point, labels' shape; each multiplies its row's loss, and counts in
+        the mean's denominator as class weights do. Shifted with the labels.
     reduction: "mean", "sum", or "none" (shape of labels, 0 where ignored).
     n_items: divides the sum instead of the number of labels: the count over a whole gradient
         accumulation group. Only with "mean"; 0 counts as 1, so a group without labels trains on.
+    class_weight_mean: the mean of weighted rows is over their "weights", as in PyTorch, or over the
+        number of "labels". With n_items, ``weight_items`` is that sum of weights over the whole group;
+        without it n_items divides.
     logit_scale, softcap: logits become ``softcap * tanh(logit_scale * logits / softcap)``; a
         softcap of 0 is none.
     z_loss: adds ``z_loss * logsumexp(logits)**2`` to every row that has a label (PaLM, section 5);
-        reduced like the rest.
+        its mean is over the labels, whatever their class weights are.
     shift: labels are the input tokens; position t is scored against label t + 1, the last not at all.
     nan_if_empty: a mean over no labels is NaN, as in PyTorch; False makes it 0, so that a batch whose
         labels are all ignored trains on.
@@ -75,6 +85,8 @@ def linear_cross_entropy(
         are rounded to hidden's dtype, as a linear layer rounds them.
     head_grad_dtype: ``torch.float32`` sums a trained head's gradient in float32; by default in
         weight's dtype, as autograd does (float16 always in float32).
+    observe: ``observe(logits, labels, spec, bias, training)`` sees every chunk's raw logits and labels
+        before they become gradients, for statistics; integer labels only.
 
     Returns float32 (float64 for float64 inputs).
     Raises TypeError or ValueError for arguments that do not fit, IndexError for labels outside the
@@ -85,45 +97,78 @@ def linear_cross_entropy(
     (arXiv 2410.10989) and "Cut Your Losses" (arXiv 2411.09009).
     """
     head = prepare_head(_NAME, hidden, weight, bias)
-    spec = row_loss_of(
-        _NAME, head, class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss
+    spec = RowLoss.validated(
+        _NAME,
+        head.hidden,
+        head.weight.shape[0],
+        class_weight,
+        ignore_index,
+        label_smoothing,
+        logit_scale,
+        softcap,
+        z_loss,
     )
     n_items = check_reduction(_NAME, reduction, n_items)
+    weight_items = check_reduction(_NAME, reduction, weight_items, "weight_items")
+    if class_weight_mean not in ("weights", "labels"):
+        raise ValueError(
+            f'{_NAME}: class_weight_mean must be "weights" or "labels", got {class_weight_mean!r}.'
+        )
     check_dtype(_NAME, "logits_dtype", logits_dtype, head.hidden.dtype)
     check_dtype(_NAME, "head_grad_dtype", head_grad_dtype, head.weight.dtype)
     if not isinstance(labels, torch.Tensor):
         raise TypeError(f"{_NAME}: labels must be a tensor, got {type(labels).__name__}.")
     check_device(_NAME, head.hidden, labels = labels)
     if labels.is_floating_point():
+        if loss_weights is not None:
+            raise ValueError(
+                f"{_NAME}: loss_weights are for integer labels; multiply the losses that "
+                'reduction = "none" gives of class probabilities.'
+            )
         return _probability_targets(head, labels, spec, reduction, n_items, shift, chunk_rows)
     flat = flat_labels(_NAME, labels, head, ignore_index, shift)
     plan = ChunkPlan.make(head, flat != ignore_index, chunk_rows, logits_dtype)
     check_range(_NAME, flat, plan.index, plan.count, head.weight.shape[0])
-    denominator = _denominator(reduction, n_items, flat, plan, spec)
+    row_weight = None
+    if loss_weights is not None:
+        row_weight = flat_weights(_NAME, loss_weights, labels, head, shift)
+    denominator = 1.0
+    if reduction == "mean":
+        count = denominator = plan.count if n_items is None else n_items
+        if class_weight_mean == "weights" and (
+            spec.class_weight is not None or loss_weights is not None
+        ):
+            if weight_items is not None:
+                denominator = weight_items
+            elif n_items is None:
+                denominator = _sum_of_weights(flat, row_weight, plan, spec)
+        if spec.z_loss and denominator != count:
+            # z_loss is a mean over the labels, not over their weights.
+            spec = replace(spec, z_loss = spec.z_loss * denominator / count)
     if plan.count == 0 and not nan_if_empty:
         denominator = 1.0
-    job = _Job(spec, plan, reduction, denominator, head_grad_dtype, torch.is_grad_enabled())
+    job = _Job(
+        spec,
+        plan,
+        reduction,
+        denominator,
+        head_grad_dtype,
+        torch.is_grad_enabled(),
+        row_weight,
+        observe,
+    )
     loss = _LinearCrossEntropy.apply(head.hidden, head.weight, head.bias, flat, job)
     return loss.reshape(labels.shape) if reduction == "none" else loss
 
 
-def _denominator(
-    reduction: str,
-    n_items: Optional[float],
-    labels,
-    plan: ChunkPlan,
-    spec: RowLoss,
-) -> float:
-    if reduction != "mean":
-        return 1.0
-    if n_items is not None:
-        return n_items
-    if spec.class_weight is None:
-        return float(plan.count)
-    active = labels if plan.index is None else labels[plan.index]
-    # A label outside the vocabulary makes its row NaN, whatever its weight.
-    active = active.clamp(0, spec.class_weight.shape[0] - 1)
-    return spec.class_weight[active].sum(dtype = torch.float64).item()
+def _sum_of_weights(labels, row_weight, plan: ChunkPlan, spec: RowLoss) -> float:
+    active = slice(None) if plan.index is None else plan.index
+    weights = None if row_weight is None else row_weight[active]
+    if spec.class_weight is not None:
+        # A label outside the vocabulary makes its row NaN, whatever its weight.
+        by_class = spec.class_weight[labels[active].clamp(0, spec.class_weight.shape[0] - 1)]
+        weights = by_class if weights is None else by_class * weights
+    return weights.sum(dtype = torch.float64).item()
 
 
 # ------------------------------------------------------------------------------- autograd
@@ -137,6 +182,8 @@ class _Job:
     denominator: float
     head_grad_dtype: Optional[torch.dtype]
     differentiable: bool
+    row_weight: Optional[torch.Tensor] = None
+    observe: Optional[Callable] = None
 
     @property
     def alpha(self) -> float:
@@ -152,6 +199,7 @@ def _chunked(
     wanted,
     alpha: float,
     row_scale = None,
+    observe = None,
 ):
     """(losses of the rows that take part, their gradients or None).
 
@@ -163,8 +211,12 @@ def _chunked(
     gradients = None
     if any(wanted):
         gradients = HeadGradients(hidden, weight, bias, wanted, job.plan, job.head_grad_dtype)
+    if job.row_weight is not None:
+        row_scale = job.row_weight if row_scale is None else row_scale * job.row_weight
     for chunk in iterate_chunks(hidden, weight, job.plan):
-        into = None if gradients is None else narrow_logits(chunk, hidden.dtype)
+        into = None if gradients is None else chunk.gradients(hidden.dtype)
+        if observe is not None:
+            observe(chunk.logits, chunk.rows_of(labels), job.spec, bias, job.differentiable)
         cross_entropy_rows(
             chunk.logits,
             chunk.rows_of(labels),
@@ -177,13 +229,15 @@ def _chunked(
         )
         if gradients is not None:
             gradients.add(chunk, into, alpha)
+    if job.row_weight is not None:
+        losses *= job.row_weight if job.plan.index is None else job.row_weight[job.plan.index]
     return losses, gradients
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, job):
-        wanted = tuple(ctx.needs_input_grad[:3]) if job.differentiable else (False,) * 3
+        wanted = tuple(need and job.differentiable for need in ctx.needs_input_grad[:3])
         # The per-row upstream gradients of "none" can be applied to hidden's rows afterwards, but
         # not to the head's sums over rows: those wait for the backward.
         later = job.reduction == "none" and any(wanted[1:])
@@ -191,7 +245,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         alpha = 1.0 if hidden.dtype == torch.float16 else job.alpha
         with without_autocast(hidden.device.type):
             now = (False,) * 3 if later else wanted
-            losses, gradients = _chunked(hidden, weight, bias, labels, job, now, alpha)
+            arguments = (hidden, weight, bias, labels, job, now, alpha)
+            losses, gradients = _chunked(*arguments, observe = job.observe)
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.job, ctx.wanted, ctx.later, ctx.gradients = job, wanted, later, gradients
         ctx.rest = job.alpha / alpha if alpha != job.alpha and job.plan.count else 1.0
@@ -212,12 +267,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _backward(ctx, upstream):
+    # Read even where it is not needed: autograd raises here when one was changed in place.
+    hidden, weight, bias, labels = ctx.saved_tensors
     job, gradients = ctx.job, ctx.gradients
     ctx.gradients = None
     per_row = job.reduction == "none"
     if gradients is None and any(ctx.wanted):
         # "none" with a trained head, or a second backward through a retained graph.
-        hidden, weight, bias, labels = ctx.saved_tensors
         row_scale = (
             upstream.to(torch.promote_types(upstream.dtype, torch.float32)) if ctx.later else None
         )
@@ -225,7 +281,6 @@ def _backward(ctx, upstream):
         _, gradients = _chunked(hidden, weight, bias, labels, job, ctx.wanted, alpha, row_scale)
     if gradients is None:
         return (None, None, None)
-    bias = ctx.saved_tensors[2] if ctx.wanted[2] else None
     if not per_row:
         return gradients.scaled(upstream * ctx.rest, bias)
     if not ctx.later:
@@ -246,8 +301,6 @@ def _probability_targets(
     chunk_rows: Optional[int],
 ) -> torch.Tensor:
     """Class probabilities as targets, which may have a gradient too: autograd on each chunk."""
-    from .linear_loss import chunked_rows_loss
-
     wanted = (*head.shape, head.weight.shape[0])
     if targets.shape != wanted:
         raise ValueError(

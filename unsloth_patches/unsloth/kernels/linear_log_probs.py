@@ -12,19 +12,18 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from .cross_entropy_rows import RowLoss
-from .linear_checks import check_dtype, check_range, flat_labels, row_loss_of
-from .linear_chunks import (
+from .cross_entropy_spec import RowLoss
+from .log_probs_kernel import log_prob_gradients, log_prob_rows
+from .loss_chunking import (
     ChunkPlan,
     HeadGradients,
     check_device,
     iterate_chunks,
-    narrow_logits,
     prepare_head,
-    refuse_second_derivative,
     without_autocast,
 )
-from .log_probs_kernel import log_prob_gradients, log_prob_rows
+from .loss_validation import check_dtype, check_range, flat_labels
+from .second_derivative import refuse_second_derivative
 
 __all__ = ["LogProbs", "linear_log_probs"]
 
@@ -72,7 +71,14 @@ def linear_log_probs(
     the CPU, NaN on a GPU. Returns `LogProbs` in float32 (float64 for float64 inputs).
     """
     head = prepare_head(_NAME, hidden, weight, bias)
-    spec = row_loss_of(_NAME, head, None, ignore_index, 0.0, logit_scale, softcap, 0.0)
+    spec = RowLoss.validated(
+        _NAME,
+        head.hidden,
+        head.weight.shape[0],
+        ignore_index = ignore_index,
+        logit_scale = logit_scale,
+        softcap = softcap,
+    )
     if not isinstance(temperature, (int, float)) or not 0.0 < temperature < float("inf"):
         raise ValueError(f"{_NAME}: temperature must be a positive number, got {temperature!r}.")
     if not isinstance(targets, torch.Tensor) or targets.is_floating_point():
@@ -109,12 +115,8 @@ class _LinearLogProbs(torch.autograd.Function):
                 found, best = log_prob_rows(
                     chunk.logits, chunk.rows_of(targets), job.spec, job.inverse_temperature, bias
                 )
-                if chunk.index is None:
-                    values[:, chunk.start : chunk.stop] = found
-                    top1[chunk.start : chunk.stop] = best
-                else:
-                    values.index_copy_(1, chunk.index, found)
-                    top1.index_copy_(0, chunk.index, best)
+                chunk.place(found, values, dim = 1)
+                chunk.place(best, top1)
         ctx.save_for_backward(hidden, weight, bias, targets, values)
         ctx.job = job
         ctx.mark_non_differentiable(top1)
@@ -128,24 +130,17 @@ class _LinearLogProbs(torch.autograd.Function):
             gradients = HeadGradients(hidden, weight, bias, wanted, job.plan, job.head_grad_dtype)
             upstream = torch.stack((by_log_probs, by_lse, by_entropy))
             for chunk in iterate_chunks(hidden, weight, job.plan):
-                into = narrow_logits(chunk, hidden.dtype)
+                into = chunk.gradients(hidden.dtype)
                 log_prob_gradients(
                     chunk.logits,
                     chunk.rows_of(targets),
                     job.spec,
                     job.inverse_temperature,
                     bias,
-                    _columns_of(chunk, values),
-                    _columns_of(chunk, upstream),
+                    chunk.rows_of(values, dim = 1),
+                    chunk.rows_of(upstream, dim = 1),
                     into,
                 )
                 gradients.add(chunk, into)
             found = gradients.scaled(torch.ones((), device = hidden.device), bias)
         return (*refuse_second_derivative(_NAME, found), None, None)
-
-
-def _columns_of(chunk, table: torch.Tensor) -> torch.Tensor:
-    """A chunk's rows of a table that has a column for every row."""
-    if chunk.index is None:
-        return table[:, chunk.start : chunk.stop]
-    return table.index_select(1, chunk.index)

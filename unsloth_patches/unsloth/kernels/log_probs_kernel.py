@@ -11,7 +11,7 @@ from typing import Optional, Tuple
 
 import torch
 
-from .cross_entropy_rows import RowLoss, padded_columns, uses_triton
+from .cross_entropy_spec import RowLoss, padded_columns, uses_triton
 from .cross_entropy_torch import transform_logits, transform_slope
 
 try:
@@ -43,7 +43,8 @@ def log_prob_rows(
     lse = target - log_probs
     log_p = x - lse
     entropy = -torch.where(log_p == float("-inf"), 0.0, log_p.exp() * log_p).sum(1)
-    log_probs = torch.where(in_range, log_probs.squeeze(1), float("nan"))
+    known = in_range & (target != float("inf")).squeeze(1)
+    log_probs = torch.where(known, log_probs.squeeze(1), float("nan"))
     return torch.stack((log_probs, lse.squeeze(1), entropy)), x.argmax(1)
 
 
@@ -76,7 +77,8 @@ def log_prob_gradients(
     gradient.scatter_(1, index, at_target)
     gradient -= torch.where(p == 0, 0.0, p * (log_p + entropy)) * by_entropy
     gradient.mul_(transform_slope(untempered, spec) * inverse_temperature)
-    grads.copy_(torch.where(in_range.unsqueeze(1), gradient, float("nan")))
+    known = in_range.unsqueeze(1) & ~log_prob.isnan()
+    grads.copy_(torch.where(known, gradient, float("nan")))
 
 
 def _safe(targets: torch.Tensor, vocab_size: int):
@@ -95,24 +97,11 @@ if triton is not None:
 
     @triton.jit
     def _log_probs_kernel(
-        logits_ptr,
-        logits_stride,
-        targets_ptr,
-        values_ptr,
-        top1_ptr,
-        bias_ptr,
-        rows,
-        logit_scale,
-        softcap,
-        inverse_temperature,
-        VOCAB,
-        COLUMNS,
-        HAS_BIAS: tl.constexpr,
-        HAS_SCALE: tl.constexpr,
-        HAS_SOFTCAP: tl.constexpr,
-        LANES: tl.constexpr,
+        logits_ptr, logits_stride, targets_ptr, values_ptr, top1_ptr, bias_ptr, rows, logit_scale,
+        softcap, inverse_temperature, VOCAB, COLUMNS, HAS_BIAS: tl.constexpr,
+        HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
         WIDTH: tl.constexpr,
-    ):
+    ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * logits_stride
         target_id = tl.load(targets_ptr + row)
@@ -162,34 +151,19 @@ if triton is not None:
         target_share = tl.exp(target - row_top)
         moment += tl.where(target_share > 0.0, target_share * (target - row_top), 0.0)
         entropy = (lse - row_top) - moment / whole
-        tl.store(values_ptr + row, tl.where(in_range, log_prob, float("nan")))
+        known = in_range & (target != float("inf"))
+        tl.store(values_ptr + row, tl.where(known, log_prob, float("nan")))
         tl.store(values_ptr + rows + row, lse)
         tl.store(values_ptr + 2 * rows + row, entropy)
         tl.store(top1_ptr + row, top1.to(tl.int64))
 
     @triton.jit
     def _log_probs_gradient_kernel(
-        logits_ptr,
-        logits_stride,
-        grads_ptr,
-        grads_stride,
-        targets_ptr,
-        values_ptr,
-        upstream_ptr,
-        bias_ptr,
-        rows,
-        logit_scale,
-        softcap,
-        inverse_temperature,
-        VOCAB,
-        COLUMNS,
-        HAS_BIAS: tl.constexpr,
-        HAS_SCALE: tl.constexpr,
-        HAS_SOFTCAP: tl.constexpr,
-        NARROW: tl.constexpr,
-        LANES: tl.constexpr,
-        WIDTH: tl.constexpr,
-    ):
+        logits_ptr, logits_stride, grads_ptr, grads_stride, targets_ptr, values_ptr, upstream_ptr,
+        bias_ptr, rows, logit_scale, softcap, inverse_temperature, VOCAB, COLUMNS,
+        HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+        NARROW: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * logits_stride
         grads_ptr += row * grads_stride
@@ -201,7 +175,8 @@ if triton is not None:
         by_log_prob = tl.load(upstream_ptr + row)
         by_lse = tl.load(upstream_ptr + rows + row)
         by_entropy = tl.load(upstream_ptr + 2 * rows + row)
-        share = tl.where(in_range, by_lse - by_log_prob, float("nan"))
+        known = in_range & (log_prob == log_prob)
+        share = tl.where(known, by_lse - by_log_prob, float("nan"))
         at_target = tl.exp(log_prob) * by_lse + _one_minus_exp(log_prob) * by_log_prob
         tile = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         for start in range(0, COLUMNS, LANES * WIDTH):
@@ -247,22 +222,10 @@ def _triton_rows(logits, targets, spec, inverse_temperature, bias):
     values = torch.empty((3, rows), dtype = torch.float32, device = logits.device)
     top1 = torch.empty(rows, dtype = torch.int64, device = logits.device)
     _log_probs_kernel[(rows,)](
-        logits,
-        logits.stride(0),
-        targets,
-        values,
-        top1,
-        values if bias is None else bias,
-        rows,
-        spec.logit_scale,
-        spec.softcap,
-        inverse_temperature,
-        vocab_size,
-        columns,
-        **_transform_flags(spec, bias),
-        **blocks,
-        num_warps = num_warps,
-    )
+        logits, logits.stride(0), targets, values, top1, values if bias is None else bias, rows,
+        spec.logit_scale, spec.softcap, inverse_temperature, vocab_size, columns,
+        **_transform_flags(spec, bias), **blocks, num_warps = num_warps,
+    )  # fmt: skip
     return values, top1
 
 
@@ -270,22 +233,8 @@ def _triton_gradients(logits, targets, spec, inverse_temperature, bias, values, 
     rows, vocab_size = logits.shape
     columns, num_warps, blocks = _shape(logits)
     _log_probs_gradient_kernel[(rows,)](
-        logits,
-        logits.stride(0),
-        grads,
-        grads.stride(0),
-        targets,
-        values.contiguous(),
-        upstream.contiguous(),
-        values if bias is None else bias,
-        rows,
-        spec.logit_scale,
-        spec.softcap,
-        inverse_temperature,
-        vocab_size,
-        columns,
-        **_transform_flags(spec, bias),
-        NARROW = grads.dtype != logits.dtype,
-        **blocks,
-        num_warps = num_warps,
-    )
+        logits, logits.stride(0), grads, grads.stride(0), targets, values.contiguous(),
+        upstream.contiguous(), values if bias is None else bias, rows, spec.logit_scale,
+        spec.softcap, inverse_temperature, vocab_size, columns, **_transform_flags(spec, bias),
+        NARROW = grads.dtype != logits.dtype, **blocks, num_warps = num_warps,
+    )  # fmt: skip

@@ -13,8 +13,8 @@ import contextlib
 
 import torch
 
-from .chunk_rows import choose_chunk_rows
-from .cross_entropy_rows import narrow_view, padded_columns, uses_triton
+from .cross_entropy_spec import narrow_view, padded_columns, uses_triton
+from .loss_chunk_size import choose_chunk_rows
 
 try:
     import triton
@@ -51,9 +51,8 @@ def prepare_head(
 
     Raises TypeError for dtypes and ValueError for shapes and devices that do not fit together.
     """
-    for label, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is None and label == "bias":
-            continue
+    given = (("hidden", hidden), ("weight", weight), ("bias", bias))
+    for label, tensor in given if bias is not None else given[:2]:
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: {label} must be a tensor, got {type(tensor).__name__}.")
         if not tensor.is_floating_point():
@@ -222,11 +221,31 @@ class Chunk:
     hidden: torch.Tensor
     logits: torch.Tensor
 
-    def rows_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """These rows of a tensor that has all rows."""
+    def rows_of(
+        self,
+        tensor: torch.Tensor,
+        dim: int = 0,
+    ) -> torch.Tensor:
+        """These rows of a tensor whose dimension ``dim`` has all rows."""
         if self.index is None:
-            return tensor[self.start : self.stop]
-        return tensor.index_select(0, self.index)
+            return tensor.narrow(dim, self.start, self.stop - self.start)
+        return tensor.index_select(dim, self.index)
+
+    def place(
+        self,
+        part: torch.Tensor,
+        whole: torch.Tensor,
+        dim: int = 0,
+    ) -> None:
+        """Writes ``part`` where ``rows_of(whole, dim)`` reads."""
+        if self.index is None:
+            self.rows_of(whole, dim).copy_(part)
+        else:
+            whole.index_copy_(dim, self.index, part.to(whole.dtype))
+
+    def gradients(self, dtype: torch.dtype) -> torch.Tensor:
+        """Where the gradients by the logits go: over them, in the dtype that the products take."""
+        return narrow_view(self.logits, dtype)
 
 
 @dataclass(frozen = True)
@@ -315,9 +334,8 @@ class HeadGradients:
             if not self.hidden.is_contiguous():
                 self.hidden = torch.zeros(hidden.shape, dtype = hidden.dtype, device = hidden.device)
         if wanted[1]:
-            dtype = (
-                torch.float32 if weight.dtype == torch.float16 else accumulate_dtype or weight.dtype
-            )
+            half = weight.dtype == torch.float16
+            dtype = torch.float32 if half else accumulate_dtype or weight.dtype
             make = torch.empty if plan.count else torch.zeros
             self.weight = make(weight.shape, dtype = dtype, device = weight.device)
         if wanted[2]:
@@ -332,13 +350,11 @@ class HeadGradients:
     ) -> None:
         """Adds alpha times what a chunk's logit gradients, in the head's dtype, give."""
         if self.hidden is not None:
-            if chunk.index is None:
-                part = self.hidden[chunk.start : chunk.stop]
-                multiply_(part, logit_grads, self._weight, alpha, False)
-            else:
-                part = torch.empty_like(chunk.hidden)
-                multiply_(part, logit_grads, self._weight, alpha, False)
-                self.hidden.index_copy_(0, chunk.index, part)
+            whole = chunk.index is None
+            part = chunk.rows_of(self.hidden) if whole else torch.empty_like(chunk.hidden)
+            multiply_(part, logit_grads, self._weight, alpha, False)
+            if not whole:
+                chunk.place(part, self.hidden)
         if self.weight is not None:
             multiply_(self.weight, logit_grads.t(), chunk.hidden, alpha, self._began)
         if self.bias is not None:
@@ -347,47 +363,6 @@ class HeadGradients:
 
     def scaled(self, factor: torch.Tensor, bias: Optional[torch.Tensor]):
         """(hidden, weight, bias) gradients times factor, in the inputs' dtypes; uses up the sums."""
-        result = []
-        for sums, like in (
-            (self.hidden, self.hidden),
-            (self.weight, self._weight),
-            (self.bias, bias),
-        ):
-            result.append(None if sums is None else scale_(sums, factor).to(like.dtype))
+        pairs = ((self.hidden, self.hidden), (self.weight, self._weight), (self.bias, bias))
         self.hidden = self.weight = self.bias = None
-        return tuple(result)
-
-
-def narrow_logits(chunk: Chunk, dtype: torch.dtype) -> torch.Tensor:
-    """Where a chunk's gradients go: over its logits, in the dtype that the products take."""
-    return narrow_view(chunk.logits, dtype)
-
-
-# ------------------------------------------------------------------------------- derivatives
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, name, _, *gradients):
-        ctx.name = name
-        return tuple(None if g is None else g.view_as(g) for g in gradients)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            f"{ctx.name} has no second derivative: its gradients are computed once, in chunks. "
-            "Use torch.nn.functional.linear and the dense loss where create_graph=True is needed."
-        )
-
-
-def refuse_second_derivative(name: str, gradients: tuple) -> tuple:
-    """The gradients, such that differentiating them raises instead of giving zeros.
-
-    Does nothing in a backward without ``create_graph``, where grad mode is off.
-    """
-    if not torch.is_grad_enabled():
-        return gradients
-    anchor = torch.zeros((), requires_grad = True)
-    present = [g.detach() for g in gradients if g is not None]
-    guarded = iter(_NoSecondDerivative.apply(name, anchor, *present))
-    return tuple(None if g is None else next(guarded) for g in gradients)
+        return tuple(None if s is None else scale_(s, factor).to(like.dtype) for s, like in pairs)

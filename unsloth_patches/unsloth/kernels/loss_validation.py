@@ -2,69 +2,61 @@
 # Copyright 2026 the unsloth_patches authors
 """Checks of a chunked loss's arguments, before anything is computed: each error names the value."""
 
-from typing import Optional
+from typing import Iterable, Optional, Tuple
+import difflib
+import functools
 import os
 
 import torch
 import torch.nn.functional as F
 
-from .cross_entropy_rows import RowLoss
-from .linear_chunks import HeadInputs, check_device
+from .cross_entropy_spec import finite_number
+from .loss_chunking import HeadInputs, check_device
 
 _REDUCTIONS = ("none", "mean", "sum")
+# What other libraries call our options.
+_OTHER_NAMES = {
+    "weight": "class_weight",
+    "weights": "class_weight",
+    "loss_weight": "loss_weights",
+    "sample_weight": "loss_weights",
+    "sample_weights": "loss_weights",
+    "token_weights": "loss_weights",
+    "label_smoothing_factor": "label_smoothing",
+    "smoothing": "label_smoothing",
+    "lse_square_scale": "z_loss",
+    "z_loss_multiplier": "z_loss",
+    "size_average": "reduction",
+    "reduce": "reduction",
+}
 
 
-def row_loss_of(
-    name: str,
-    head: HeadInputs,
-    class_weight,
-    ignore_index,
-    label_smoothing,
-    logit_scale,
-    softcap,
-    z_loss,
-) -> RowLoss:
-    """What a row's loss is made of; raises TypeError or ValueError for values that do not fit."""
-    vocab_size = head.weight.shape[0]
-    if class_weight is not None:
-        if not isinstance(class_weight, torch.Tensor) or not class_weight.is_floating_point():
+def refuse_lookalikes(name: str, given: Iterable[str], options: Tuple[str, ...]) -> None:
+    """TypeError for an argument that means one of ``options`` by another name or a slip of the pen."""
+    for argument in given:
+        meant = _meant(argument, options)
+        if meant:
             raise TypeError(
-                f"{name}: class_weight must be a floating point tensor of [{vocab_size}]."
+                f"{name}: {argument!r} would be ignored; {meant!r} is what it is called here."
             )
-        if class_weight.shape != (vocab_size,):
-            raise ValueError(
-                f"{name}: class_weight must be [{vocab_size}], one weight a class, "
-                f"got shape {tuple(class_weight.shape)}."
-            )
-        if class_weight.requires_grad:
-            raise ValueError(f"{name}: class_weight has no gradient; pass class_weight.detach().")
-        check_device(name, head.hidden, class_weight = class_weight)
-        wide = torch.float64 if head.hidden.dtype == torch.float64 else torch.float32
-        class_weight = class_weight.to(wide).contiguous()
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{name}: ignore_index must be an integer, got {ignore_index!r}.")
-    label_smoothing = _number(name, "label_smoothing", label_smoothing)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{name}: label_smoothing must be between 0 and 1, got {label_smoothing}.")
-    softcap = _number(name, "softcap", softcap)
-    if softcap < 0.0:
-        raise ValueError(f"{name}: softcap must be positive, or 0 for none; got {softcap}.")
-    scale, z = _number(name, "logit_scale", logit_scale), _number(name, "z_loss", z_loss)
-    return RowLoss(class_weight, ignore_index, label_smoothing, scale, softcap, z)
 
 
-def _number(name: str, label: str, value) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if number != number or number in (float("inf"), float("-inf")):
-        raise ValueError(f"{name}: {label} must be a finite number, got {value!r}.")
-    return number
+@functools.lru_cache(maxsize = None)
+def _meant(argument: str, options: Tuple[str, ...]) -> str:
+    if argument in options:
+        return ""
+    if _OTHER_NAMES.get(argument) in options:
+        return _OTHER_NAMES[argument]
+    return "".join(difflib.get_close_matches(argument, options, 1, 0.85))
 
 
-def check_reduction(name: str, reduction, n_items) -> Optional[float]:
-    """n_items as a number, at least 1, or None where the labels are to be counted."""
+def check_reduction(
+    name: str,
+    reduction,
+    n_items,
+    label: str = "n_items",
+) -> Optional[float]:
+    """n_items as a number that is not 0, or None where the labels are to be counted."""
     if reduction not in _REDUCTIONS:
         raise ValueError(
             f"{name}: reduction must be one of {', '.join(_REDUCTIONS)}; got {reduction!r}."
@@ -73,17 +65,17 @@ def check_reduction(name: str, reduction, n_items) -> Optional[float]:
         return None
     if reduction != "mean":
         raise ValueError(
-            f"{name}: n_items replaces the mean's denominator, so reduction {reduction!r} "
-            'cannot take it; leave n_items out or use reduction = "mean".'
+            f"{name}: {label} replaces the mean's denominator, so reduction {reduction!r} "
+            f'cannot take it; leave {label} out or use reduction = "mean".'
         )
     if isinstance(n_items, torch.Tensor):
         if n_items.numel() == 0:
-            raise ValueError(f"{name}: n_items must hold one number, got an empty tensor.")
+            raise ValueError(f"{name}: {label} must hold one number, got an empty tensor.")
         # A DataParallel replica gets a slice of the repeated count.
         n_items = n_items.reshape(-1)[0].item()
-    number = _number(name, "n_items", n_items)
+    number = finite_number(name, label, n_items)
     if number < 0:
-        raise ValueError(f"{name}: n_items must not be negative, got {number}.")
+        raise ValueError(f"{name}: {label} must not be negative, got {number}.")
     return number or 1.0
 
 
@@ -117,6 +109,31 @@ def flat_labels(
     if shift:
         labels = F.pad(_shiftable(name, labels)[..., 1:], (0, 1), value = ignore_index)
     return labels.reshape(-1).long()
+
+
+def flat_weights(
+    name: str,
+    weights,
+    labels: torch.Tensor,
+    head: HeadInputs,
+    shift: bool,
+) -> torch.Tensor:
+    """loss_weights as [rows] in the losses' dtype, shifted with the labels."""
+    if not isinstance(weights, torch.Tensor) or not weights.is_floating_point():
+        kind = getattr(weights, "dtype", type(weights).__name__)
+        raise TypeError(f"{name}: loss_weights must be a floating point tensor, got {kind}.")
+    if weights.shape != labels.shape:
+        raise ValueError(
+            f"{name}: loss_weights have shape {tuple(weights.shape)} and labels "
+            f"{tuple(labels.shape)}; one weight a label."
+        )
+    if weights.requires_grad:
+        raise ValueError(f"{name}: loss_weights have no gradient; pass loss_weights.detach().")
+    check_device(name, head.hidden, loss_weights = weights)
+    if shift:
+        weights = F.pad(weights[..., 1:], (0, 1))
+    wide = torch.float64 if head.hidden.dtype == torch.float64 else torch.float32
+    return weights.reshape(-1).to(wide)
 
 
 def _shiftable(name: str, labels: torch.Tensor) -> torch.Tensor:

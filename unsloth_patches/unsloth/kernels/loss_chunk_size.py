@@ -4,7 +4,7 @@
 
 More rows make the matrix products more efficient up to a point; memory grows with every row. The
 number comes, in this order, from the caller, from ``UNSLOTH_LOSS_CHUNK_ROWS``, from the budget that
-a sweep on this GPU stored, or from a budget by architecture, bounded by the memory that is free.
+a sweep on this GPU stored, or from a budget for every GPU, bounded by the memory that is free.
 """
 
 from typing import Dict, List, Optional
@@ -15,18 +15,16 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["choose_chunk_rows", "store_budget", "stored_budget", "fit_rows", "BUDGET_MIB"]
+__all__ = ["BUDGET_MIB", "choose_chunk_rows", "fit_rows", "store_budget", "stored_budget"]
 
 MIN_ROWS = 16
 MAX_ROWS = 8192
 # Row counts that matrix products take without a cut tile on every current GPU.
 FEW_ROWS, MANY_ROWS = 128, 256
 
-# MiB of logits by compute capability. 9.0 is measured: on an H200 no more than Unsloth's own
-# loss takes, on an H100 0 to 12% over the best of each of eight heads. 7.5, 8.0 and 8.9 are computed from published figures of T4, A100 and L4: what the model
-# of the benchmark chunk-size chooses, up to the next power of two, 128 at least.
-BUDGET_MIB = {(7, 5): 128, (8, 0): 128, (8, 9): 256, (9, 0): 320}
-DEFAULT_BUDGET_MIB = 256
+# MiB of logits: no more than Unsloth's own loss takes on an H200 and an H100, where it is measured.
+# Elsewhere it is computed from published figures: T4, L4 and A100 want as much.
+BUDGET_MIB = 320
 CPU_BUDGET_MIB = 64
 # A trained head's chunk may be as large as its gradient, up to this. Unsloth's own loss holds that
 # gradient twice.
@@ -100,7 +98,7 @@ def _budget_bytes(device: torch.device, at_least: int) -> int:
     if device.type != "cuda":
         return CPU_BUDGET_MIB << 20
     index = torch.cuda.current_device() if device.index is None else device.index
-    budget = max(_architecture_budget(index) << 20, at_least)
+    budget = max(_gpu_budget(index) << 20, at_least)
     wanted = int(budget / FREE_SHARE)
     room = _room.get(index)
     if room is not None and room[1] > 0 and room[0] >= 2 * wanted:
@@ -115,11 +113,8 @@ def _budget_bytes(device: torch.device, at_least: int) -> int:
 
 
 @functools.lru_cache(maxsize = None)
-def _architecture_budget(index: int) -> int:
-    stored = stored_budget(torch.cuda.get_device_name(index))
-    if stored is not None:
-        return stored
-    return BUDGET_MIB.get(torch.cuda.get_device_capability(index), DEFAULT_BUDGET_MIB)
+def _gpu_budget(index: int) -> int:
+    return stored_budget(torch.cuda.get_device_name(index)) or BUDGET_MIB
 
 
 def _held_bytes(index: int) -> int:
@@ -166,5 +161,5 @@ def store_budget(device_name: str, mib: int) -> Path:
     path.write_text(
         json.dumps({**_read_store(), device_name: mib}, indent = 1) + "\n", encoding = "utf-8"
     )
-    _architecture_budget.cache_clear()
+    _gpu_budget.cache_clear()
     return path

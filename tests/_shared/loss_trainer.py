@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""A tiny Llama trained by SFTTrainer for a few steps, and what transformers' own logits say of it."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from backend import GPU
+
+
+def default_data_collator(rows):
+    from transformers import default_data_collator
+
+    return default_data_collator(rows)
+
+
+@pytest.fixture(scope = "module")
+def checkpoint(tmp_path_factory):
+    """A two-layer Llama with random weights and a word tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = str(tmp_path_factory.mktemp("llama"))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size = 64,
+        hidden_size = 64,
+        intermediate_size = 64,
+        num_hidden_layers = 2,
+        num_attention_heads = 4,
+        num_key_value_heads = 2,
+        # Logits large enough that every option moves the loss far more than rounding does.
+        initializer_range = 0.3,
+        pad_token_id = 2,
+        bos_token_id = 0,
+        eos_token_id = 1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = {"<s>": 0, "</s>": 1, "<pad>": 2, **{f"w{i}": i for i in range(3, 64)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token = "<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object = tokenizer, **special).save_pretrained(folder)
+    return folder
+
+
+def load(checkpoint):
+    from unsloth import FastLanguageModel
+
+    # Only now, as loading patches the trainers.
+    return FastLanguageModel.from_pretrained(
+        checkpoint,
+        max_seq_length = 32,
+        load_in_4bit = False,
+        dtype = torch.bfloat16 if GPU else torch.float32,
+    )
+
+
+def rows_of_tokens():
+    make = torch.Generator().manual_seed(0)
+    rows = []
+    for row in range(4):
+        tokens = torch.randint(3, 64, (12,), generator = make).tolist()
+        ignored = 12 if row == 3 else 3 * row
+        rows.append({"input_ids": tokens, "labels": [-100] * ignored + tokens[ignored:]})
+    return rows
+
+
+def train(
+    checkpoint,
+    prepare = lambda model: None,
+    rows = None,
+    collator = default_data_collator,
+    **config,
+):
+    """Losses of SFTTrainer, one row a micro-batch, and the trainer."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    model, tokenizer = load(checkpoint)
+    if GPU:  # where FastLanguageModel trains adapters; new ones leave the losses as they are
+        from unsloth import FastLanguageModel
+
+        model = FastLanguageModel.get_peft_model(model, r = 4, target_modules = ["q_proj", "v_proj"])
+    prepare(model)
+    rows = rows or rows_of_tokens()
+    accumulated = config.setdefault("gradient_accumulation_steps", 1)
+    config.setdefault("remove_unused_columns", False)
+    settings = SFTConfig(
+        output_dir = os.path.join(checkpoint, "out"),
+        per_device_train_batch_size = 1,
+        per_device_eval_batch_size = 1,
+        max_steps = len(rows) // accumulated,
+        logging_steps = 1,
+        learning_rate = 1e-9,
+        report_to = "none",
+        save_strategy = "no",
+        max_length = 32,
+        dataset_kwargs = {"skip_prepare_dataset": True},
+        train_sampling_strategy = "sequential",
+        bf16 = GPU,
+        **config,
+    )
+    trainer = SFTTrainer(
+        model = model,
+        processing_class = tokenizer,
+        train_dataset = Dataset.from_list(rows),
+        eval_dataset = Dataset.from_list(rows[:2]),
+        args = settings,
+        data_collator = collator,
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer
+
+
+def reference_rows(checkpoint):
+    """transformers' own logits [11, 64] and the labels they are scored against, row by row."""
+    from transformers import LlamaForCausalLM
+
+    # Unsloth's rotary embedding, which transformers' own model uses too by now, lives on the GPU.
+    # In training's dtype: a bfloat16 model's loss of 6.87 is 0.07 off the float32 model's.
+    device, dtype = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype = dtype).to(device)
+    found = []
+    for row in rows_of_tokens():
+        tokens, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
+        with torch.no_grad():
+            logits = model(input_ids = tokens.to(device)).logits[0, :-1].cpu().float()
+        found.append((logits, labels))
+    return found
+
+
+def reference_losses(checkpoint, **options):
+    """Cross entropy of those logits for each row, in order; 0 for a row without labels."""
+    losses = []
+    for logits, labels in reference_rows(checkpoint):
+        reduction = "mean" if (labels != -100).any() else "sum"
+        losses.append(F.cross_entropy(logits, labels, reduction = reduction, **options).item())
+    return losses

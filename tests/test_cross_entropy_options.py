@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""The kernel behind every cross entropy, and fast_cross_entropy_loss with the options of nn.CrossEntropyLoss."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from backend import DEVICE, require
+
+require("interpreter")
+import unsloth  # noqa: F401, E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def kernel():
+    from types import SimpleNamespace
+    from unsloth.kernels import cross_entropy_rows, cross_entropy_spec
+
+    return SimpleNamespace(**{**vars(cross_entropy_rows), **vars(cross_entropy_spec)})
+
+
+@pytest.mark.parametrize("vocab", [1, 3, 16, 37, 4097])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 5.0, "logit_scale": 0.5}, {"label_smoothing": 0.1, "z_loss": 1e-3}]
+)
+def test_the_kernel_equals_its_torch_counterpart(kernel, vocab, dtype, options):
+    """In place, out of place and over float32 logits; whatever stands behind the last column."""
+    rows, columns = 3, kernel.padded_columns(vocab)
+    make = torch.Generator().manual_seed(vocab)
+    values = (torch.randn(rows, vocab, generator = make) * 3).to(DEVICE, dtype)
+    labels = torch.randint(0, vocab, (rows,), generator = make).to(DEVICE)
+    bias = torch.randn(vocab, generator = make).to(DEVICE, dtype)
+    spec = kernel.RowLoss(torch.rand(vocab, generator = make).to(DEVICE), **options)
+    scale = torch.rand(rows, generator = make).to(DEVICE)
+    exact, expected = (
+        torch.empty(s, dtype = torch.float64, device = DEVICE) for s in ((rows,), (rows, vocab))
+    )
+    kernel.cross_entropy_rows(values.double(), labels, spec, exact, expected, scale, bias)
+    tolerance = (
+        {"rtol": 1e-2, "atol": 1e-3} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    )
+    for held in (dtype, torch.float32):
+        buffer = torch.full((rows, columns), float("nan"), dtype = held, device = DEVICE)
+        logits = buffer[:, :vocab]
+        logits.copy_(values)
+        losses = torch.full((rows,), float("nan"), device = DEVICE)
+        grads = kernel.narrow_view(logits, dtype)
+        kernel.cross_entropy_rows(logits, labels, spec, losses, grads, scale, bias, scratch = True)
+        torch.testing.assert_close(losses, exact.float(), rtol = 1e-4, atol = 1e-5)
+        torch.testing.assert_close(grads.double(), expected, **tolerance)
+    apart = torch.full_like(values, float("nan"))
+    before = values.clone()
+    kernel.cross_entropy_rows(values, labels, spec, losses, apart, scale, bias)
+    torch.testing.assert_close(apart.double(), expected, **tolerance)
+    assert torch.equal(values, before)
+
+
+@pytest.mark.parametrize("scratch", [False, True])
+def test_the_kernel_marks_labels_outside_the_vocabulary(kernel, scratch):
+    """Loss and gradients of such a row are NaN, of others they are not; nothing else is read."""
+    vocab = 20
+    buffer = torch.zeros(4, kernel.padded_columns(vocab), device = DEVICE)
+    logits = buffer[:, :vocab]
+    labels = torch.tensor([3, 20, -7, 10**12], device = DEVICE)
+    losses, grads = torch.zeros(4, device = DEVICE), torch.zeros(4, vocab, device = DEVICE)
+    kernel.cross_entropy_rows(logits, labels, kernel.RowLoss(), losses, grads, scratch = scratch)
+    assert losses.isnan().tolist() == [False, True, True, True]
+    assert grads.isnan().all(1).tolist() == [False, True, True, True]
+    assert not grads[0].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing": 0.1},
+        {"ignore_index": 4},
+        {"class_weight": True},
+        {"class_weight": True, "label_smoothing": 0.2, "ignore_index": 4},
+    ],
+)
+def test_fast_cross_entropy_loss_takes_the_options_of_cross_entropy_loss(options):
+    """Smoothing, class weights and ignore_index on dense logits, which stay as they were."""
+    from unsloth.kernels import fast_cross_entropy_loss
+
+    make = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 37, generator = make).to(DEVICE).requires_grad_()
+    labels = torch.randint(0, 37, (2, 5), generator = make).to(DEVICE)
+    labels[0, 1] = options.get("ignore_index", -100)
+    options = dict(options)
+    if options.pop("class_weight", False):
+        options["class_weight"] = torch.rand(37, generator = make).to(DEVICE)
+    ours = fast_cross_entropy_loss(logits, labels, **options)
+    renamed = dict(options)
+    renamed["weight"] = renamed.pop("class_weight", None)
+    dense = F.cross_entropy(logits.reshape(-1, 37), labels.reshape(-1), **renamed)
+    torch.testing.assert_close(ours, dense, rtol = 1e-5, atol = 1e-5)
+    (got,) = torch.autograd.grad(ours, logits)
+    torch.testing.assert_close(got, torch.autograd.grad(dense, logits)[0], rtol = 1e-4, atol = 1e-6)
+
+
+def test_a_label_whose_logit_is_infinite_gives_nan_as_in_pytorch():
+    """Loss and gradient of such a row, on the kernel and in float64, and of no other one."""
+    from unsloth.kernels.dense_cross_entropy import dense_cross_entropy
+
+    for dtype in (torch.float32, torch.float64):
+        logits = torch.zeros(2, 9, dtype = dtype, device = DEVICE)
+        logits[0, 4] = float("inf")
+        logits.requires_grad_()
+        labels = torch.tensor([4, 4], device = DEVICE)
+        loss = dense_cross_entropy(logits, labels, label_smoothing = 0.0)
+        dense = F.cross_entropy(logits, labels)
+        assert loss.isnan() and dense.isnan()
+        got, wanted = (torch.autograd.grad(value, logits)[0] for value in (loss, dense))
+        assert torch.equal(got.isnan(), wanted.isnan()) and not got[1].isnan().any()
+
+
+def test_z_loss_is_a_mean_over_the_labels_whatever_their_weights_are():
+    """The cross entropy is divided by the weights of its labels, z_loss by their number."""
+    from unsloth.kernels import fast_cross_entropy_loss
+
+    logits = torch.randn(1, 6, 9, device = DEVICE, requires_grad = True)
+    labels = torch.tensor([[1, 2, -100, 4, 5, 6]], device = DEVICE)
+    weight = torch.rand(9, device = DEVICE)
+    ours = fast_cross_entropy_loss(logits, labels, class_weight = weight, z_loss = 0.1)
+    flat, keep = logits[0], labels[0] != -100
+    dense = F.cross_entropy(flat, labels[0], weight = weight)
+    dense = dense + 0.1 * (flat[keep].logsumexp(1) ** 2).mean()
+    torch.testing.assert_close(ours, dense, rtol = 1e-5, atol = 1e-5)
+    got, wanted = (torch.autograd.grad(value, logits)[0] for value in (ours, dense))
+    torch.testing.assert_close(got, wanted, rtol = 1e-4, atol = 1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weights_of_rows_and_reductions_of_dense_logits(reduction):
+    """loss_weights beside class weights, and what the mean is over."""
+    from unsloth.kernels import fast_cross_entropy_loss
+
+    logits = torch.randn(2, 4, 9, device = DEVICE, requires_grad = True)
+    labels = torch.tensor([[1, 2, -100, 4], [5, 6, 7, -100]], device = DEVICE)
+    weight, each = torch.rand(9, device = DEVICE), torch.rand(2, 4, device = DEVICE)
+    options = {"class_weight": weight, "loss_weights": each, "reduction": reduction}
+    ours = fast_cross_entropy_loss(logits, labels, **options)
+    rows = F.cross_entropy(logits.view(-1, 9), labels.view(-1), weight = weight, reduction = "none")
+    rows, keep = rows.view(2, 4) * each, labels != -100
+    by_weights = (weight[labels.clamp(min = 0)] * each * keep).sum()
+    dense = {"none": rows, "sum": rows.sum(), "mean": rows.sum() / by_weights}[reduction]
+    torch.testing.assert_close(ours, dense, rtol = 1e-5, atol = 1e-5)
+    upstream = torch.randn_like(dense)
+    got, wanted = (torch.autograd.grad(value, logits, upstream)[0] for value in (ours, dense))
+    torch.testing.assert_close(got, wanted, rtol = 1e-4, atol = 1e-6)
+    if reduction == "mean":
+        by_labels = fast_cross_entropy_loss(logits, labels, **options, class_weight_mean = "labels")
+        torch.testing.assert_close(by_labels, rows.sum() / keep.sum(), rtol = 1e-5, atol = 1e-5)
+        group = fast_cross_entropy_loss(logits, labels, n_items = 9, **options, weight_items = 4.0)
+        torch.testing.assert_close(group, rows.sum() / 4, rtol = 1e-5, atol = 1e-5)
+
+
+def test_arguments_of_dense_logits_that_do_not_fit_are_named():
+    from unsloth.kernels import fast_cross_entropy_loss
+
+    logits, labels = torch.zeros(1, 3, 9, device = DEVICE), torch.zeros(1, 3, device = DEVICE).long()
+    for options, error, words in (
+        ({"class_weight": torch.ones(3)}, ValueError, r"class_weight must be \[9\]"),
+        ({"label_smoothing": 1.5}, ValueError, "between 0 and 1"),
+        ({"reduction": "max"}, ValueError, "none, mean or sum"),
+        ({"loss_weights": torch.ones(3)}, ValueError, "loss_weights have shape"),
+        ({"weight": torch.ones(9)}, TypeError, "weight"),
+    ):
+        with pytest.raises(error, match = words):
+            fast_cross_entropy_loss(logits, labels, **options)

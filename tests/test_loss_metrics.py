@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""Token accuracy and entropy in SFTTrainer's log, beside those of transformers' own logits."""
+
+import pytest
+import torch
+from backend import GPU, require
+from loss_trainer import checkpoint, reference_rows, train  # noqa: F401
+
+require("cpu")
+import unsloth  # noqa: F401, E402
+
+torch.set_num_threads(1)
+EXACT = 5e-2 if GPU else 1e-4
+
+
+def expected(rows):
+    """(entropy, accuracy) over the labelled tokens of some rows."""
+    entropy = hits = count = 0
+    for logits, labels in rows:
+        keep = labels != -100
+        log_p = logits[keep].log_softmax(1)
+        entropy += -(log_p.exp() * log_p).sum().item()
+        hits += (log_p.argmax(1) == labels[keep]).sum().item()
+        count += int(keep.sum())
+    return entropy / count, hits / count
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_metrics_are_those_of_the_logits(checkpoint, accumulated):  # noqa: F811
+    """Of each step's labelled tokens; options set afterwards leave them on, and the loss is the same."""
+    from unsloth.fused_loss import set_loss_options
+    from unsloth.loss_metrics import log_token_metrics
+
+    def prepare(model):
+        log_token_metrics(model)
+        set_loss_options(model, z_loss = 0.01)
+
+    _, trainer = train(checkpoint, prepare, gradient_accumulation_steps = accumulated)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    rows = reference_rows(checkpoint)
+    for step, entry in enumerate(logged):
+        part = rows[step * accumulated : (step + 1) * accumulated]
+        if not any((labels != -100).any() for _, labels in part):
+            assert "entropy" not in entry
+            continue
+        entropy, accuracy = expected(part)
+        assert entry["entropy"] == pytest.approx(entropy, abs = EXACT)
+        assert entry["mean_token_accuracy"] == pytest.approx(accuracy, abs = EXACT)
+    plain, _ = train(
+        checkpoint,
+        lambda model: set_loss_options(model, z_loss = 0.01),
+        gradient_accumulation_steps = accumulated,
+    )
+    assert [entry["loss"] for entry in logged] == pytest.approx(plain, abs = 1e-6)
+
+
+def test_metrics_are_read_once_and_apart_for_training():
+    """Reading starts again; a model whose loss is not ours is refused."""
+    from unsloth.kernels.cross_entropy_spec import RowLoss
+    from unsloth.loss_metrics import TokenMetrics, log_token_metrics
+
+    metrics = TokenMetrics()
+    logits, labels = torch.eye(16)[:3] * 50, torch.tensor([0, 1, 5])
+    metrics(logits, labels, RowLoss(), None, True)
+    metrics(logits, torch.tensor([0, 1, 2]), RowLoss(), None, False)
+    assert metrics.read(True)["mean_token_accuracy"] == pytest.approx(2 / 3)
+    assert metrics.read(True) == {}
+    assert metrics.read(False)["mean_token_accuracy"] == 1.0
+    metrics(logits, labels, RowLoss(), None, True)
+    two_ranks = metrics.read(True, lambda sums: torch.cat((sums, sums * 0)))
+    assert two_ranks["mean_token_accuracy"] == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match = "not computed in chunks"):
+        log_token_metrics(torch.nn.Linear(2, 2))

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""Loss options reach the losses of the models that run Unsloth's own forwards."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from backend import DEVICE, require
+from loss_problems import problem
+
+require("interpreter")
+import unsloth  # noqa: F401, E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope = "module", params = ["llama", "mistral"])
+def model_call(request):
+    """(model, its loss as FastLanguageModel computes it, vocabulary)."""
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+    from unsloth.models.llama import CausalLM_fast_forward
+    from unsloth.models.mistral import MistralForCausalLM_fast_forward
+
+    config, model, forward = {
+        "llama": (LlamaConfig, LlamaForCausalLM, CausalLM_fast_forward(None)),
+        "mistral": (MistralConfig, MistralForCausalLM, MistralForCausalLM_fast_forward),
+    }[request.param]
+    torch.manual_seed(0)
+    model = model(
+        config(
+            vocab_size = 48,
+            hidden_size = 16,
+            intermediate_size = 32,
+            num_hidden_layers = 1,
+            num_attention_heads = 2,
+            num_key_value_heads = 2,
+        )
+    ).to(DEVICE)
+    return model, lambda **arguments: forward(model, **arguments)
+
+
+def tokens_and_targets():
+    make = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 48, (2, 9), generator = make).to(DEVICE)
+    labels = tokens.clone()
+    labels[:, :3] = -100
+    return tokens, labels, F.pad(labels[:, 1:], (0, 1), value = -100)
+
+
+def plain_logits(model, tokens):
+    with torch.no_grad():
+        hidden = model.model(input_ids = tokens)[0]
+        return F.linear(hidden, model.lm_head.weight, model.lm_head.bias).view(-1, 48)
+
+
+@pytest.mark.parametrize("materialised", [False, True])
+def test_model_arguments_reach_the_loss(model_call, monkeypatch, materialised):
+    """label_smoothing, ignore_index, class_weight and shift_labels, also with UNSLOTH_RETURN_LOGITS=1."""
+    from unsloth.fused_loss import calls
+
+    if materialised:
+        monkeypatch.setenv("UNSLOTH_RETURN_LOGITS", "1")
+    model, call = model_call
+    tokens, labels, targets = tokens_and_targets()
+    logits = plain_logits(model, tokens)
+    class_weight = torch.rand(48, device = DEVICE)
+    counted = "dense" if materialised else "fused"
+    before = calls().get(counted, 0)
+
+    smoothed = call(input_ids = tokens, labels = labels, label_smoothing = 0.2)
+    wanted = F.cross_entropy(logits, targets.view(-1), label_smoothing = 0.2)
+    torch.testing.assert_close(
+        smoothed.loss.float(), wanted, rtol = 1e-2 if materialised else 1e-4, atol = 1e-4
+    )
+    if materialised:
+        assert smoothed.logits.shape == (2, 9, 48)
+
+    renamed = call(input_ids = tokens, labels = labels.masked_fill(labels == -100, 7), ignore_index = 7)
+    wanted = F.cross_entropy(logits, targets.view(-1).masked_fill(targets.view(-1) == 7, -100))
+    torch.testing.assert_close(
+        renamed.loss.float(), wanted, rtol = 1e-2 if materialised else 1e-4, atol = 1e-4
+    )
+
+    shifted = call(
+        input_ids = tokens, shift_labels = targets, class_weight = class_weight, num_items_in_batch = 10
+    )
+    wanted = F.cross_entropy(logits, targets.view(-1), weight = class_weight, reduction = "sum") / 10
+    torch.testing.assert_close(
+        shifted.loss.float(), wanted, rtol = 1e-2 if materialised else 1e-4, atol = 1e-4
+    )
+    assert calls()[counted] - before == 3
+
+
+def test_a_head_bias_and_options_set_once_reach_the_loss(model_call):
+    """The head's bias is added; set_loss_options holds for every call until it is taken back."""
+    from unsloth.fused_loss import LossOptions
+
+    model, call = model_call
+    tokens, labels, targets = tokens_and_targets()
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(48, device = DEVICE))
+    model._unsloth_loss_options = LossOptions(label_smoothing = 0.1)
+    try:
+        loss = call(input_ids = tokens, labels = labels).loss
+        wanted = F.cross_entropy(plain_logits(model, tokens), targets.view(-1), label_smoothing = 0.1)
+        torch.testing.assert_close(loss, wanted, rtol = 1e-4, atol = 1e-4)
+        loss.backward()
+        assert model.lm_head.bias.grad.abs().sum() > 0
+    finally:
+        model.lm_head.bias = None
+        del model._unsloth_loss_options
+        model.zero_grad()
+
+
+def test_a_batch_with_every_label_ignored_trains_on(model_call):
+    """Loss 0 and zero gradients, as with stock, from our loss."""
+    from unsloth.fused_loss import calls
+
+    model, call = model_call
+    before = calls().get("fused", 0)
+    tokens, labels, _ = tokens_and_targets()
+    loss = call(input_ids = tokens, labels = torch.full_like(labels, -100)).loss
+    assert loss.item() == 0.0
+    loss.backward()
+    assert not model.lm_head.weight.grad.any()
+    assert calls()["fused"] == before + 1
+    model.zero_grad()
+
+
+def test_shifted_labels_reach_the_stock_loss_where_it_has_to_run():
+    """Labels that the forward got shifted are not shifted again, and not dropped."""
+    from unsloth import fused_loss, loss_options
+    from unsloth.models._utils import unsloth_fused_ce_loss
+
+    hidden, weight, _, labels = problem(rows = 5, dtype = torch.float32, ignored = ())
+    arguments = {"hidden_states": hidden[None], "lm_head_weight": weight, "lm_head_bias": None}
+    arguments.update(target_gb = 1, torch_compile = False)
+    targets = F.pad(labels[1:], (0, 1), value = -100)[None]
+    wanted = F.cross_entropy(F.linear(hidden, weight)[:-1], labels[1:])
+    with loss_options.using_options(fused_loss.LossOptions(shifted_labels = targets)):
+        loss = unsloth_fused_ce_loss(None, labels = targets, **arguments)
+    torch.testing.assert_close(loss, wanted, rtol = 1e-4, atol = 1e-4)
+    with loss_options.using_options(fused_loss.LossOptions(z_loss = 0.1)):
+        with pytest.raises(NotImplementedError, match = "z_loss cannot be honoured"):
+            unsloth_fused_ce_loss(None, labels = labels[None], **arguments)
+
+
+# --- what an error leaves behind ----------------------------------------------------------------
+
+
+class Marked(torch.nn.Module):
+    """A model whose forward takes loss options; it raises on request and returns those in force."""
+
+    def forward(
+        self,
+        fail = False,
+        labels = None,
+    ):
+        from unsloth.loss_options import active_options
+
+        if fail:
+            raise RuntimeError("out of memory")
+        return active_options()
+
+
+@pytest.fixture
+def marked(monkeypatch):
+    from unsloth.fused_loss import taking_options
+
+    monkeypatch.setattr(Marked, "forward", taking_options(Marked.forward, shifts_itself = True))
+    return Marked()
+
+
+def test_options_of_a_call_that_raises_are_gone_afterwards(marked):
+    """The next call, and the next loss outside of one, are plain."""
+    from unsloth.loss_options import PLAIN, active_options
+
+    with pytest.raises(RuntimeError, match = "out of memory"):
+        marked(fail = True, z_loss = 0.1)
+    assert active_options() is PLAIN
+    assert marked() is PLAIN
+    assert marked(z_loss = 0.2).z_loss == 0.2
+
+
+def test_label_smoothing_of_a_trainer_survives_a_loss_that_raises(marked):
+    """The trainer's label_smoother is back, so that a retry smooths as well."""
+    from types import SimpleNamespace
+    from transformers.trainer_pt_utils import LabelSmoother
+    from unsloth.fused_loss import label_smoothing_in_the_model
+
+    smoother = LabelSmoother(epsilon = 0.25)
+    trainer, seen = SimpleNamespace(label_smoother = smoother), []
+
+    @label_smoothing_in_the_model
+    def compute_loss(self, model, inputs):
+        seen.append((self.label_smoother, inputs.get("label_smoothing")))
+        if len(seen) == 1:
+            raise RuntimeError("out of memory")
+        return model(labels = inputs["labels"])
+
+    with pytest.raises(RuntimeError, match = "out of memory"):
+        compute_loss(trainer, marked, {"labels": torch.zeros(1)})
+    assert trainer.label_smoother is smoother
+    compute_loss(trainer, marked, {"labels": torch.zeros(1)})
+    assert seen == [(None, 0.25), (None, 0.25)]
+    # A smoother that we do not know, a loss of the user's own and a model with another loss keep it.
+    for change in (
+        {"label_smoother": LabelSmoother(epsilon = 0.25, ignore_index = 0)},
+        {"label_smoother": SimpleNamespace(epsilon = 0.25, ignore_index = -100)},
+        {"compute_loss_func": print},
+    ):
+        other = SimpleNamespace(**{"label_smoother": smoother, **change})
+        compute_loss(other, marked, {"labels": torch.zeros(1)})
+        assert seen[-1] == (other.label_smoother, None)
+    compute_loss(trainer, lambda labels: None, {"labels": torch.zeros(1)})
+    assert seen[-1] == (smoother, None)

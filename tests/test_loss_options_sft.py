@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""SFTTrainer on the losses, with their options."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from backend import DEVICE, GPU, require
+from loss_trainer import checkpoint, load, reference_losses, reference_rows, rows_of_tokens, train  # noqa: F401
+
+require("cpu")
+import unsloth  # noqa: F401, E402
+
+torch.set_num_threads(1)
+
+# `calls` counts the loss that the backend has; a GPU's model computes in bfloat16.
+COUNTED, EXACT = ("fused", 5e-2) if GPU else ("cpu", 2e-4)
+
+
+def test_sft_trainer_trains_on_our_loss(checkpoint):
+    """Losses are right, a batch without labels trains on with loss 0, and the counter proves use."""
+    from unsloth.fused_loss import calls
+
+    before = calls().get(COUNTED, 0)
+    found, trainer = train(checkpoint)
+    assert calls().get(COUNTED, 0) - before == 4
+    assert found == pytest.approx(reference_losses(checkpoint), abs = EXACT)
+    assert found[3] == 0.0
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_label_smoothing_factor_reaches_the_chunked_loss(checkpoint):
+    """SFTConfig(label_smoothing_factor) smooths without asking the model for logits."""
+    from unsloth.fused_loss import calls
+
+    before = calls().get(COUNTED, 0)
+    found, _ = train(checkpoint, label_smoothing_factor = 0.5)
+    assert calls().get(COUNTED, 0) - before == 4
+    assert abs(found[1] - reference_losses(checkpoint)[1]) > 5 * EXACT
+    assert found == pytest.approx(reference_losses(checkpoint, label_smoothing = 0.5), abs = EXACT)
+
+
+@pytest.mark.parametrize("mean", ["weights", "labels"])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_class_weights_through_sft_trainer(checkpoint, mean, accumulated):
+    """Losses of whole steps, divided by the weights of all their labels or by the labels' number."""
+    from unsloth.fused_loss import set_loss_options
+
+    weight = torch.linspace(0.0, 2.0, 64)
+    options = {"class_weight": weight, "class_weight_mean": mean, "z_loss": 0.01}
+    found, _ = train(
+        checkpoint,
+        lambda model: set_loss_options(model, **options),
+        gradient_accumulation_steps = accumulated,
+    )
+    rows = reference_rows(checkpoint)
+    steps = [rows[i : i + accumulated] for i in range(0, 4, accumulated)]
+    for loss, step in zip(found, steps, strict = True):
+        logits, labels = (torch.cat(parts) for parts in zip(*step))
+        keep = labels != -100
+        summed = F.cross_entropy(logits, labels, weight = weight, reduction = "sum")
+        divisor = weight[labels[keep]].sum() if mean == "weights" else keep.sum()
+        square = logits[keep].logsumexp(1).square().sum() / keep.sum().clamp(min = 1)
+        expected = summed / divisor.clamp(min = 1) + 0.01 * square
+        assert loss == pytest.approx(expected.item(), abs = EXACT)
+    assert abs(found[0] / reference_losses(checkpoint)[0] - 1) > 4e-2
+
+
+def test_evaluation_and_prediction_honour_the_options(checkpoint):
+    """evaluate() and predict() report the loss that training follows; TRL's metrics stay."""
+    from unsloth.fused_loss import set_loss_options
+
+    _, trainer = train(checkpoint, rows = rows_of_tokens()[:2])
+    plain = trainer.evaluate()
+    set_loss_options(trainer.model, z_loss = 0.1, label_smoothing = 0.2)
+    expected = []
+    for logits, labels in reference_rows(checkpoint)[:2]:
+        square = logits[labels != -100].logsumexp(1).square().mean()
+        loss = F.cross_entropy(logits, labels, label_smoothing = 0.2) + 0.1 * square
+        expected.append(loss.item())
+    expected = sum(expected) / 2
+    found = trainer.evaluate()
+    assert found["eval_loss"] == pytest.approx(expected, abs = EXACT)
+    assert abs(plain["eval_loss"] - expected) > 10 * EXACT
+    for name in ("eval_entropy", "eval_mean_token_accuracy"):
+        if name in plain:
+            assert found[name] == pytest.approx(plain[name], abs = 1e-5)
+    predicted = trainer.predict(trainer.eval_dataset)
+    assert predicted.metrics["test_loss"] == pytest.approx(expected, abs = EXACT)
+    set_loss_options(trainer.model, reset = True)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain["eval_loss"], abs = 1e-6)
+
+
+def test_trainers_with_a_loss_of_their_own_refuse_options(checkpoint):
+    """loss_type = "dft", and trainers like DPO's, in training and in evaluation."""
+    from unsloth import loss_in_trainers
+    from unsloth.fused_loss import set_loss_options
+
+    set_options = lambda model: set_loss_options(model, z_loss = 0.1)  # noqa: E731
+    with pytest.raises(NotImplementedError, match = 'loss_type = "dft"'):
+        train(checkpoint, set_options, loss_type = "dft")
+
+    class DPOTrainer:
+        __module__ = "trl.trainer.dpo_trainer"
+
+        def compute_loss(self):
+            pass
+
+    class UnslothDPOTrainer(DPOTrainer):
+        pass
+
+    class MyTrainer:
+        def compute_loss(self):
+            pass
+
+    loss_in_trainers.refuse_other_losses(MyTrainer())
+    with pytest.raises(NotImplementedError, match = "DPOTrainer computes a loss of its own"):
+        loss_in_trainers.refuse_other_losses(UnslothDPOTrainer())
+
+
+def focal(logits, labels):
+    log_p = F.log_softmax(logits, 1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    return -((1 - log_p.exp()) ** 2) * log_p
+
+
+def dft(logits, labels):
+    log_p = F.log_softmax(logits, 1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    return -log_p.exp().detach() * log_p
+
+
+def distill(logits, labels, ids, log_probs):
+    """Kullback-Leibler divergence from a teacher's most likely tokens."""
+    student = F.log_softmax(logits, 1).gather(1, ids)
+    return (log_probs.exp() * (log_probs - student)).sum(1)
+
+
+@pytest.mark.parametrize("loss_fn", [focal, dft, distill])
+def test_a_loss_of_ones_own_trains_without_logits(checkpoint, loss_fn):
+    """Focal, DFT and offline distillation through SFTTrainer and its evaluation, beside dense ones."""
+    from unsloth.fused_loss import set_loss_options
+
+    rows, columns = rows_of_tokens(), ()
+    if loss_fn is distill:
+        columns = ("teacher_ids", "teacher_log_probs")
+        make = torch.Generator().manual_seed(3)
+        for row in rows:
+            log_probs, ids = torch.randn(12, 64, generator = make).log_softmax(1).topk(4)
+            row.update(teacher_ids = ids.tolist(), teacher_log_probs = log_probs.tolist())
+    expected = []
+    for row, (logits, labels) in zip(rows, reference_rows(checkpoint)):
+        keep = labels != -100
+        extra = [torch.tensor(row[name])[1:][keep] for name in columns]
+        total = loss_fn(logits[keep], labels[keep], *extra).sum()
+        expected.append((total / keep.sum().clamp(min = 1)).item())
+    found, trainer = train(
+        checkpoint,
+        lambda model: set_loss_options(model, loss_fn = loss_fn, loss_columns = columns),
+        rows,
+    )
+    assert found == pytest.approx(expected, abs = EXACT)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(expected[:2]) / 2, abs = EXACT)
+
+
+def test_weights_of_tokens_through_sft_trainer(checkpoint):
+    """A loss_weights column: shifted with the labels, and summed over the whole step."""
+    from unsloth.fused_loss import set_loss_options
+
+    make = torch.Generator().manual_seed(4)
+    rows = rows_of_tokens()
+    for row in rows:
+        row["loss_weights"] = torch.rand(12, generator = make).tolist()
+    found, trainer = train(
+        checkpoint,
+        lambda model: set_loss_options(model, class_weight_mean = "weights"),
+        rows,
+        collator = None,
+        gradient_accumulation_steps = 2,
+        remove_unused_columns = True,
+    )
+    references = reference_rows(checkpoint)
+    for step, loss in enumerate(found):
+        total = weights = 0.0
+        for row, (logits, labels) in list(zip(rows, references))[2 * step : 2 * step + 2]:
+            each = torch.tensor(row["loss_weights"])[1:] * (labels != -100)
+            total = total + (F.cross_entropy(logits, labels, reduction = "none") * each).sum()
+            weights = weights + each.sum()
+        assert loss == pytest.approx((total / weights).item(), abs = EXACT)
+
+
+def test_model_arguments_that_stock_drops_are_honoured(checkpoint):
+    """label_smoothing, ignore_index and shift_labels in a plain call of the model."""
+    model, _ = load(checkpoint)
+    row = rows_of_tokens()[1]
+    tokens = torch.tensor([row["input_ids"]], device = DEVICE)
+    labels = torch.tensor([row["labels"]], device = DEVICE)
+    shifted = F.pad(labels[:, 1:], (0, 1), value = -100)
+    with torch.no_grad():
+        logits = model(input_ids = tokens).logits[0].float()
+        smoothed = model(input_ids = tokens, labels = labels, label_smoothing = 0.5).loss
+        renamed = model(
+            input_ids = tokens, labels = labels.masked_fill(labels == -100, 5), ignore_index = 5
+        ).loss
+        moved = model(input_ids = tokens, shift_labels = shifted, label_smoothing = 0.5).loss
+    expected = F.cross_entropy(logits, shifted[0], label_smoothing = 0.5).item()
+    assert abs(expected - F.cross_entropy(logits, shifted[0]).item()) > 5 * EXACT
+    assert smoothed.item() == pytest.approx(expected, abs = EXACT)
+    assert moved.item() == pytest.approx(expected, abs = EXACT)
+    other = shifted[0].masked_fill(shifted[0] == 5, -100)
+    assert renamed.item() == pytest.approx(F.cross_entropy(logits, other).item(), abs = EXACT)
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_columns_of_the_loss_are_collated_with_their_tokens(padding_free):
+    """A number a row or a value a token, padded or one behind the other, by TRL's own collator."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+    from unsloth.loss_in_trainers import ColumnCollator
+
+    stock = DataCollatorForLanguageModeling(pad_token_id = 0, padding_free = padding_free)
+    collator = ColumnCollator(stock, ["loss_weights", "ids"])
+    rows = [
+        {"input_ids": [5, 6, 7], "loss_weights": 2, "ids": [[1, 2], [3, 4], [5, 6]]},
+        {"input_ids": [8, 9], "loss_weights": [0.5, 0.25], "ids": [[7, 8], [9, 10]]},
+    ]
+    batch = collator(rows)
+    assert batch["ids"].shape == (*batch["labels"].shape, 2) and batch["ids"].dtype == torch.int64
+    if padding_free:
+        assert batch["loss_weights"].tolist() == [[2.0, 2.0, 2.0, 0.5, 0.25]]
+    else:
+        assert batch["loss_weights"].tolist() == [[2.0, 2.0, 2.0], [0.5, 0.25, 0.0]]
+        assert batch["ids"][1].tolist() == [[7, 8], [9, 10], [0, 0]]
+    rows[0]["loss_weights"] = [1.0]
+    with pytest.raises(ValueError, match = "3 tokens and 1 values of 'loss_weights'"):
+        collator(rows)
+
+
+def test_reduction_is_honoured_and_lookalikes_are_refused(checkpoint):
+    """reduction in a call of the model; class_weights, weight and the like name the right argument."""
+    model, _ = load(checkpoint)
+    row = rows_of_tokens()[1]
+    arguments = {
+        "input_ids": torch.tensor([row["input_ids"]], device = DEVICE),
+        "labels": torch.tensor([row["labels"]], device = DEVICE),
+    }
+    (logits, labels) = reference_rows(checkpoint)[1]
+    rows = F.cross_entropy(logits, labels, reduction = "none")
+    for grad in (torch.enable_grad, torch.no_grad):
+        with grad():
+            summed = model(**arguments, reduction = "sum").loss
+            each = model(**arguments, reduction = "none").loss
+        assert summed.item() == pytest.approx(rows.sum().item(), abs = 10 * EXACT)
+        torch.testing.assert_close(each[0, :-1].cpu().float(), rows, rtol = 0, atol = 2 * EXACT)
+    for name, meant in (
+        ("weight", "class_weight"),
+        ("class_weights", "class_weight"),
+        ("label_smoothing_factor", "label_smoothing"),
+        ("z_losss", "z_loss"),
+        ("sample_weights", "loss_weights"),
+    ):
+        with pytest.raises(TypeError, match = f"'{name}' would be ignored; '{meant}'"):
+            model(**arguments, **{name: 0.1})
+    # What transformers passes goes through.
+    model(**arguments, num_items_in_batch = torch.tensor(9), use_cache = False, return_dict = True)
+
+
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"smoothing": 0.1}, TypeError, "'label_smoothing' is what it is called"),
+        ({"temperature": 0.1}, TypeError, "no option 'temperature'"),
+        ({"class_weight": torch.ones(3)}, ValueError, r"class_weight must be \[64\]"),
+        ({"class_weight": [-1.0] * 64}, ValueError, "not negative"),
+        ({"class_weight": [float("nan")] * 64}, ValueError, "finite"),
+        ({"class_weight": [0] * 64}, ValueError, "a weight that is not 0"),
+        ({"label_smoothing": 2.0}, ValueError, "between 0 and 1"),
+        ({"z_loss": -1.0}, ValueError, "z_loss must not be negative"),
+        ({"z_loss": "much"}, ValueError, "z_loss must be a finite number"),
+        ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer"),
+        ({"class_weight_mean": "sum"}, ValueError, '"weights" or "labels"'),
+        ({"chunk_rows": 0}, ValueError, "positive number of rows"),
+        ({"logits_dtype": torch.float16}, ValueError, "torch.float32 or left out"),
+        ({"loss_fn": 3}, TypeError, "loss_fn must be a function"),
+        ({"loss_columns": ("a",)}, ValueError, "are for a loss_fn"),
+        ({"loss_fn": focal, "z_loss": 0.1}, ValueError, "which loss_fn replaces"),
+    ],
+)
+def test_set_loss_options_names_what_is_wrong(options, error, words):
+    """When it is set, not in the first step; what was in force stays."""
+    from unsloth.fused_loss import set_loss_options
+
+    model = tiny_gemma2()
+    before = set_loss_options(model, label_smoothing = 0.25)
+    with pytest.raises(error, match = words):
+        set_loss_options(model, **options)
+    assert set_loss_options(model) is before and before.label_smoothing == 0.25
+
+
+def tiny_gemma2():
+    """A model whose logits have a soft cap, from transformers alone."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size = 64,
+            hidden_size = 16,
+            intermediate_size = 16,
+            num_hidden_layers = 1,
+            num_attention_heads = 2,
+            num_key_value_heads = 2,
+            head_dim = 8,
+            final_logit_softcapping = 2.0,
+            initializer_range = 0.5,
+        )
+    ).to(DEVICE)
+
+
+def test_options_are_converted_shown_and_removed():
+    """Lists and integers become weights; the call returns what is in force."""
+    from unsloth.fused_loss import LossOptions, set_loss_options
+
+    model = tiny_gemma2()
+    assert set_loss_options(model) == LossOptions()
+    shown = set_loss_options(model, class_weight = list(range(64)), ignore_index = None)
+    assert shown.class_weight.dtype == torch.float32 and shown.class_weight[5] == 5
+    assert set_loss_options(model) is shown
+    assert set_loss_options(model, reset = True) == LossOptions() == set_loss_options(model)
+    with pytest.raises(ValueError, match = "no causal language model"):
+        set_loss_options(torch.nn.Linear(2, 2), label_smoothing = 0.1)
+
+
+@pytest.mark.skipif(GPU, reason = "the CPU backend's models")
+def test_models_with_soft_caps_and_scales_take_options_on_the_cpu(tmp_path):
+    """Gemma 2, Granite and Cohere: the same loss from their logits, by arguments and set."""
+    from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
+    from unsloth.fused_loss import set_loss_options
+
+    size = dict(
+        vocab_size = 64,
+        hidden_size = 16,
+        intermediate_size = 16,
+        num_hidden_layers = 1,
+        num_attention_heads = 2,
+        num_key_value_heads = 2,
+        initializer_range = 0.5,
+        pad_token_id = 0,
+        bos_token_id = 1,
+        eos_token_id = 2,
+    )
+    models = {
+        "gemma2": tiny_gemma2(),
+        "granite": GraniteForCausalLM(GraniteConfig(logits_scaling = 4.0, **size)),
+        "cohere": CohereForCausalLM(CohereConfig(logit_scale = 0.25, **size)),
+    }
+    tokens = torch.randint(3, 64, (2, 9))
+    weight = torch.linspace(0.1, 2.0, 64)
+    for name, plain in models.items():
+        from unsloth_zoo.cpu.loader import patch_chunked_causal_lm_loss
+
+        model = plain.eval()
+        with torch.no_grad():
+            logits = model(input_ids = tokens).logits[:, :-1].reshape(-1, 64)
+        patch_chunked_causal_lm_loss(model)
+        expected = F.cross_entropy(logits, tokens[:, 1:].reshape(-1), weight = weight).item()
+        outputs = model(input_ids = tokens, labels = tokens, class_weight = weight)
+        assert outputs.loss.item() == pytest.approx(expected, rel = 1e-5), name
+        outputs.loss.backward()
+        set_loss_options(model, class_weight = weight)
+        assert model(input_ids = tokens, labels = tokens).loss.item() == pytest.approx(
+            expected, rel = 1e-5
+        )
+
+
+def test_the_trainer_is_given_back_only_where_our_wrap_lies_on_top(monkeypatch):
+    """Undo leaves a Trainer.compute_loss that somebody else has wrapped by now."""
+    from transformers import Trainer
+    from unsloth import fused_loss_cpu
+
+    def stock(self, model, inputs):
+        return None
+
+    for wrapped in (False, True):
+        monkeypatch.setattr(fused_loss_cpu, "_trainer_wrap", None)
+        monkeypatch.setattr(Trainer, "compute_loss", stock)
+        fused_loss_cpu.smooth_in_the_model()
+        ours = Trainer.compute_loss
+        assert ours is not stock
+        if wrapped:
+            Trainer.compute_loss = lambda *args: ours(*args)
+        before = Trainer.compute_loss
+        fused_loss_cpu.leave_the_trainer()
+        assert Trainer.compute_loss is (before if wrapped else stock)
+        fused_loss_cpu.leave_the_trainer()
+        assert Trainer.compute_loss is (before if wrapped else stock)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fused_cross_entropy:on_linear_cross_entropy",
+        "fused_loss_cpu:cpu_loss_on_linear_cross_entropy",
+        "fused_loss_cpu:cpu_forward_with_loss_options",
+    ],
+)
+def test_a_loss_of_an_unknown_zoo_stays_stock_and_drops_no_option(monkeypatch, name):
+    """unsloth_zoo is released apart from Unsloth: one that we do not know must not break an import."""
+    import importlib
+    from unsloth import fused_cross_entropy
+
+    module, _, decorator = name.partition(":")
+    decorator = getattr(importlib.import_module(f"unsloth.{module}"), decorator)
+
+    def newer(hidden, something_new):
+        return ("stock", hidden, something_new)
+
+    monkeypatch.setattr(fused_cross_entropy, "_IN_UNSLOTH", False)
+    with pytest.raises(NotImplementedError, match = "something_new"):
+        decorator(newer)
+    monkeypatch.setattr(fused_cross_entropy, "_IN_UNSLOTH", True)
+    with pytest.warns(UserWarning, match = "something_new"):
+        kept = decorator(newer)
+    assert kept(1, something_new = 2) == ("stock", 1, 2)
+    with pytest.raises(NotImplementedError, match = "z_loss cannot be honoured"):
+        kept(1, 2, z_loss = 0.1)
