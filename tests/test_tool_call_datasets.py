@@ -7,7 +7,18 @@ import json
 
 import pytest
 import unsloth  # noqa: F401  (has to come before transformers)
-from llama_chat import SEARCH, WEATHER, assistant, make_llama_tokenizer, result, system, user
+from llama_chat import (
+    SEARCH,
+    WEATHER,
+    assistant,
+    calls,
+    identified,
+    made,
+    make_llama_tokenizer,
+    result,
+    system,
+    user,
+)
 
 DATE = "26 Jul 2024"
 TOOLS = [WEATHER, SEARCH]
@@ -25,19 +36,6 @@ def tokenizers():
     }
 
 
-def made(
-    name,
-    arguments,
-    call_id = None,
-):
-    one = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    return one if call_id is None else {"id": call_id, **one}
-
-
-def calls(*several, **keys):
-    return {"role": "assistant", "tool_calls": list(several), **keys}
-
-
 def rendered(tokenizer, messages, **options):
     """The text after the default system turn."""
     options = {"date_string": DATE, **options}
@@ -46,10 +44,6 @@ def rendered(tokenizer, messages, **options):
 
 
 ROME, OSLO = made("get_weather", {"city": "Rome"}), made("search.web", {"query": "Oslo"})
-
-
-def identified(text, call_id):
-    return {**result(text), "tool_call_id": call_id}
 
 
 # ---------------------------------------------------------------- conversations in ShareGPT's and OpenAI's form
@@ -183,9 +177,9 @@ def test_plain_datasets_are_standardized_as_before():
             r"conversation 1, messages\[1\]: the call is '\[\]'; expected",
         ),
         (
-            {"from": "function_call", "value": '{"name": "a b"}'},
+            {"from": "function_call", "value": '{"name": "a\\\\b"}'},
             ValueError,
-            r"conversation 1, messages\[1\], call 1: the name 'a b'",
+            r"conversation 1, messages\[1\], call 1: the name 'a\\\\b' cannot",
         ),
     ],
 )

@@ -23,6 +23,10 @@ def tool_calls():
     return importlib.import_module("unsloth.tool_calls")
 
 
+def stream_of_calls():
+    return importlib.import_module("unsloth.tool_calls.stream").ToolCallStream()
+
+
 @pytest.fixture(scope = "module")
 def tokenizers():
     """(template name, mode) -> tokenizer."""
@@ -169,7 +173,7 @@ def check_round_trip(mode, hostile, tokenizers, tool_calls):
     ids = tokenizer(reply, add_special_tokens = False).input_ids
     assert exact(tool_calls.parse_tool_calls(ids, tokenizer)) == exact(message), reply
 
-    stream = tool_calls.ToolCallStream()
+    stream = stream_of_calls()
     emitted = [made for piece in hostile.pieces(reply) for made in stream.feed(piece)]
     assert exact(emitted) == exact(message["tool_calls"]), reply
     assert exact(stream.finish()) == exact(message), reply
@@ -295,7 +299,7 @@ def test_cut_off_replies_lose_no_call_silently(tokenizers, tool_calls):
     message = parallel_calls(ROME, ("f", {"q": '}; {"name": "g", "parameters": {}}'}), OSLO)
     reply = without_end(reply_of(tokenizers["llama-3.1", "join"], "join", user("q"), message, []))
     for cut in range(1, len(reply)):
-        got, stream = tool_calls.parse_tool_calls(reply[:cut]), tool_calls.ToolCallStream()
+        got, stream = tool_calls.parse_tool_calls(reply[:cut]), stream_of_calls()
         emitted = stream.feed(reply[:cut])
         assert emitted == message["tool_calls"][: len(emitted)]
         if "tool_calls" in got:
