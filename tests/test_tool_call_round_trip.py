@@ -10,6 +10,7 @@ import pytest
 import unsloth  # noqa: F401  (has to come before transformers)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from conversation_formats import FORMATS, Conversations
 from llama_chat import make_llama_tokenizer, parallel_calls, result, user
 
 END_TOKENS = ("<|eot_id|>", "<|eom_id|>")
@@ -215,6 +216,26 @@ def test_parse_render_round_trip_drawn(calls, mode, seed, tokenizers, tool_calls
     hostile = Hostile(seed)
     hostile.calls = lambda: parallel_calls(*calls)
     check_round_trip(mode, hostile, tokenizers, tool_calls)
+
+
+@pytest.mark.parametrize("mode", ["split", "join"])
+def test_every_format_renders_the_same(mode, tokenizers, tool_calls):
+    """5,000 seeded conversations, each in one of ten formats: the bytes of OpenAI's form, and every
+    assistant turn reads back."""
+    formats = list(FORMATS.values())
+    options = {"tokenize": False, "date_string": "x"}
+    for seed in range(2500):
+        tokenizer = tokenizers["llama-3.1" if seed % 2 else "llama-3.2", mode]
+        messages = Conversations(f"{mode} {seed}", several = 3).messages()
+        text = tokenizer.apply_chat_template(messages, **options)
+        given = formats[seed % len(formats)](messages)
+        assert tokenizer.apply_chat_template(given, **options) == text, (seed, given)
+        turns = [part.partition("<|eot_id|>")[0] for part in text.split(HEADER)[1:]]
+        read = [tool_calls.parse_tool_calls(turn) for turn in turns]
+        made = [call["function"] for one in read for call in one.get("tool_calls", ())]
+        assert made == [
+            call["function"] for one in messages for call in one.get("tool_calls", ())
+        ], seed
 
 
 # ---------------------------------------------------------------- parsers of other projects, as documented

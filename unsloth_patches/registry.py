@@ -145,7 +145,11 @@ PATCHES: Tuple[Patch, ...] = (
             ),
         ),
         modules = ("tool_calls/calls.py", "tool_calls/datasets.py", "tool_calls/reading.py"),
-        tests = {"tests/test_tool_call_datasets.py": "cpu"},
+        tests = {
+            "tests/test_tool_call_datasets.py": "cpu",
+            "tests/test_tool_call_reading.py": "cpu",
+        },
+        shared = ("conversation_formats.py",),
         requires = ("llama-chat-templates", "tool-call-parser"),
     ),
     Patch(
@@ -513,6 +517,29 @@ PATCHES: Tuple[Patch, ...] = (
         modules = ("models/compile_workers.py",),
         tests = {"tests/test_compile_workers.py": "interpreter"},
         since = "2026.10.9",
+    ),
+    Patch(
+        name = "tool-call-reload",
+        title = "Render tool calls after a reload as the saved tokenizer did",
+        targets = (
+            Target(
+                attribute = "unsloth._cpu_init:FastLanguageModel.from_pretrained",
+                replacement = "tool_calls.reload:restore_tool_call_mode",
+                optional = True,
+            ),
+            Target(
+                attribute = "unsloth.models.loader:FastLanguageModel.from_pretrained",
+                replacement = "tool_calls.reload:restore_tool_call_mode",
+            ),
+            Target(
+                attribute = "unsloth.models.loader:FastModel.from_pretrained",
+                replacement = "tool_calls.reload:restore_tool_call_mode",
+            ),
+        ),
+        modules = ("tool_calls/reload.py",),
+        tests = {"tests/test_tool_call_reload.py": "cpu"},
+        # The last two decorate from_pretrained too, on the CPU backend and on GPUs.
+        requires = ("parallel-tool-calls", "fsdp2-sharded-4bit", "compile-workers"),
     ),
     Patch(
         name = "compile-cache",

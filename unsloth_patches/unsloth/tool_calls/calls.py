@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Dict, Mapping, Optional, Sequence
+from collections.abc import Mapping
+from typing import Any, Dict, List, Optional, Sequence
 
 from .errors import ToolCallError, where_in
 from .parser import MAX_DEPTH, NAME_PATTERN, USUAL_NAME, is_too_deep
-from .reading import plain, read_call
+from .reading import plain
 from .schemas import Schemas, without_filling
 
+_ENCODER = json.JSONEncoder(ensure_ascii = False, allow_nan = False)
+_USUAL_NAME = re.compile(USUAL_NAME)
 _SPECIAL_TOKEN_TEXT = re.compile(
     r"<\|(?:begin_of_text|end_of_text|start_header_id|end_header_id|eo[tm]_id|python_tag)\|>"
 )
@@ -26,28 +29,28 @@ def silent(where: str, notice: str) -> None:
 
 
 def tidy_call(
-    raw: Any,
+    call: Dict[str, Any],
     index: int,
     number: int,
     schemas: Optional[Schemas] = None,
     builtin_tools: Sequence[str] = (),
     warn = silent,
 ) -> Dict[str, Any]:
-    """A call in any form that is read, with its id, as ``{"type": "function", "function": {"name",
-    "arguments"}}`` with a dict of arguments.
+    """A call that ``read_call`` returned, with a dict of arguments that can be written; changed in
+    place.
 
     index, number: its place, for errors: message from 0, call from 1.
     schemas: tell Arrow's filling from a null that was meant.
     """
-    call = read_call(raw, index, number)
     name, arguments = call["function"]["name"], call["function"]["arguments"]
     where = where_in(index, number, name)
-    if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
+    usual = isinstance(name, str) and _USUAL_NAME.fullmatch(name)
+    if not usual and not (isinstance(name, str) and re.fullmatch(NAME_PATTERN, name)):
         raise ToolCallError(
             where_in(index, number) + f"the name {name!r} cannot be written into the template; use "
             "no quotes, backslashes or control characters."
         )
-    if not re.fullmatch(USUAL_NAME, name):
+    if not usual:
         warn(
             where,
             "has a name that some parsers of tool calls refuse; letters, digits, '_', '.' and '-' are "
@@ -64,6 +67,39 @@ def tidy_call(
         _notice_special_tokens(name + text, where, warn)
     call["function"]["arguments"] = arguments
     return call
+
+
+def is_clean_call(call: Any, builtin_tools: Sequence[str] = ()) -> bool:
+    """Whether ``tidy_call`` has only the arguments' values to look at (see ``are_clean``)."""
+    if type(call) is not dict or not call.keys() <= _CALL_KEYS:
+        return False
+    function = call.get("function")
+    if type(function) is not dict or function.keys() != _FUNCTION_KEYS:
+        return False
+    name = function["name"]
+    is_usual = type(name) is str and _USUAL_NAME.fullmatch(name) and name not in builtin_tools
+    return bool(is_usual) and type(function["arguments"]) is dict
+
+
+def are_clean(arguments: List[Dict[str, Any]]) -> bool:
+    """Whether all of them can be written as they are, and none has a null or a special token."""
+    if not arguments:
+        return True
+    try:
+        text = _ENCODER.encode(arguments)
+        text.encode("utf-8")
+    except (TypeError, ValueError, RecursionError):
+        return False
+    if "null" in text or "<|" in text or is_too_deep(text):
+        return False
+    # JSON makes text of keys that are none. Only objects in objects need a look at every key.
+    if text.count("{") > len(arguments):
+        return json.loads(text) == arguments
+    return all(type(key) is str for one in arguments for key in one)
+
+
+_CALL_KEYS = frozenset(("id", "type", "function"))
+_FUNCTION_KEYS = {"name", "arguments"}
 
 
 def _as_object(arguments: Any, where: str) -> Dict[str, Any]:
@@ -101,7 +137,7 @@ def as_json(arguments: Dict[str, Any], where: str) -> str:
     text, lone surrogates.
     """
     try:
-        text = json.dumps(arguments, ensure_ascii = False, allow_nan = False)
+        text = _ENCODER.encode(arguments)
         text.encode("utf-8")
         same = json.loads(text) == arguments
     except (TypeError, ValueError, RecursionError):
@@ -112,7 +148,7 @@ def as_json(arguments: Dict[str, Any], where: str) -> str:
         for path, key in list(arguments.items()):
             arguments[path] = _plain_values(key, f"arguments[{path!r}]", where)
         _check_keys(arguments, "arguments", where)
-        text = json.dumps(arguments, ensure_ascii = False, allow_nan = False)
+        text = _ENCODER.encode(arguments)
         text.encode("utf-8")
     except ToolCallError:
         raise

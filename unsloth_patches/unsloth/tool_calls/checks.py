@@ -16,11 +16,12 @@ import inspect
 import logging
 import os
 import sys
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional
+from collections.abc import Mapping
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 from ..llama_chat_templates import LLAMA_3X_NAMES
 from .errors import ToolCallError
-from .messages import is_plain, prepare_conversation
+from .messages import is_clean, prepare_conversation
 from .reading import plain
 from .results import one_call_a_message
 from .schemas import prepare_tools
@@ -138,16 +139,18 @@ def checks_level() -> str:
 
 def _prepared(conversation, options: Mapping[str, Any], checks: Checks, level: str):
     """Conversation (or batch of them) and options as the template needs them."""
-    if type(conversation) is list and is_plain(conversation) and options.get("tools") is None:
-        return conversation, options
     tools = options.get("tools")
     if tools is not None:
         tools = prepare_tools(tools)
         options = {**options, "tools": tools}
-    builtin = (options.get("builtin_tools") or ()) if has_builtin_tools(checks.template) else ()
+    builtin = options.get("builtin_tools") or ()
+    builtin = builtin if builtin and has_builtin_tools(checks.template) else ()
+    several = checks.mode == "join"
+    if type(conversation) is list and is_clean(conversation, builtin, several):
+        return conversation, options
 
     def prepare(messages):
-        if type(messages) is list and is_plain(messages):
+        if type(messages) is list and is_clean(messages, builtin, several):
             return messages
         schemas = options.get("custom_tools") or tools
         return prepare_conversation(messages, schemas, builtin, warn_once, checks.arrange)

@@ -13,7 +13,8 @@ import functools
 import inspect
 import itertools
 import json
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
+from collections.abc import Mapping
+from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 from .calls import tidy_call
 from .errors import ToolCallError, where_in

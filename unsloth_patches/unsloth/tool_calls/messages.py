@@ -17,29 +17,63 @@ unusual is rendered, and told to ``warn(where, notice)``.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Sequence
 
-from .calls import silent, tidy_call
+from .calls import are_clean, is_clean_call, silent, tidy_call
 from .errors import ToolCallError, where_in
 from .reading import read_messages
 from .results import Turn, one_call_a_message
 from .schemas import Schemas
 
 _RESULT_ROLES = ("tool", "ipython")
-_PLAIN_ROLES = ("user", "assistant", "system")
+_RESULT_KEYS = frozenset(("role", "content", "tool_call_id"))
+_CALLING_KEYS = frozenset(("role", "content", "tool_calls"))
 
 
-def is_plain(messages: Any) -> bool:
-    """Whether there is nothing to do: texts of users, assistants and one system message."""
-    for index, message in enumerate(messages):
-        if (
-            type(message) is not dict
-            or len(message) != 2
-            or type(message.get("content")) is not str
-            or message.get("role") not in (_PLAIN_ROLES if not index else _PLAIN_ROLES[:2])
-        ):
+def is_clean(
+    messages: List[Any],
+    builtin_tools: Sequence[str] = (),
+    several: bool = False,
+) -> bool:
+    """Whether there is nothing to read, to tidy or to warn of: most conversations, told fast.
+
+    several: a message may have several calls, and be rendered as it is.
+    """
+    expected: List[
+        Any
+    ] = []  # ids of the calls whose results have to follow, None where they have none
+    arguments: List[Any] = []
+    answered = False
+    for position, message in enumerate(messages):
+        if type(message) is not dict or type(message.get("content", "")) is not str:
             return False
-    return True
+        role = message.get("role")
+        if role == "tool":
+            if not expected or message.get("tool_call_id") != expected.pop(0):
+                return False
+            if not message.keys() <= _RESULT_KEYS or "content" not in message:
+                return False
+            answered = True
+        elif expected:
+            return False
+        elif role == "assistant" and "tool_calls" in message:
+            calls = message["tool_calls"]
+            if type(calls) is not list or (len(calls) > 1 and not several):
+                return False
+            if not message.keys() <= _CALLING_KEYS or message.get("content", "").strip():
+                return False
+            for call in calls:
+                if not is_clean_call(call, builtin_tools):
+                    return False
+                expected.append(call.get("id"))
+                arguments.append(call["function"]["arguments"])
+            answered = False
+        elif len(message) != 2 or "content" not in message:
+            return False
+        elif role not in ("user", "assistant") and (role != "system" or position):
+            return False
+    ids = [one for one in expected if one is not None]
+    return not (expected and answered) and len(ids) == len(set(ids)) and are_clean(arguments)
 
 
 def prepare_conversation(

@@ -27,7 +27,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from ..llama_chat_templates import LLAMA_3X_NAMES
 from .checks import Checks, checkable_parts, is_llama_3x, set_checks
-from .errors import ToolCallError, where_in
+from .errors import ToolCallError
 from .results import Turn, one_call_a_message
 from .templates import join_template, response_template
 
@@ -97,12 +97,21 @@ def set_mode(tokenizer, mode: Optional[str]) -> None:
         if mode is not None:
             text = join_template(part.chat_template) if mode == "join" else part.chat_template
             set_checks(part, Checks(text, mode, MODES[mode]))
+        _record(part, mode)
         # transformers < 5.13 has no response templates, and ignores the attribute.
         if hasattr(part, "parse_response") and not hasattr(part, "tokenizer"):
             if mode is not None:
                 part.response_template = response_template(text)
             elif getattr(part, "response_template", None) is not None:
                 part.response_template = None
+
+
+def _record(part, mode: Optional[str]) -> None:
+    """save_pretrained writes ``init_kwargs`` into tokenizer_config.json."""
+    saved = getattr(part, "init_kwargs", None)
+    if saved is not None:
+        saved.pop("parallel_tool_calls", None)
+        saved.update({} if mode is None else {"parallel_tool_calls": mode})
 
 
 # ---------------------------------------------------------------- the modes

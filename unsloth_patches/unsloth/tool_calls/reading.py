@@ -14,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from collections.abc import Mapping
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from .errors import ToolCallError, where_in
 
@@ -85,6 +86,12 @@ def read_messages(
     places: List[int] = []
     in_calls = False
     for index, raw in enumerate(_listed(conversation)):
+        simple = _simple(raw, index)
+        if simple is not None:
+            messages.append(simple)
+            places.append(index)
+            in_calls = False
+            continue
         for role, message in _read_message(raw, index, roles):
             # Calls one after the other are calls of one message.
             if role == "call" and in_calls:
@@ -93,7 +100,28 @@ def read_messages(
             in_calls = role == "call"
             messages.append(message)
             places.append(index)
-    return _with_single_results(messages, places)
+    if any(len(message.get("tool_calls", ())) > 1 for message in messages):
+        return _with_single_results(messages, places)
+    return messages, places
+
+
+_SIMPLE_ROLES = frozenset(("system", "user", "assistant", "tool", "ipython"))
+_SIMPLE_KEYS = frozenset(("role", "content", "tool_call_id", "name"))
+_CALLING_KEYS = frozenset(("role", "content", "tool_calls"))
+
+
+def _simple(raw: Any, index: int) -> Optional[Dict[str, Any]]:
+    """An OpenAI message of a text or of calls, as most are, read at once; None for any other."""
+    if type(raw) is not dict or raw.get("role") not in _SIMPLE_ROLES or None in raw.values():
+        return None
+    if type(raw.get("content", "")) is not str:
+        return None
+    if raw.keys() <= _SIMPLE_KEYS:
+        return dict(raw) if "content" in raw else None
+    calls = raw.get("tool_calls")
+    if type(calls) is not list or not calls or not raw.keys() <= _CALLING_KEYS:
+        return None
+    return {**raw, "tool_calls": [read_call(call, index, n) for n, call in enumerate(calls, 1)]}
 
 
 def _listed(conversation: Any) -> List[Any]:
@@ -130,7 +158,10 @@ def _read_message(
     role = _role(given, roles)
     content = _content(given)
     message = {key: given[key] for key in given if key not in _READ_KEYS}
-    call_id = given.get("tool_call_id", given.get("tool_use_id"))
+    extra = plain(given.get("additional_kwargs"))
+    holders = (given, extra if isinstance(extra, Mapping) else {})
+    ids = (holder.get(key) for holder in holders for key in ("tool_call_id", "tool_use_id"))
+    call_id = next((one for one in ids if one is not None), None)
     if role == "call" or given.get("type") == "function_call":
         message.pop("type", None)
         yield "call", {"role": "assistant", "tool_calls": _calls_in_text(given, content, index)}
@@ -138,14 +169,15 @@ def _read_message(
     if given.get("type") == "function_call_output":
         role, content, call_id = "tool", given.get("output", ""), given.get("call_id")
         message = {}
-    calls = [*_listed_calls(given, where)]
+    calls = _listed_calls(holders, where)
     text, used, results = _parts(content, role, where)
     for result in results:
         yield "tool", result
     if results and not text and not calls:
         return
-    ids = [plain(call).get("id") for call in calls if isinstance(plain(call), Mapping)]
-    calls += [call for call in used if call.get("id") is None or call["id"] not in ids]
+    if used:
+        ids = [plain(call).get("id") for call in calls if isinstance(plain(call), Mapping)]
+        calls += [call for call in used if call.get("id") is None or call["id"] not in ids]
     message["role"] = role
     if text is not None:
         message["content"] = text
@@ -189,10 +221,10 @@ def _content(message: Dict[str, Any]) -> Any:
     return None
 
 
-def _listed_calls(message: Dict[str, Any], where: str) -> List[Any]:
-    """The entries of tool_calls or function_call, here or where LangChain and LlamaIndex keep them."""
-    extra = plain(message.get("additional_kwargs"))
-    for holder in (message, extra if isinstance(extra, Mapping) else {}):
+def _listed_calls(holders: Iterable[Mapping[str, Any]], where: str) -> List[Any]:
+    """The entries of tool_calls or function_call of the first that has any: the message itself, or
+    where LangChain and LlamaIndex keep what a provider sent."""
+    for holder in holders:
         calls = plain(holder.get("tool_calls"))
         if isinstance(calls, str):
             calls = _json(calls, where + "tool_calls") if calls.strip() else None
@@ -281,6 +313,11 @@ def _is_text(content: Any) -> bool:
 
 def read_call(raw: Any, index: int, number: int) -> Dict[str, Any]:
     """``{"id", "type": "function", "function": {"name", "arguments"}}``, arguments as they are."""
+    if type(raw) is dict and raw.keys() <= _CALL_KEYS and type(raw.get("function")) is dict:
+        function = raw["function"]  # OpenAI's own form, as most calls are
+        if function.keys() == _FUNCTION_KEYS:
+            simple = {"type": "function", "function": dict(function)}
+            return simple if raw.get("id") is None else {"id": raw["id"], **simple}
     where = where_in(index, number)
     call = plain(raw)
     if isinstance(call, str) and call.lstrip().startswith("{"):
@@ -302,6 +339,10 @@ def read_call(raw: Any, index: int, number: int) -> Dict[str, Any]:
     function = {"name": name, "arguments": _arguments(fields, where_in(index, number, name))}
     tidy = {"type": "function", "function": function}
     return tidy if call_id is None else {"id": call_id, **tidy}
+
+
+_CALL_KEYS = frozenset(("id", "type", "function"))
+_FUNCTION_KEYS = {"name", "arguments"}
 
 
 def _arguments(fields: Dict[str, Any], where: str) -> Any:

@@ -35,6 +35,8 @@ class Turn(NamedTuple):
         They are paired by id where there are ids, else as they stand.
         """
         calls, results = self.calls, self.results
+        if len(calls) == len(results) == 1 and calls[0].get("id") == results[0].get("tool_call_id"):
+            return list(results)
         ids = [call["id"] for call in calls if "id" in call]
         for number, call in enumerate(calls, 1):
             if ids.count(call.get("id")) > 1:

@@ -9,7 +9,8 @@ schema tells such a None in a call's arguments from a null that was meant.
 from __future__ import annotations
 
 import json
-from typing import Any, Dict, Iterator, List, Mapping, Optional
+from collections.abc import Mapping
+from typing import Any, Dict, Iterator, List, Optional
 
 from .errors import ToolCallError
 
