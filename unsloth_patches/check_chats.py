@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, TextIO
 
@@ -50,7 +50,7 @@ class Report:
     longest: int = 0
 
     def as_json(self) -> Dict[str, Any]:
-        return asdict(self)
+        return {**vars(self), "bad_rows": [vars(bad) for bad in self.bad_rows]}
 
 
 # ---------------------------------------------------------------- rows
@@ -120,6 +120,13 @@ def _messages(row: Any, column: Optional[str]) -> Any:
     raise ValueError(f"the row has no {' or '.join(names)}: {has}; name the column with --messages")
 
 
+def _schemas(row: Any, column: str) -> Any:
+    """The row's tools; None where the column holds names, which a script has to look up."""
+    tools = row.get(column) if isinstance(row, dict) else None
+    names = isinstance(tools, list) and all(isinstance(t, str) and t[:1] != "{" for t in tools)
+    return None if names else tools
+
+
 # ---------------------------------------------------------------- checking
 
 
@@ -135,7 +142,11 @@ def _tokenizer(template: str, mode: str, model: Optional[Path]):
         from tokenizers import Tokenizer, models
         from transformers import PreTrainedTokenizerFast
 
-        special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+        special = {
+            "bos_token": "<|begin_of_text|>",
+            "eos_token": "<|eot_id|>",
+            "pad_token": "<|finetune_right_pad_id|>",
+        }
         backend = Tokenizer(models.BPE({"a": 0}, []))
         tokenizer = PreTrainedTokenizerFast(tokenizer_object = backend, **special)
     options = {} if mode == "error" else {"parallel_tool_calls": mode}
@@ -165,7 +176,7 @@ def check(
         notices: List[str] = []
         try:
             messages = _messages(row, column)
-            own = prepare_tools(row.get(tools)) if isinstance(row, dict) else None
+            own = prepare_tools(_schemas(row, tools))
             given = messages
             if not (type(messages) is list and is_clean(messages, (), checks.mode == "join")):
                 options = {"tools": own, "warn": lambda where, notice: notices.append(notice)}

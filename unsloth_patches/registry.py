@@ -197,6 +197,19 @@ PATCHES: Tuple[Patch, ...] = (
         requires = ("tool-call-parser", "parallel-tool-calls"),
     ),
     Patch(
+        name = "assistant-masks",
+        title = "Mark what the assistant writes in Llama 3.x templates, for assistant_only_loss",
+        targets = (
+            Target(
+                attribute = "unsloth.chat_templates:get_chat_template",
+                replacement = "tool_calls.assistant_masks:mark_assistant_turns",
+            ),
+        ),
+        modules = ("tool_calls/assistant_masks.py",),
+        tests = {"tests/test_tool_call_assistant_masks.py": "cpu"},
+        requires = ("parallel-tool-calls",),
+    ),
+    Patch(
         name = "tool-call-ollama",
         title = "Render tool calls in Llama 3.x's Ollama modelfile as the chat template does",
         targets = (
@@ -211,7 +224,8 @@ PATCHES: Tuple[Patch, ...] = (
         ),
         modules = ("tool_calls/ollama.py",),
         tests = {"tests/test_tool_call_ollama.py": "cpu"},
-        requires = ("llama-chat-templates", "parallel-tool-calls"),
+        # The last two decorate get_chat_template, too.
+        requires = ("llama-chat-templates", "parallel-tool-calls", "assistant-masks"),
     ),
     Patch(
         name = "nf4-dequantize",

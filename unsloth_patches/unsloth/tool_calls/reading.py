@@ -86,12 +86,6 @@ def read_messages(
     places: List[int] = []
     in_calls = False
     for index, raw in enumerate(_listed(conversation)):
-        simple = _simple(raw, index)
-        if simple is not None:
-            messages.append(simple)
-            places.append(index)
-            in_calls = False
-            continue
         for role, message in _read_message(raw, index, roles):
             # Calls one after the other are calls of one message.
             if role == "call" and in_calls:
@@ -103,25 +97,6 @@ def read_messages(
     if any(len(message.get("tool_calls", ())) > 1 for message in messages):
         return _with_single_results(messages, places)
     return messages, places
-
-
-_SIMPLE_ROLES = frozenset(("system", "user", "assistant", "tool", "ipython"))
-_SIMPLE_KEYS = frozenset(("role", "content", "tool_call_id", "name"))
-_CALLING_KEYS = frozenset(("role", "content", "tool_calls"))
-
-
-def _simple(raw: Any, index: int) -> Optional[Dict[str, Any]]:
-    """An OpenAI message of a text or of calls, as most are, read at once; None for any other."""
-    if type(raw) is not dict or raw.get("role") not in _SIMPLE_ROLES or None in raw.values():
-        return None
-    if type(raw.get("content", "")) is not str:
-        return None
-    if raw.keys() <= _SIMPLE_KEYS:
-        return dict(raw) if "content" in raw else None
-    calls = raw.get("tool_calls")
-    if type(calls) is not list or not calls or not raw.keys() <= _CALLING_KEYS:
-        return None
-    return {**raw, "tool_calls": [read_call(call, index, n) for n, call in enumerate(calls, 1)]}
 
 
 def _listed(conversation: Any) -> List[Any]:
