@@ -87,7 +87,7 @@ option_sets = st.fixed_dictionaries(
     optional = {
         "add_generation_prompt": st.booleans(),
         "date_string": texts,
-        "tools": st.lists(st.sampled_from([WEATHER, SEARCH]), max_size = 2),
+        "tools": st.lists(st.sampled_from([WEATHER, SEARCH]), min_size = 1, max_size = 2),
         "tools_in_user_message": st.booleans(),
     },
 )

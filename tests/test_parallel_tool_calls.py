@@ -9,25 +9,24 @@ What each mode renders, what is put right before rendering, and what is refused.
 import copy
 import importlib
 import inspect
-import json
-import logging
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import unsloth  # has to come before transformers
 from llama_chat import (
     CONVERSATIONS,
     REFERENCE_FILE,
-    WEATHER,
     assert_parity,
     assistant,
+    calls,
+    identified,
+    made,
     make_llama_tokenizer,
     published_templates,
     result,
-    system,
     user,
 )
-from transformers import PreTrainedTokenizerBase
 
 MODES = ("error", "split", "join")
 DATE = "26 Jul 2024"
@@ -48,19 +47,6 @@ def tokenizers():
         for name in REFERENCE_FILE
         for mode in MODES
     }
-
-
-def made(
-    name,
-    arguments,
-    call_id = None,
-):
-    one = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    return one if call_id is None else {"id": call_id, **one}
-
-
-def calls(*several, **keys):
-    return {"role": "assistant", "tool_calls": list(several), **keys}
 
 
 def rendered(tokenizer, messages, **options):
@@ -148,33 +134,6 @@ def test_keyword_from_everywhere():
     assert parameter.default == "error" and parameter.kind is parameter.KEYWORD_ONLY
 
 
-def test_another_get_chat_template_is_refused():
-    """A function that takes other arguments than the known ones is not wrapped."""
-    decorate = importlib.import_module("unsloth.tool_calls.rendering").render_parallel_tool_calls
-    with pytest.raises(NotImplementedError, match = "parameters"):
-        decorate(lambda other: None)
-
-
-def test_other_templates_are_untouched(tokenizers):
-    """Another template, also after a Llama one, leaves a plain tokenizer; so does an error on the
-    way."""
-    from unsloth.chat_templates import get_chat_template
-
-    plain = type(make_llama_tokenizer())
-    tokenizer = get_chat_template(make_llama_tokenizer(), "llama-3.1", parallel_tool_calls = "join")
-    assert type(tokenizer) is not plain and isinstance(tokenizer, plain)
-    assert type(tokenizer).__name__ == plain.__name__
-    with pytest.raises(KeyError):
-        get_chat_template(tokenizer, "no-such-template")
-    assert f"{ROME_TEXT}; {OSLO_TEXT}" in rendered(tokenizer, [user("q"), calls(ROME, OSLO)])
-    tokenizer = get_chat_template(tokenizer, "llama-3", map_eos_token = False)
-    assert type(tokenizer) is plain and getattr(tokenizer, "response_template", None) is None
-    # A template of the caller's own is rendered as it is.
-    own = "{{ messages[0].tool_calls }}"
-    joining = tokenizers["llama-3.1", "join"]
-    assert joining.apply_chat_template([{"role": "x"}], chat_template = own, tokenize = False) == ""
-
-
 @pytest.mark.parametrize("mode", ["split", "join"])
 def test_copies_and_pickles_keep_the_checks(mode, tokenizers):
     """datasets sends tokenizers to worker processes: a copy renders and checks as the original."""
@@ -188,74 +147,6 @@ def test_copies_and_pickles_keep_the_checks(mode, tokenizers):
     ):
         assert type(twin) is type(tokenizer)
         assert rendered(twin, messages) == rendered(tokenizer, messages)
-        with pytest.raises(ValueError, match = "no name|cannot be written"):
-            rendered(twin, [user("q"), calls(made("a b", {}))])
-
-
-NULLABLE = {"type": ["string", "null"]}
-TOOLS = [
-    WEATHER,
-    {
-        "type": "function",
-        "function": {
-            "name": "search.web",
-            "parameters": {
-                "type": "object",
-                "properties": {
-                    "query": {"type": "string"},
-                    "lang": NULLABLE,
-                    "limit": {"type": "integer"},
-                    "filters": {
-                        "type": "object",
-                        "properties": {"a": {"type": "string"}, "b": NULLABLE},
-                    },
-                    "many": {
-                        "type": "array",
-                        "items": {"type": "object", "properties": {"x": {"type": "integer"}}},
-                    },
-                },
-            },
-        },
-    },
-]
-
-
-def search(**arguments):
-    return calls(made("search.web", arguments))
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    "given, clean",
-    [
-        ({"role": "assistant", "content": "hi", "tool_calls": None}, assistant("hi")),
-        ({"role": "assistant", "content": "hi", "tool_calls": []}, assistant("hi")),
-        ({**assistant("hi"), "name": None, "tool_call_id": None}, assistant("hi")),
-        (calls(ROME, content = None), calls(ROME)),
-        (calls(made("get_weather", '{"city": "Rome"}')), calls(ROME)),
-        (calls(made("get_weather", ' {"city":\n"Rome"} ')), calls(ROME)),
-        (calls(made("get_weather", None)), calls(made("get_weather", {}))),
-        (calls(made("get_weather", "")), calls(made("get_weather", {}))),
-        (calls({"name": "get_weather", "arguments": {"city": "Rome"}}), calls(ROME)),
-        (calls({**ROME, "id": None}), calls(ROME)),
-        (calls(made("get_weather", {"city": "Rome", "query": None})), calls(ROME)),
-        (search(query = "x", city = None, limit = None), search(query = "x")),
-        (search(query = "x", lang = None), search(query = "x", lang = None)),
-        (search(filters = {"a": None, "b": None}), search(filters = {"b": None})),
-        (search(many = [{"x": 1, "y": None}, {"x": None}]), search(many = [{"x": 1}, {}])),
-    ],
-)
-def test_put_right_before_rendering(given, clean, mode, tokenizers):
-    """Datasets' None, JSON text and Arrow's filling render as the clean message; nothing is changed
-    in place."""
-    before, tokenizer = copy.deepcopy(given), tokenizers["llama-3.1", mode]
-    # The clean message is rendered without the checks, or they would hide in both what they do.
-    render = PreTrainedTokenizerBase.apply_chat_template
-    options = {"tools": TOOLS, "tokenize": False, "date_string": DATE}
-    text = {"chat_template": tokenizer.chat_template, **options}
-    expected = render(make_llama_tokenizer(), [user("q"), clean], **text)
-    assert tokenizer.apply_chat_template([user("q"), given], **options) == expected
-    assert given == before
 
 
 @pytest.mark.parametrize("mode", ["split", "join"])
@@ -283,57 +174,12 @@ def with_results(
     return [user("q"), calls(*mode_calls), *results] + ([assistant("Done.")] if after else [])
 
 
-def identified(text, call_id):
-    return {**result(text), "tool_call_id": call_id}
-
-
 TWO_IDS = (made("f", {}, "x1"), made("g", {}, "x2"))
 
 
 @pytest.mark.parametrize(
     "messages, expected",
     [
-        (["text"], r"messages\[0\]: is a str; expected a dict"),
-        ([user("q"), calls(made("a b", {}))], r"messages\[1\], call 1: the name 'a b'.*letters"),
-        ([user("q"), calls(made(None, {}))], r"messages\[1\], call 1: the name None"),
-        ([user("q"), calls(made('f", "x": "', {}))], r"messages\[1\], call 1: the name"),
-        ([user("q"), calls("f")], r"messages\[1\], call 1: is a str; expected"),
-        (
-            [user("q"), {"role": "assistant", "tool_calls": {"a": 1}}],
-            r"messages\[1\]: tool_calls is a dict",
-        ),
-        (
-            [user("q"), calls(made("f", [1]))],
-            r"call 1 \('f'\): the arguments are \[1\], a list; give an object",
-        ),
-        ([user("q"), calls(made("f", "[1]"))], r"call 1 \('f'\): the arguments are \[1\], a list"),
-        (
-            [user("q"), calls(made("f", "{a"))],
-            r"call 1 \('f'\): the arguments are a text that is not JSON",
-        ),
-        (
-            [user("q"), calls(made("f", {"a": float("nan")}))],
-            r"arguments\['a'\] is nan, which JSON cannot",
-        ),
-        ([user("q"), calls(made("f", {"a": [1, float("inf")]}))], r"arguments\['a'\]\[1\] is inf"),
-        ([user("q"), calls(made("f", '{"a": NaN}'))], r"arguments\['a'\] is nan"),
-        ([user("q"), calls(made("f", {"a": {1, 2}}))], r"arguments\['a'\] is a set.*convert"),
-        ([user("q"), calls(made("f", {1: 2}))], r"the key 1 of arguments is a"),
-        ([user("q"), calls(made("f", {"a": "\ud800"}))], "cannot be written as JSON in UTF-8"),
-        (
-            [user("q"), {"role": "assistant", "content": None}],
-            r"messages\[1\]: .*neither content nor tool_calls",
-        ),
-        ([user(None)], r"messages\[0\]: the user message has neither content"),
-        (
-            [user("q"), calls(ROME), result(None)],
-            r"messages\[2\]: the tool message has neither content",
-        ),
-        ([{**user("q"), "tool_calls": [ROME]}], r"messages\[0\]: role 'user' cannot call tools"),
-        (
-            [user("q"), identified("1", "x9")],
-            r"messages\[1\]: is the result of call id 'x9', but no call",
-        ),
         (
             with_results(identified("1", "x1"), identified("2", "x1"), mode_calls = TWO_IDS),
             r"messages\[3\]: is a second result of call id 'x1'",
@@ -350,12 +196,6 @@ TWO_IDS = (made("f", {}, "x1"), made("g", {}, "x2"))
             with_results(result("1"), result("2"), mode_calls = (TWO_IDS[0], TWO_IDS[0])),
             r"messages\[1\], call 1 \('f'\): the id 'x1' is used twice",
         ),
-        (with_results(), r"messages\[1\], call 1 \('get_weather'\): has no result"),
-        (
-            with_results(mode_calls = (ROME,)),
-            r"messages\[1\], call 1 \('get_weather'\): has no result",
-        ),
-        (with_results(result("1")), r"messages\[1\], call 2 \('search.web'\): has no result"),
         (
             with_results(identified("1", "x2"), mode_calls = TWO_IDS),
             r"messages\[1\], call 1 \('f'\): has no result",
@@ -367,8 +207,8 @@ TWO_IDS = (made("f", {}, "x1"), made("g", {}, "x2"))
     ],
 )
 @pytest.mark.parametrize("mode", ["split", "join"])
-def test_refused_before_rendering(messages, expected, mode, tokenizers):
-    """What cannot be rendered faithfully names the message, the call and what to do."""
+def test_results_that_cannot_be_paired(messages, expected, mode, tokenizers):
+    """Which result belongs to which call is never guessed."""
     with pytest.raises(ValueError, match = expected) as error:
         rendered(tokenizers["llama-3.1", mode], messages)
     assert str(error.value).startswith("Unsloth: messages[")
@@ -377,114 +217,36 @@ def test_refused_before_rendering(messages, expected, mode, tokenizers):
         tokenizers["llama-3.1", mode].apply_chat_template(batch, tokenize = False)
 
 
-def test_builtin_arguments_without_escapes(tokenizers):
-    """name.call(key="text") has no escapes: quotes, numbers and odd keys are refused."""
-    for arguments in ({"query": 'a "b"'}, {"query": 3}, {"a b": "x"}):
-        with pytest.raises(
-            ValueError, match = r"call 1 \('brave_search'\): argument .* built-in form"
-        ):
-            rendered(
-                tokenizers["llama-3.1", "error"],
-                [user("q"), calls(made("brave_search", arguments))],
-                builtin_tools = ["brave_search"],
-            )
-
-
-def test_positional_arguments(tokenizers):
-    """tools and chat_template may be given by position; a template of the caller's own is not
-    checked."""
-    tokenizer = tokenizers["llama-3.1", "join"]
-    message = calls(made("get_weather", {"city": "Rome", "query": None}), OSLO)
-    named = tokenizer.apply_chat_template([user("q"), message], tools = TOOLS, tokenize = False)
-    assert f"{ROME_TEXT}; {OSLO_TEXT}" in named
-    own = tokenizer.chat_template
-    assert (
-        tokenizer.apply_chat_template([user("q"), message], TOOLS, None, own, tokenize = False)
-        == named
-    )
-    with pytest.raises(TypeError, match = "name them"):
-        tokenizer.apply_chat_template([user("q")], *[None] * 30)
-    assert (
-        tokenizer.apply_chat_template([{"role": "x"}], None, None, "{{ 1 + 1 }}", tokenize = False)
-        == "2"
-    )
-
-
-def test_open_ends(tokenizers):
-    """At the conversation's end results may be missing: all in "join", the last one in "split"."""
+def test_missing_results(tokenizers):
+    """Rendered as they are, at the end and before another turn; "split" needs all but the last one,
+    and "join" none that is followed by another."""
     join, split = tokenizers["llama-3.1", "join"], tokenizers["llama-3.1", "split"]
-    assert rendered(join, with_results(after = False)).endswith(f"{OSLO_TEXT}<|eot_id|>")
-    assert rendered(split, with_results(result("1"), after = False)).endswith(
-        f"{OSLO_TEXT}<|eot_id|>"
-    )
-    with pytest.raises(ValueError, match = r"call 2 \('search.web'\): has no result"):
-        rendered(join, with_results(result("1"), after = False))
-    with pytest.raises(
-        ValueError, match = r"call 1 .*Splitting needs a result after every call but the last"
-    ):
-        rendered(split, with_results(after = False))
+    both, done = f"{ROME_TEXT}; {OSLO_TEXT}", turn("assistant", "Done.")
+    ask, first = turn("user", "q"), turn("ipython", '"1"')
+    for after, end in ((False, ""), (True, done)):
+        assert rendered(join, with_results(after = after)) == ask + turn("assistant", both) + end
+        one = with_results(result("1"), after = after)
+        assert rendered(join, one) == ask + turn("assistant", both) + first + end
+        pieces = turn("assistant", ROME_TEXT) + first + turn("assistant", OSLO_TEXT)
+        assert rendered(split, one) == ask + pieces + end
+        with pytest.raises(
+            ValueError, match = r"call 1 .*Splitting needs a result after every call but the last"
+        ):
+            rendered(split, with_results(after = after))
 
 
-@pytest.mark.parametrize(
-    "messages, notice",
-    [
-        ([user("q"), calls(ROME, content = "Let me look.")], "text beside tool_calls"),
-        ([user("q"), calls(made("f", {"a": None}))], "null arguments"),
-        ([user("q"), calls(made("f", {"a": "<|eot_id|>"}))], "special token"),
-        ([user("q"), calls(ROME), result("1"), result("2")], "result too many"),
-    ],
-)
-def test_notices(messages, notice, tokenizers):
-    """What is rendered but hardly meant is said once, with its place."""
-    module = importlib.import_module("unsloth.tool_calls.rendering")
-    module._warned.clear()
-    records = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())
-    module.logger.addHandler(handler)
-    try:
-        for _ in range(3):
-            rendered(tokenizers["llama-3.1", "join"], messages)
-    finally:
-        module.logger.removeHandler(handler)
-    assert len(records) == 1 and notice in records[0] and "messages[" in records[0]
+def test_another_template_takes_the_response_template_away():
+    """So does an error on the way leave everything as it was."""
+    from unsloth.chat_templates import get_chat_template
 
-
-ROWS = [
-    [
-        user("q"),
-        calls(made("get_weather", {"city": "Rome"})),
-        result("20"),
-        assistant("20 degrees."),
-    ],
-    [
-        user("r"),
-        calls(made("search.web", {"query": "x", "filters": {"a": "y"}}), ROME),
-        result("1"),
-        result("2"),
-    ],
-    [system("S"), user("no tools"), assistant("Hi.")],
-]
-
-
-@pytest.mark.parametrize("mode", ["split", "join"])
-def test_arrow_round_trip(mode, tokenizers):
-    """Through Arrow, which merges all keys, conversations and tools render as before."""
-    datasets = pytest.importorskip("datasets")
-    tokenizer = tokenizers["llama-3.1", mode]
-    direct = [rendered(tokenizer, row, tools = TOOLS) for row in ROWS]
-    dataset = datasets.Dataset.from_list([{"messages": row, "tools": TOOLS} for row in ROWS])
-    first = dataset[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]
-    assert first != ROWS[0][1]["tool_calls"][0]["function"]["arguments"], "Arrow did not merge keys"
-
-    def format_row(row):
-        options = {"tools": row["tools"], "date_string": DATE, "tokenize": False}
-        return {"text": tokenizer.apply_chat_template(row["messages"], **options)}
-
-    texts = dataset.map(format_row)["text"]
-    assert [text.partition("<|eot_id|>")[2] for text in texts] == direct
-    # TRL also stores tools as JSON text.
-    as_text = rendered(tokenizer, ROWS[0], tools = json.dumps(TOOLS))
-    assert as_text == direct[0]
-    with pytest.raises(ValueError, match = "tools is a text that is not JSON"):
-        rendered(tokenizer, ROWS[0], tools = "[{")
+    tokenizer = get_chat_template(make_llama_tokenizer(), "llama-3.1", parallel_tool_calls = "join")
+    with pytest.raises(KeyError):
+        get_chat_template(tokenizer, "no-such-template")
+    assert f"{ROME_TEXT}; {OSLO_TEXT}" in rendered(tokenizer, [user("q"), calls(ROME, OSLO)])
+    tokenizer = get_chat_template(tokenizer, "llama-3", map_eos_token = False)
+    assert getattr(tokenizer, "response_template", None) is None
+    parallel = importlib.import_module("unsloth.tool_calls.parallel")
+    with pytest.raises(NotImplementedError, match = "not on SimpleNamespace"):
+        parallel.set_mode(SimpleNamespace(), "join")
+    with pytest.raises(NotImplementedError, match = "parameters"):
+        parallel.render_parallel_tool_calls(lambda other: None)

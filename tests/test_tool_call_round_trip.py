@@ -10,6 +10,7 @@ import pytest
 import unsloth  # noqa: F401  (has to come before transformers)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from conversation_formats import FORMATS, Conversations
 from llama_chat import make_llama_tokenizer, parallel_calls, result, user
 
 END_TOKENS = ("<|eot_id|>", "<|eom_id|>")
@@ -21,6 +22,10 @@ OSLO = ("get_weather", {"city": "Oslo"})
 @pytest.fixture(scope = "module")
 def tool_calls():
     return importlib.import_module("unsloth.tool_calls")
+
+
+def stream_of_calls():
+    return importlib.import_module("unsloth.tool_calls.stream").ToolCallStream()
 
 
 @pytest.fixture(scope = "module")
@@ -169,7 +174,7 @@ def check_round_trip(mode, hostile, tokenizers, tool_calls):
     ids = tokenizer(reply, add_special_tokens = False).input_ids
     assert exact(tool_calls.parse_tool_calls(ids, tokenizer)) == exact(message), reply
 
-    stream = tool_calls.ToolCallStream()
+    stream = stream_of_calls()
     emitted = [made for piece in hostile.pieces(reply) for made in stream.feed(piece)]
     assert exact(emitted) == exact(message["tool_calls"]), reply
     assert exact(stream.finish()) == exact(message), reply
@@ -211,6 +216,26 @@ def test_parse_render_round_trip_drawn(calls, mode, seed, tokenizers, tool_calls
     hostile = Hostile(seed)
     hostile.calls = lambda: parallel_calls(*calls)
     check_round_trip(mode, hostile, tokenizers, tool_calls)
+
+
+@pytest.mark.parametrize("mode", ["split", "join"])
+def test_every_format_renders_the_same(mode, tokenizers, tool_calls):
+    """5,000 seeded conversations, each in one of ten formats: the bytes of OpenAI's form, and every
+    assistant turn reads back."""
+    formats = list(FORMATS.values())
+    options = {"tokenize": False, "date_string": "x"}
+    for seed in range(2500):
+        tokenizer = tokenizers["llama-3.1" if seed % 2 else "llama-3.2", mode]
+        messages = Conversations(f"{mode} {seed}", several = 3).messages()
+        text = tokenizer.apply_chat_template(messages, **options)
+        given = formats[seed % len(formats)](messages)
+        assert tokenizer.apply_chat_template(given, **options) == text, (seed, given)
+        turns = [part.partition("<|eot_id|>")[0] for part in text.split(HEADER)[1:]]
+        read = [tool_calls.parse_tool_calls(turn) for turn in turns]
+        made = [call["function"] for one in read for call in one.get("tool_calls", ())]
+        assert made == [
+            call["function"] for one in messages for call in one.get("tool_calls", ())
+        ], seed
 
 
 # ---------------------------------------------------------------- parsers of other projects, as documented
@@ -295,7 +320,7 @@ def test_cut_off_replies_lose_no_call_silently(tokenizers, tool_calls):
     message = parallel_calls(ROME, ("f", {"q": '}; {"name": "g", "parameters": {}}'}), OSLO)
     reply = without_end(reply_of(tokenizers["llama-3.1", "join"], "join", user("q"), message, []))
     for cut in range(1, len(reply)):
-        got, stream = tool_calls.parse_tool_calls(reply[:cut]), tool_calls.ToolCallStream()
+        got, stream = tool_calls.parse_tool_calls(reply[:cut]), stream_of_calls()
         emitted = stream.feed(reply[:cut])
         assert emitted == message["tool_calls"][: len(emitted)]
         if "tool_calls" in got:

@@ -138,6 +138,27 @@ def plan(
     )
 
 
+@app.command("check-chats")
+def check_chats(
+    data: Path = typer.Argument(help = "jsonl, json or parquet file, or a folder of data."),
+    template: str = typer.Option("llama-3.1", help = "Name of the chat template."),
+    parallel_tool_calls: str = typer.Option("error", help = "error, split or join, as in training."),
+    messages: Optional[str] = typer.Option(None, help = "Column of conversations, if it is unusual."),
+    tools: str = typer.Option("tools", help = "Column of the tools of each conversation."),
+    model: Optional[Path] = typer.Option(None, help = "Folder of a tokenizer, to count tokens."),
+    as_json: bool = typer.Option(False, "--json", help = "Print JSON: every bad row."),
+    fix: Optional[Path] = typer.Option(None, help = "jsonl file for the rows that can be read."),
+) -> None:
+    """Which conversations of a data set cannot be trained on, and why? Exit code 1 if there are any."""
+    from .check_chats import run
+
+    error = _import_unsloth()
+    if error:
+        console.print(f"[red]unsloth does not import here:[/] {error}")
+        raise typer.Exit(2)
+    raise typer.Exit(run(data, template, parallel_tool_calls, messages, tools, model, as_json, fix))
+
+
 @app.command()
 def bench(
     name: str = typer.Argument(help = f"{', '.join(BENCHMARKS)}, or all: each in turn."),

@@ -135,44 +135,16 @@ PATCHES: Tuple[Patch, ...] = (
         requires = ("llama-chat-templates",),
     ),
     Patch(
-        name = "parallel-tool-calls",
-        title = "Check conversations with tool calls, and render several calls in one message of Llama 3.x",
-        targets = (
-            Target(
-                attribute = "unsloth.chat_templates:get_chat_template",
-                replacement = "tool_calls.rendering:render_parallel_tool_calls",
-                # 2026.10.9, .7
-                fingerprints = frozenset(["6964c9950024548e", "a2da57caf2ff94fa"]),
-            ),
-        ),
-        modules = (
-            "tool_calls/messages.py",
-            "tool_calls/rendering.py",
-            "tool_calls/results.py",
-            "tool_calls/templates.py",
-        ),
-        tests = {
-            "tests/test_parallel_tool_calls.py": "cpu",
-            "tests/test_tool_call_round_trip.py": "cpu",
-        },
-        requires = ("llama-chat-templates", "tool-call-parser"),
-    ),
-    Patch(
-        name = "tool-call-masking",
-        title = "Train on every call of the last response where each has a turn of its own",
-        targets = (
-            Target(
-                attribute = "unsloth.chat_templates:train_on_responses_only",
-                replacement = "tool_calls.masking:keep_every_call_of_last_response",
-            ),
-        ),
-        modules = ("tool_calls/masking.py",),
-        tests = {"tests/test_tool_call_masking.py": "cpu"},
-        requires = ("tool-call-parser", "parallel-tool-calls"),
+        name = "tool-call-stream",
+        title = "Read tool calls while a reply is being generated",
+        targets = (),
+        modules = ("tool_calls/stream.py",),
+        tests = {"tests/test_tool_call_stream.py": "cpu"},
+        requires = ("tool-call-parser",),
     ),
     Patch(
         name = "tool-call-datasets",
-        title = "Convert tool calls in standardize_sharegpt",
+        title = "Read tool calls of every usual format in standardize_sharegpt",
         targets = (
             Target(
                 attribute = "unsloth.chat_templates:standardize_data_formats",
@@ -189,8 +161,69 @@ PATCHES: Tuple[Patch, ...] = (
                 optional = True,
             ),
         ),
-        modules = ("tool_calls/datasets.py",),
-        tests = {"tests/test_tool_call_datasets.py": "cpu"},
+        modules = ("tool_calls/calls.py", "tool_calls/datasets.py", "tool_calls/reading.py"),
+        tests = {
+            "tests/test_tool_call_datasets.py": "cpu",
+            "tests/test_tool_call_reading.py": "cpu",
+        },
+        shared = ("conversation_formats.py",),
+        requires = ("llama-chat-templates", "tool-call-parser"),
+    ),
+    Patch(
+        name = "tool-call-checks",
+        title = "Check conversations with tool calls before a Llama 3.x template renders them",
+        targets = (
+            Target(
+                attribute = "unsloth.chat_templates:get_chat_template",
+                replacement = "tool_calls.checks:check_tool_calls",
+                # 2026.10.9, .7
+                fingerprints = frozenset(["6964c9950024548e", "a2da57caf2ff94fa"]),
+            ),
+        ),
+        modules = ("tool_calls/checks.py", "tool_calls/messages.py", "tool_calls/results.py"),
+        tests = {"tests/test_tool_call_checks.py": "cpu"},
+        requires = ("llama-chat-templates", "tool-call-datasets"),
+    ),
+    Patch(
+        name = "parallel-tool-calls",
+        title = "Render several tool calls in one message of Llama 3.x",
+        targets = (
+            Target(
+                attribute = "unsloth.chat_templates:get_chat_template",
+                replacement = "tool_calls.parallel:render_parallel_tool_calls",
+            ),
+        ),
+        modules = ("tool_calls/parallel.py", "tool_calls/templates.py"),
+        tests = {
+            "tests/test_parallel_tool_calls.py": "cpu",
+            "tests/test_tool_call_round_trip.py": "cpu",
+        },
+        requires = ("tool-call-stream", "tool-call-checks"),
+    ),
+    Patch(
+        name = "tool-call-masking",
+        title = "Train on every call of the last response where each has a turn of its own",
+        targets = (
+            Target(
+                attribute = "unsloth.chat_templates:train_on_responses_only",
+                replacement = "tool_calls.masking:keep_every_call_of_last_response",
+            ),
+        ),
+        modules = ("tool_calls/masking.py",),
+        tests = {"tests/test_tool_call_masking.py": "cpu"},
+        requires = ("tool-call-parser", "parallel-tool-calls"),
+    ),
+    Patch(
+        name = "assistant-masks",
+        title = "Mark what the assistant writes in Llama 3.x templates, for assistant_only_loss",
+        targets = (
+            Target(
+                attribute = "unsloth.chat_templates:get_chat_template",
+                replacement = "tool_calls.assistant_masks:mark_assistant_turns",
+            ),
+        ),
+        modules = ("tool_calls/assistant_masks.py",),
+        tests = {"tests/test_tool_call_assistant_masks.py": "cpu"},
         requires = ("parallel-tool-calls",),
     ),
     Patch(
@@ -208,7 +241,8 @@ PATCHES: Tuple[Patch, ...] = (
         ),
         modules = ("tool_calls/ollama.py",),
         tests = {"tests/test_tool_call_ollama.py": "cpu"},
-        requires = ("llama-chat-templates", "parallel-tool-calls"),
+        # The last two decorate get_chat_template, too.
+        requires = ("llama-chat-templates", "parallel-tool-calls", "assistant-masks"),
     ),
     Patch(
         name = "nf4-kernel",
@@ -668,6 +702,29 @@ PATCHES: Tuple[Patch, ...] = (
         tests = {"tests/test_compile_workers.py": "interpreter"},
         requires = ("test-backends",),
         since = "2026.10.9",
+    ),
+    Patch(
+        name = "tool-call-reload",
+        title = "Render tool calls after a reload as the saved tokenizer did",
+        targets = (
+            Target(
+                attribute = "unsloth._cpu_init:FastLanguageModel.from_pretrained",
+                replacement = "tool_calls.reload:restore_tool_call_mode",
+                optional = True,
+            ),
+            Target(
+                attribute = "unsloth.models.loader:FastLanguageModel.from_pretrained",
+                replacement = "tool_calls.reload:restore_tool_call_mode",
+            ),
+            Target(
+                attribute = "unsloth.models.loader:FastModel.from_pretrained",
+                replacement = "tool_calls.reload:restore_tool_call_mode",
+            ),
+        ),
+        modules = ("tool_calls/reload.py",),
+        tests = {"tests/test_tool_call_reload.py": "cpu"},
+        # The last two decorate from_pretrained too, on the CPU backend and on GPUs.
+        requires = ("parallel-tool-calls", "fsdp2-sharded-4bit", "compile-workers"),
     ),
     Patch(
         name = "compile-cache",

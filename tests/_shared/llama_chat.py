@@ -133,6 +133,10 @@ def user(text):
     return {"role": "user", "content": text}
 
 
+def developer(text):
+    return {"role": "developer", "content": text}
+
+
 def assistant(text):
     return {"role": "assistant", "content": text}
 
@@ -140,6 +144,26 @@ def assistant(text):
 def call(name, arguments):
     function = {"name": name, "arguments": arguments}
     return {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+
+
+def made(
+    name,
+    arguments,
+    call_id = None,
+):
+    """One call of a message."""
+    one = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return one if call_id is None else {"id": call_id, **one}
+
+
+def calls(*several, **keys):
+    """An assistant message with these calls."""
+    return {"role": "assistant", "tool_calls": list(several), **keys}
+
+
+def identified(text, call_id):
+    """A result with the id of its call."""
+    return {**result(text), "tool_call_id": call_id}
 
 
 def parallel_calls(*calls):
@@ -244,7 +268,8 @@ def option_conversations():
         "date-old": conversation(*chat, date_string = "26 July 2024"),
         "date-empty": conversation(*chat, date_string = ""),
         "no-tools": conversation(*chat, tools = None),
-        "empty-tools": conversation(*chat, tools = []),
+        # Meta's template prints the prompt for tools and none of them; tokenizers may refuse to.
+        "empty-tools": conversation(*chat, hazard = True, tools = []),
         "builtin": conversation(*chat, builtin_tools = ["brave_search", "wolfram_alpha"]),
         "builtin-code": conversation(*chat, builtin_tools = ["code_interpreter", "brave_search"]),
         "builtin-only-code": conversation(*chat, builtin_tools = ["code_interpreter"]),

@@ -18,6 +18,7 @@ class Benchmark(NamedTuple):
 
 BENCHMARKS = {
     "aot": Benchmark("ahead_of_time", "everything: the kernels are compiled, not run"),
+    "chat": Benchmark("chat", "everything: it needs no GPU"),
     "chunk-size": Benchmark("chunk_size", "the computed choices for five GPUs"),
     "compile": Benchmark("compile", "graphs and graph breaks of a toy"),
     "dequant": Benchmark("dequant"),

@@ -9,12 +9,11 @@
 """
 
 from .errors import ToolCallError
-from .parser import ToolCallStream, parse_tool_calls
+from .parser import parse_tool_calls
 from .stop_tokens import add_stop_tokens, stop_token_ids
 
 __all__ = [
     "ToolCallError",
-    "ToolCallStream",
     "add_stop_tokens",
     "parse_tool_calls",
     "stop_token_ids",

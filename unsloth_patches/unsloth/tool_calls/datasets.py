@@ -13,23 +13,14 @@ import functools
 import inspect
 import itertools
 import json
+from collections.abc import Mapping
 from typing import Any, Dict, Iterable, List, Optional, Sequence
 
-from .errors import ToolCallError
-from .messages import tidy_call
-from .schemas import schemas_of
+from .calls import tidy_call
+from .errors import ToolCallError, where_in
+from .reading import CALL_ROLES, RESULT_ROLES, plain, read_messages
+from .schemas import Schemas
 
-CALL_ROLES = ("function_call", "function-call", "tool_call", "tool_calls")
-RESULT_ROLES = (
-    "observation",
-    "tool",
-    "ipython",
-    "tool_response",
-    "tool_result",
-    "function",
-    "function_response",
-    "function-response",
-)
 COLUMN = "conversations"
 # Rows of a stream that are looked at to find out whether it has tool calls.
 STREAM_ROWS = 1000
@@ -69,20 +60,30 @@ def standardize_tool_calls(stock):
 
 def _has_tool_calls(dataset) -> bool:
     first = next(iter(dataset), None)
-    if not isinstance(first, dict) or not isinstance(first.get(COLUMN), (list, tuple)):
+    if not isinstance(first, dict) or not isinstance(plain(first.get(COLUMN)), (list, tuple)):
         return False
     rows = dataset.select_columns([COLUMN]) if hasattr(dataset, "select_columns") else dataset
     if not hasattr(dataset, "__len__"):
         rows = itertools.islice(rows, STREAM_ROWS)
-    return any(_is_tool_message(message) for row in rows for message in row[COLUMN])
+    return any(_is_tool_message(message) for row in rows for message in plain(row[COLUMN]) or ())
 
 
 def _is_tool_message(message: Any) -> bool:
-    if not isinstance(message, dict):
+    if not isinstance(message, Mapping):
         return False
     role = message.get("role", message.get("from"))
-    tool_role = isinstance(role, str) and role.strip().lower() in CALL_ROLES + RESULT_ROLES
-    return tool_role or bool(message.get("tool_calls"))
+    if isinstance(role, str) and role.strip().lower() in _TOOL_ROLES:
+        return True
+    if message.get("tool_calls") or message.get("function_call"):
+        return True
+    parts = message.get("content")
+    return isinstance(parts, (list, tuple)) and any(
+        isinstance(part, Mapping) and part.get("type") in ("tool_use", "tool_result")
+        for part in parts
+    )
+
+
+_TOOL_ROLES = (*CALL_ROLES, *RESULT_ROLES, "ipython")
 
 
 def _convert(
@@ -100,7 +101,7 @@ def _convert(
         ("user", aliases_for_user),
         ("assistant", aliases_for_assistant),
         ("call", CALL_ROLES),
-        ("tool", RESULT_ROLES),
+        ("tool", (*RESULT_ROLES, "ipython")),
     )
     roles: Dict[str, str] = {}
     for role, aliases in groups:
@@ -143,116 +144,39 @@ class _Converter:
 
     def __call__(self, batch: Dict[str, List[Any]], indices: Iterable[int]) -> Dict[str, List[Any]]:
         tools = batch.get("tools") or [None] * len(batch[COLUMN])
-        return {
-            COLUMN: [
-                self._conversation(messages, index, schemas_of(own_tools))
-                for messages, index, own_tools in zip(batch[COLUMN], indices, tools)
-            ]
-        }
+        rows = []
+        for messages, row, own_tools in zip(batch[COLUMN], indices, tools):
+            try:
+                rows.append(self._conversation(messages, Schemas(own_tools)))
+            except (ToolCallError, TypeError) as error:
+                place = f"Unsloth: conversation {row}, "
+                raise type(error)(str(error).replace("Unsloth: ", place, 1)) from None
+        return {COLUMN: rows}
 
-    def _conversation(
-        self,
-        messages: List[Dict[str, Any]],
-        row: int,
-        schemas: Dict[str, Any],
-    ) -> List[Dict[str, Any]]:
-        converted: List[Dict[str, Any]] = []
-        for index, message in enumerate(messages):
-            where = f"Unsloth: conversation {row}, messages[{index}]: "
-            role, content = self._role_and_content(message, where)
-            calls = self._calls(role, content, message, where)
-            if role == "call" and converted and converted[-1]["from_call_role"]:
-                converted[-1]["tool_calls"] += calls
-                continue
-            converted.append(
-                {
-                    "role": "assistant" if role == "call" else role,
-                    "content": "" if role == "call" or content is None else content,
-                    "tool_calls": calls,
-                    "tool_call_id": message.get("tool_call_id"),
-                    "name": message.get("name"),
-                    "from_call_role": role == "call",
-                }
-            )
-        try:
-            return [
-                self._finished(m, i, schemas) for i, m in enumerate(_with_single_results(converted))
-            ]
-        except ToolCallError as error:
-            raise error.in_conversation(row) from None
+    def _conversation(self, conversation: Any, schemas: Schemas) -> List[Dict[str, Any]]:
+        messages, places = read_messages(conversation, self._roles)
+        return [self._finished(*one, schemas) for one in zip(messages, places)]
 
-    def _role_and_content(self, message: Any, where: str):
-        if not isinstance(message, dict):
-            raise TypeError(where + f"is a {type(message).__name__}; expected a dict.")
-        raw = message.get("role") or message.get("from")
-        role = self._roles.get(str(raw).strip().lower())
-        if role is None:
+    def _finished(self, message: Dict[str, Any], index: int, schemas: Schemas) -> Dict[str, Any]:
+        role, content = message["role"], message.get("content")
+        if role not in self._roles.values():
             raise TypeError(
-                where + f"role {raw!r} is not known. Known: {', '.join(self._roles)}. Add it to "
-                "aliases_for_user or another alias list."
+                where_in(index)
+                + f"role {role!r} is not known. Known: {', '.join(self._roles)}. Add "
+                "it to aliases_for_user or another alias list."
             )
-        content = message.get("content")
-        return role, message.get("value") if content is None else content
-
-    def _calls(self, role: str, content: Any, message: Dict[str, Any], where: str) -> List[Any]:
-        if role != "call":
-            return list(message.get("tool_calls") or ())
-        try:
-            value = json.loads(content) if isinstance(content, str) else content
-        except ValueError as error:
-            raise ToolCallError(
-                where + f"the call is not JSON ({error}): {content!r:.80}"
-            ) from None
-        calls = value if isinstance(value, list) else [value]
-        if not calls or not all(isinstance(call, dict) for call in calls):
-            raise ToolCallError(
-                where + f"the call is {content!r:.80}; expected "
-                '{"name": ..., "arguments": {...}} or a list of those.'
-            )
-        return calls
-
-    def _finished(
-        self,
-        message: Dict[str, Any],
-        index: int,
-        schemas: Dict[str, Any],
-    ) -> Dict[str, Any]:
-        del message["from_call_role"]
-        calls = [
-            tidy_call(call, index, number, schemas)
-            for number, call in enumerate(message["tool_calls"], 1)
-        ]
-        for call in calls:
-            arguments = call["function"]["arguments"]
-            call["function"]["arguments"] = json.dumps(arguments, ensure_ascii = False)
-            call.setdefault("id", None)
-        message["tool_calls"] = calls or None
-        if self._is_vlm and isinstance(message["content"], str):
-            message["content"] = [{"type": "text", "text": message["content"]}]
-        return message
-
-
-def _with_single_results(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """One observation that is a JSON list with a result per call becomes that many results."""
-    expanded: List[Dict[str, Any]] = []
-    for index, message in enumerate(messages):
-        before = messages[index - 1] if index else {"tool_calls": []}
-        after = messages[index + 1]["role"] if index + 1 < len(messages) else ""
-        results = None
-        if message["role"] == "tool" and len(before["tool_calls"]) > 1 and after != "tool":
-            results = _list_in(message["content"])
-        if results is None or len(results) != len(before["tool_calls"]):
-            expanded.append(message)
-            continue
-        for result in results:
-            text = result if isinstance(result, str) else json.dumps(result, ensure_ascii = False)
-            expanded.append({**message, "content": text})
-    return expanded
-
-
-def _list_in(text: Any) -> Optional[List[Any]]:
-    try:
-        value = json.loads(text) if isinstance(text, str) else text
-    except ValueError:
-        return None
-    return value if isinstance(value, list) else None
+        calls = []
+        for number, call in enumerate(message.get("tool_calls") or (), 1):
+            call = tidy_call(call, index, number, schemas)
+            arguments = json.dumps(call["function"]["arguments"], ensure_ascii = False)
+            function = {"name": call["function"]["name"], "arguments": arguments}
+            calls.append({"id": call.get("id"), "type": "function", "function": function})
+        if not isinstance(content, str):
+            content = "" if content is None else json.dumps(content, ensure_ascii = False)
+        return {
+            "role": role,
+            "content": [{"type": "text", "text": content}] if self._is_vlm else content,
+            "tool_calls": calls or None,
+            "tool_call_id": message.get("tool_call_id"),
+            "name": message.get("name"),
+        }

@@ -14,6 +14,10 @@ class ToolCallError(ValueError):
         """The same error, which names the conversation of a batch or dataset too."""
         return ToolCallError(str(self).replace("Unsloth: ", f"Unsloth: conversation {number}, ", 1))
 
+    def in_row(self, row: Optional[int]) -> "ToolCallError":
+        """The same error, which names the row of the data set too, where it is known."""
+        return self if row is None else ToolCallError(f"{self} (row {row} of the data set)")
+
 
 def where_in(
     index: int,

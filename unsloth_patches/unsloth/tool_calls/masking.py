@@ -8,8 +8,8 @@ import functools
 import inspect
 from typing import Any, Dict, List, Tuple
 
+from .checks import tool_call_mode
 from .parser import parse_tool_calls
-from .rendering import tool_call_mode
 
 
 def keep_every_call_of_last_response(stock):

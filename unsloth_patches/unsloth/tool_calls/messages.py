@@ -6,249 +6,155 @@ The templates print what they get: a JSON text as arguments is quoted a second t
 call is lost, ``None`` prints as "None". Datasets bring all of these, Arrow above all, which gives
 every row the union of all keys with None in them. So conversations are put into one form first:
 
-- ``tool_calls`` that are None or empty are dropped, and so are other keys that are None;
+- messages of other formats are read into OpenAI's (``reading.py``), and keys that are None dropped;
 - arguments become a dict: JSON text of an object is parsed, None is ``{}``, and a None that the
   tool's schema does not allow (Arrow's filling) is dropped;
 - results follow their calls in call order, paired by ``tool_call_id`` or else by position.
 
-What cannot be put right raises ToolCallError and names the message, the call and the remedy.
+What cannot be rendered raises ToolCallError and names the message, the call and the remedy. What is
+unusual is rendered, and told to ``warn(where, notice)``.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, List, Sequence
 
+from .calls import are_clean, is_clean_call, silent, tidy_call
 from .errors import ToolCallError, where_in
-from .parser import NAME_PATTERN
-from .results import Turn
-from .schemas import schemas_of, without_filling
+from .reading import read_messages
+from .results import Turn, one_call_a_message
+from .schemas import Schemas
 
-MODES = ("error", "split", "join")
-RESULT_ROLES = ("tool", "ipython")
-_SPECIAL_TOKEN_TEXT = re.compile(
-    r"<\|(?:begin_of_text|end_of_text|start_header_id|end_header_id|eo[tm]_id|python_tag)\|>"
-)
+_RESULT_ROLES = ("tool", "ipython")
+_RESULT_KEYS = frozenset(("role", "content", "tool_call_id"))
+_CALLING_KEYS = frozenset(("role", "content", "tool_calls"))
 
 
-def _silent(where: str, notice: str) -> None:
-    pass
+def is_clean(
+    messages: List[Any],
+    builtin_tools: Sequence[str] = (),
+    several: bool = False,
+) -> bool:
+    """Whether there is nothing to read, to tidy or to warn of: most conversations, told fast.
+
+    several: a message may have several calls, and be rendered as it is.
+    """
+    expected: List[
+        Any
+    ] = []  # ids of the calls whose results have to follow, None where they have none
+    arguments: List[Any] = []
+    answered = False
+    for position, message in enumerate(messages):
+        if type(message) is not dict or type(message.get("content", "")) is not str:
+            return False
+        role = message.get("role")
+        if role == "tool":
+            if not expected or message.get("tool_call_id") != expected.pop(0):
+                return False
+            if not message.keys() <= _RESULT_KEYS or "content" not in message:
+                return False
+            answered = True
+        elif expected:
+            return False
+        elif role == "assistant" and "tool_calls" in message:
+            calls = message["tool_calls"]
+            if type(calls) is not list or (len(calls) > 1 and not several):
+                return False
+            if not message.keys() <= _CALLING_KEYS or message.get("content", "").strip():
+                return False
+            for call in calls:
+                if not is_clean_call(call, builtin_tools):
+                    return False
+                expected.append(call.get("id"))
+                arguments.append(call["function"]["arguments"])
+            answered = False
+        elif len(message) != 2 or "content" not in message:
+            return False
+        elif role not in ("user", "assistant") and (role != "system" or position):
+            return False
+    ids = [one for one in expected if one is not None]
+    return not (expected and answered) and len(ids) == len(set(ids)) and are_clean(arguments)
 
 
 def prepare_conversation(
-    messages: Sequence[Mapping[str, Any]],
-    parallel_tool_calls: str = "error",
-    tools: Optional[Sequence[Any]] = None,
+    conversation: Any,
+    tools: Any = None,
     builtin_tools: Sequence[str] = (),
     warn = None,
+    arrange: Callable[..., List[Dict[str, Any]]] = one_call_a_message,
 ) -> List[Dict[str, Any]]:
-    """A tidy copy of a conversation in OpenAI's form, as the Llama 3.x templates need it.
+    """A tidy copy of a conversation in any form that is read, as the Llama 3.x templates need it.
 
-    messages: dicts with ``role`` and ``content``; assistant ones may have ``tool_calls``, results
-        have role ``tool`` or ``ipython`` and may have ``tool_call_id``. They are not changed.
-    parallel_tool_calls: what to do with several calls in one message: ``"error"`` raises,
-        ``"join"`` leaves them together, ``"split"`` gives each call its own assistant message, its
-        result after it.
-    tools: the tools on offer (schemas or functions); their schemas tell a null from Arrow's
-        filling.
+    tools: the tools on offer; their schemas tell a null from Arrow's filling.
     builtin_tools: names of tools that are called in Llama's ``name.call(key="text")`` form.
     warn: called with ``(where, notice)``, two str, for what is rendered but hardly meant; None:
         silent.
+    arrange: a ``Turn`` and its results in call order -> the messages to render.
 
     Raises ToolCallError (a ValueError).
     """
-    warn = warn or _silent
-    schemas = schemas_of(tools)
-    prepared, index = [], 0
-    while index < len(messages):
-        message = _tidy_message(messages[index], index)
-        calls = message.get("tool_calls")
-        if not calls:
-            _check_stray_result(message, index)
+    warn = warn or silent
+    schemas = Schemas(tools)
+    messages, places = read_messages(conversation)
+    prepared: List[Dict[str, Any]] = []
+    position = 0
+    while position < len(messages):
+        message, index = messages[position], places[position]
+        _check_message(message, index, position, warn)
+        position += 1
+        if not message.get("tool_calls"):
             prepared.append(message)
-            index += 1
             continue
-        message["tool_calls"] = calls = [
+        message["tool_calls"] = [
             tidy_call(call, index, number, schemas, builtin_tools, warn)
-            for number, call in enumerate(calls, 1)
+            for number, call in enumerate(message["tool_calls"], 1)
         ]
-        _notice_text_beside_calls(message, index, warn)
-        end = index + 1
-        while end < len(messages) and _role(messages[end], end) in RESULT_ROLES:
-            end += 1
-        results = [_tidy_message(messages[i], i) for i in range(index + 1, end)]
-        turn = Turn(message, results, index, is_last = end == len(messages))
-        prepared += turn.arranged(parallel_tool_calls, builtin_tools, warn)
-        index = end
+        start = position
+        while position < len(messages) and messages[position]["role"] in _RESULT_ROLES:
+            _check_content(messages[position], places[position])
+            position += 1
+        turn = Turn(
+            message,
+            messages[start:position],
+            index,
+            places[start:position],
+            position == len(messages),
+        )
+        prepared += arrange(turn, turn.paired(warn), builtin_tools, warn)
     return prepared
 
 
-# ---------------------------------------------------------------- messages
-
-
-def _role(message: Any, index: int) -> str:
-    if not isinstance(message, Mapping):
-        raise ToolCallError(
-            where_in(index)
-            + f"is a {type(message).__name__}; expected a dict with role and content."
-        )
-    return message.get("role")
-
-
-def _tidy_message(message: Any, index: int) -> Dict[str, Any]:
-    """A copy without keys that are None, and without empty tool_calls."""
-    role = _role(message, index)
-    tidy = {key: value for key, value in message.items() if value is not None}
-    calls = tidy.get("tool_calls")
-    if calls is not None and not isinstance(calls, (list, tuple)):
-        raise ToolCallError(
-            where_in(index) + f"tool_calls is a {type(calls).__name__}; give a list of calls."
-        )
+def _check_message(message: Dict[str, Any], index: int, position: int, warn) -> None:
+    role, calls = message["role"], message.get("tool_calls")
+    if not isinstance(role, str):
+        raise ToolCallError(where_in(index) + f"has the role {role!r}; give it a role.")
     if not calls:
-        tidy.pop("tool_calls", None)
-        if tidy.get("content") is None:
-            raise ToolCallError(
-                where_in(index)
-                + f"the {role} message has neither content nor tool_calls. Give it a "
-                "text (an empty one is fine), or leave the message out."
-            )
+        _check_content(message, index)
     elif role != "assistant":
         raise ToolCallError(
             where_in(index) + f"role {role!r} cannot call tools; calls belong to role 'assistant'."
         )
-    return tidy
-
-
-def _check_stray_result(message: Dict[str, Any], index: int) -> None:
-    if message.get("role") in RESULT_ROLES and "tool_call_id" in message:
-        raise ToolCallError(
-            where_in(index)
-            + f"is the result of call id {message['tool_call_id']!r}, but no call stands "
-            "before it. Put it right after the assistant message that makes the call."
-        )
-
-
-def _notice_text_beside_calls(message: Dict[str, Any], index: int, warn) -> None:
-    content = message.get("content")
-    if isinstance(content, str) and content.strip():
+    elif isinstance(message.get("content"), str) and message["content"].strip():
         warn(
             where_in(index),
             "has text beside tool_calls, which the Llama templates do not render. Put "
             "the text into an assistant message of its own if it should be learned.",
         )
-
-
-# ---------------------------------------------------------------- calls
-
-
-def tidy_call(
-    call: Any,
-    index: int,
-    number: int,
-    schemas: Mapping[str, Any],
-    builtin_tools: Sequence[str] = (),
-    warn = _silent,
-) -> Dict[str, Any]:
-    """One call, with its id, as ``{"type": "function", "function": {"name", "arguments"}}``."""
-    if not isinstance(call, Mapping):
-        raise ToolCallError(
-            where_in(index, number) + f"is a {type(call).__name__}; expected "
-            '{"type": "function", "function": {"name": ..., "arguments": {...}}}.'
-        )
-    function = call.get("function")
-    function = function if isinstance(function, Mapping) else call
-    name = function.get("name")
-    if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
-        raise ToolCallError(
-            where_in(index, number)
-            + f"the name {name!r} cannot be written into the template; use only "
-            "letters, digits, '_', '.' and '-'."
-        )
-    where = where_in(index, number, name)
-    arguments = _as_object(function.get("arguments", function.get("parameters")), where)
-    if name in builtin_tools:
-        _check_builtin_arguments(arguments, where)
-    if name in schemas:
-        arguments = without_filling(arguments, schemas[name])
-    elif None in arguments.values():
+    if role in _RESULT_ROLES and "tool_call_id" in message:
         warn(
-            where,
-            "has null arguments, and no schema of this tool was given. If Arrow filled them "
-            "in, pass tools to apply_chat_template, or store the arguments as JSON text.",
+            where_in(index),
+            f"is the result of call id {message['tool_call_id']!r}, but no call stands "
+            "before it. Put it right after the assistant message that makes the call.",
         )
-    _check_writable(arguments, where, warn)
-    tidy = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    return tidy if call.get("id") is None else {"id": call["id"], **tidy}
+    elif role == "system" and position:
+        warn(where_in(index), "is a system message that is not the first one; Llama has seen few.")
+    elif role == "developer":
+        warn(where_in(index), "has role 'developer', which Llama does not know; use 'system'.")
 
 
-def _as_object(arguments: Any, where: str) -> Dict[str, Any]:
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError) as error:
-            raise ToolCallError(
-                where
-                + f"the arguments are a text that is not JSON ({error}). Give a dict, or the JSON "
-                "text of an object."
-            ) from None
-    arguments = {} if arguments is None else arguments
-    if not isinstance(arguments, Mapping):
+def _check_content(message: Dict[str, Any], index: int) -> None:
+    if message.get("content") is None:
         raise ToolCallError(
-            where
-            + f"the arguments are {arguments!r:.80}, a {type(arguments).__name__}; give an object "
-            "(a dict, or its JSON text)."
+            where_in(index) + f"the {message['role']} message has neither content nor tool_calls. "
+            "Give it a text (an empty one is fine), or leave the message out."
         )
-    return dict(arguments)
-
-
-def _check_builtin_arguments(arguments: Mapping[str, Any], where: str) -> None:
-    for key, value in arguments.items():
-        if not isinstance(value, str) or '"' in value or not re.fullmatch(r"\w+", str(key)):
-            raise ToolCallError(
-                where + f"argument {key!r} = {value!r:.80} cannot be written in the built-in form "
-                'name.call(key="text"), which has no escapes: use a text without quotes, or offer '
-                "the tool through tools = [...] instead of builtin_tools."
-            )
-
-
-def _check_writable(arguments: Dict[str, Any], where: str, warn) -> None:
-    """JSON has no NaN and infinity and only text keys; UTF-8 has no lone surrogates."""
-    for path, value in _leaves(arguments, "arguments"):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ToolCallError(
-                where + f"{path} is {value}, which JSON cannot hold; use null or a text."
-            )
-        if not isinstance(value, (str, int, float, bool, type(None))):
-            raise ToolCallError(
-                where
-                + f"{path} is a {type(value).__name__}, which JSON cannot hold; convert it first."
-            )
-    try:
-        text = json.dumps(arguments, ensure_ascii = False)
-        text.encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise ToolCallError(
-            where + f"the arguments cannot be written as JSON in UTF-8: {error}."
-        ) from None
-    if _SPECIAL_TOKEN_TEXT.search(text):
-        warn(
-            where,
-            f"contains the text {_SPECIAL_TOKEN_TEXT.search(text).group()}, which the tokenizer "
-            "turns into the special token. Remove it from the data unless that is meant.",
-        )
-
-
-def _leaves(value: Any, path: str):
-    """(path, value) of all that is neither an object nor a list, and of keys that are no text."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if not isinstance(key, str):
-                yield f"the key {key!r} of {path}", object()
-            yield from _leaves(inner, f"{path}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        for i, inner in enumerate(value):
-            yield from _leaves(inner, f"{path}[{i}]")
-    else:
-        yield path, value

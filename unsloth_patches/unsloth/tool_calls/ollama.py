@@ -8,7 +8,7 @@ import functools
 import hashlib
 
 from ..llama_chat_templates import LLAMA_3X_NAMES
-from .rendering import tool_call_mode
+from .checks import tool_call_mode
 from .templates import ASSISTANT_HEADER
 
 # Unsloth's modelfile of llama-3.1 in 2026.10.7 and 2026.10.9. It leaves out the end of a call's

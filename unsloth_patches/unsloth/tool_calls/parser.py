@@ -20,21 +20,25 @@ import json
 import re
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
-from .schemas import tool_name
+from .schemas import tool_names
 
-NAME_PATTERN = r"[A-Za-z0-9_.-]+"
+# Names that can be written between quotes as they are, and those that every parser reads.
+NAME_PATTERN = r'[^"\\\x00-\x1f\ud800-\udfff]+'
+USUAL_NAME = r"[A-Za-z0-9_.-]+"
+# Levels of nesting that arguments may have: json and the template recurse once for each.
+MAX_DEPTH = 200
 END_TOKENS = ("<|eot_id|>", "<|eom_id|>")
 
-_HEADER = re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\s*")
+HEADER = re.compile(r"\s*<\|start_header_id\|>(\w+)<\|end_header_id\|>\s*")
 _OPENING = re.compile(r"\s*(?P<tag><\|python_tag\|>)?\s*")
 _NEXT_CALL = re.compile(r"\s*;?\s*(?=\{)")
-_BUILTIN_CALL = re.compile(rf'({NAME_PATTERN})\.call\(((?:\w+="[^"]*"(?:, (?=\w)|(?=\))))*)\)')
+_BUILTIN_CALL = re.compile(rf'({USUAL_NAME})\.call\(((?:\w+="[^"]*"(?:, (?=\w)|(?=\))))*)\)')
 _BUILTIN_ARGUMENT = re.compile(r'(\w+)="([^"]*)"')
 _CALL_IN_TEXT = re.compile(r'\{\s*"name"\s*:')
 _END = re.compile(r"\s*(?:" + "|".join(map(re.escape, END_TOKENS)) + r")\s*|\s+\Z")
 
 
-class _Broken(Exception):
+class Broken(Exception):
     """The text is not a tool call; the message says why."""
 
 
@@ -52,8 +56,8 @@ def parse_tool_calls(
         array of shape (n,) or (1, n)). It may span several turns, calls and their results in turn,
         which is how ``parallel_tool_calls = "split"`` writes several calls.
     tokenizer: needed for ids; its end and padding tokens are cut from the reply's end.
-    tools: the tools that exist, as given to apply_chat_template; a call of another one is not a
-        call.
+    tools: the tools that exist, in any form that apply_chat_template takes (schemas, functions, JSON
+        text); a call of another one is not a call.
 
     Returns ``{"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function":
     {"name": str, "arguments": dict}}, ...]}``, or ``{"role": "assistant", "content": text}`` where
@@ -64,62 +68,15 @@ def parse_tool_calls(
     ids; never for what a model wrote.
     """
     text = _without_end(_as_text(text_or_ids, tokenizer), _end_tokens(tokenizer))
+    known = None if tools is None else tool_names(tools)
     try:
         calls = list(_calls_of(text))
-        _check_known(calls, tools)
-    except _Broken as error:
+        check_known(calls, known)
+    except Broken as error:
         return {"role": "assistant", "content": text.strip(), "reason": str(error)}
     if not calls:
         return {"role": "assistant", "content": text.strip()}
     return {"role": "assistant", "content": "", "tool_calls": calls}
-
-
-class ToolCallStream:
-    """Reads a reply while it is being written, and hands out each call as soon as it is complete.
-
-    ``feed(piece)`` takes text or token ids and returns the calls that the piece completed (usually
-    none); ``finish()`` returns what ``parse_tool_calls`` says of the whole reply. A call is handed
-    out when its closing brace is read. Text after it that makes the reply broken is seen only at
-    the end: ``finish()`` then gives a ``reason``.
-    """
-
-    def __init__(
-        self,
-        tokenizer = None,
-        tools: Optional[list] = None,
-    ):
-        self._tokenizer, self._tools = tokenizer, tools
-        self._ids: List[int] = []
-        self._text = ""
-        self._emitted = 0
-
-    def feed(self, text_or_ids) -> List[Dict[str, Any]]:
-        """Calls, in order, that this piece of text (or these token ids) completed."""
-        if isinstance(text_or_ids, str):
-            piece = text_or_ids
-            self._text += piece
-        else:
-            new = _as_ids(text_or_ids)
-            self._ids += new
-            # A character can span tokens, so the text is decoded anew from all of them.
-            self._text = _decode(self._ids, self._tokenizer)
-            piece = _decode(new, self._tokenizer)
-        if "}" not in piece and ")" not in piece:
-            return []
-        calls = []
-        try:
-            for call in _calls_of(self._text):
-                _check_known([call], self._tools)
-                calls.append(call)
-        except _Broken:  # or not complete: the calls before it stand
-            pass
-        completed = calls[self._emitted :]
-        self._emitted += len(completed)
-        return completed
-
-    def finish(self) -> Dict[str, Any]:
-        """The whole reply's message, as ``parse_tool_calls`` returns it."""
-        return parse_tool_calls(self._text, self._tokenizer, self._tools)
 
 
 # ---------------------------------------------------------------- replies and turns
@@ -128,30 +85,30 @@ class ToolCallStream:
 def _calls_of(text: str) -> Iterator[Dict[str, Any]]:
     """Yields the calls of all turns, each as soon as it is read; none where the reply is a text.
 
-    Raises _Broken, possibly after some calls, where the reply is neither.
+    Raises Broken, possibly after some calls, where the reply is neither.
     """
     position, number = 0, 0
     while position < len(text):
-        header = _HEADER.match(text, position)
+        header = HEADER.match(text, position)
         role = header.group(1) if header else "assistant"
         start = header.end() if header else position
         if role in ("ipython", "tool") and number:
-            position = _skip_result(text, start)
+            position = skip_result(text, start)
             continue
         if role != "assistant":
-            raise _Broken(
+            raise Broken(
                 f"a turn of role {role!r} inside the reply: pass the assistant's reply alone"
             )
         if _is_text(text, start):
             if number or _CALL_IN_TEXT.search(text, start):
-                raise _Broken("text around a tool call")
+                raise Broken("text around a tool call")
             return
         for call, position in _calls_of_turn(text, start, number + 1):
             number += 1
             yield call
         position = _skip_end(text, position)
-        if position < len(text) and not _HEADER.match(text, position):
-            raise _Broken(f"text after call {number}: {text[position : position + 40]!r}")
+        if position < len(text) and not HEADER.match(text, position):
+            raise Broken(f"text after call {number}: {text[position : position + 40]!r}")
 
 
 def _is_text(text: str, start: int) -> bool:
@@ -162,7 +119,7 @@ def _is_text(text: str, start: int) -> bool:
     if not text.startswith("{", opening.end()):
         return True
     try:
-        value, _ = _DECODER.raw_decode(text, opening.end())
+        value, _ = JSON_DECODER.raw_decode(text, opening.end())
     except (ValueError, RecursionError):
         return False
     return "name" not in value
@@ -172,11 +129,11 @@ def _calls_of_turn(text: str, start: int, number: int) -> Iterator[Tuple[Dict[st
     """Yields each call of one turn and the position after it; number: the first one's."""
     position = _OPENING.match(text, start).end()
     if not text.startswith("{", position):
-        yield _read_builtin_call(text, position)
+        yield read_builtin_call(text, position)
         return
     following = _OPENING.match(text, start)
     while following:
-        call, position = _read_json_call(text, following.end(), number)
+        call, position = read_json_call(text, following.end(), number)
         yield call, position
         number += 1
         following = _NEXT_CALL.match(text, position)
@@ -196,46 +153,70 @@ def _unique_keys(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     return value
 
 
-_DECODER = json.JSONDecoder(parse_constant = _reject_constant, object_pairs_hook = _unique_keys)
+JSON_DECODER = json.JSONDecoder(parse_constant = _reject_constant, object_pairs_hook = _unique_keys)
 
 
-def _read_json_call(text: str, position: int, number: int) -> Tuple[Dict[str, Any], int]:
+def read_json_call(text: str, position: int, number: int) -> Tuple[Dict[str, Any], int]:
     try:
-        value, end = _DECODER.raw_decode(text, position)
+        value, end = JSON_DECODER.raw_decode(text, position)
     except (ValueError, RecursionError) as error:
-        raise _Broken(f"call {number} is not complete, valid JSON ({error})") from None
+        raise Broken(f"call {number} is not complete, valid JSON ({error})") from None
     return _call_of(value, number), end
 
 
 def _call_of(value: Dict[str, Any], number: int) -> Dict[str, Any]:
     name, keys = value.get("name"), set(value)
     if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
-        raise _Broken(f"call {number} has no valid name: {name!r}")
+        raise Broken(f"call {number} has no valid name: {name!r}")
     given = keys & {"parameters", "arguments"}
     if len(given) != 1 or keys - given - {"name", "type"}:
-        raise _Broken(
+        raise Broken(
             f"call {number} ({name!r}) has the keys {sorted(keys)}, expected name, parameters"
         )
     arguments = value[given.pop()]
     if isinstance(arguments, str):
         arguments = _object_in_text(arguments)
     if not isinstance(arguments, dict):
-        raise _Broken(f"the parameters of call {number} ({name!r}) are not an object")
+        raise Broken(f"the parameters of call {number} ({name!r}) are not an object")
+    _check_writable(arguments, number)
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _check_writable(arguments: Dict[str, Any], number: int) -> None:
+    """What is handed out can be rendered again: 1e400 is infinity, and "\\ud800" is no UTF-8."""
+    try:
+        text = json.dumps(arguments, ensure_ascii = False, allow_nan = False)
+        text.encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise Broken(f"the parameters of call {number} cannot be written again ({error})") from None
+    if is_too_deep(text):
+        raise Broken(f"the parameters of call {number} are nested over {MAX_DEPTH} levels deep")
+
+
+def is_too_deep(text: str) -> bool:
+    """Whether a JSON text has more than ``MAX_DEPTH`` levels."""
+    if text.count("{") + text.count("[") <= MAX_DEPTH:
+        return False
+    level, brackets = 0, re.sub(r'"(?:[^"\\]|\\.)*"|[^][{}"]', "", text, flags = re.DOTALL)
+    for bracket in brackets:
+        level += 1 if bracket in "[{" else -1
+        if level > MAX_DEPTH:
+            return True
+    return False
 
 
 def _object_in_text(text: str) -> Any:
     """Models also write the parameters as JSON in a string."""
     try:
-        return _DECODER.decode(text)
+        return JSON_DECODER.decode(text)
     except (ValueError, RecursionError):
         return text
 
 
-def _read_builtin_call(text: str, position: int) -> Tuple[Dict[str, Any], int]:
+def read_builtin_call(text: str, position: int) -> Tuple[Dict[str, Any], int]:
     match = _BUILTIN_CALL.match(text, position)
     if match is None:
-        raise _Broken("what follows <|python_tag|> is not a call of a built-in tool")
+        raise Broken("what follows <|python_tag|> is not a call of a built-in tool")
     function = {
         "name": match.group(1),
         "arguments": dict(_BUILTIN_ARGUMENT.findall(match.group(2))),
@@ -243,14 +224,12 @@ def _read_builtin_call(text: str, position: int) -> Tuple[Dict[str, Any], int]:
     return {"type": "function", "function": function}, match.end()
 
 
-def _check_known(calls: List[Dict[str, Any]], tools: Optional[list]) -> None:
-    if tools is None:
-        return
-    known = [tool_name(tool) for tool in tools]
+def check_known(calls: List[Dict[str, Any]], known: Optional[List[str]]) -> None:
+    """known: names of the tools that exist; None: any."""
     for number, call in enumerate(calls, 1):
         name = call["function"]["name"]
-        if name not in known:
-            raise _Broken(
+        if known is not None and name not in known:
+            raise Broken(
                 f"call {number} is of an unknown tool {name!r} (known: {', '.join(known)})"
             )
 
@@ -258,11 +237,11 @@ def _check_known(calls: List[Dict[str, Any]], tools: Optional[list]) -> None:
 # ---------------------------------------------------------------- text and ids
 
 
-def _skip_result(text: str, position: int) -> int:
+def skip_result(text: str, position: int) -> int:
     """Position after a tool's result. The template writes texts, lists and objects as JSON, so an
     end token inside them is no end; anything else goes up to the next end token."""
     try:
-        after = _DECODER.raw_decode(text, position)[1]
+        after = JSON_DECODER.raw_decode(text, position)[1]
     except (ValueError, RecursionError):
         after = position
     if _skip_end(text, after) > after:
@@ -305,10 +284,10 @@ def _end_tokens(tokenizer) -> Tuple[str, ...]:
 def _as_text(text_or_ids, tokenizer) -> str:
     if isinstance(text_or_ids, str):
         return text_or_ids
-    return _decode(_as_ids(text_or_ids), tokenizer)
+    return decode(as_ids(text_or_ids), tokenizer)
 
 
-def _as_ids(ids) -> List[int]:
+def as_ids(ids) -> List[int]:
     if hasattr(ids, "tolist"):
         ids = ids.tolist()
     if isinstance(ids, int) and not isinstance(ids, bool):
@@ -322,7 +301,7 @@ def _as_ids(ids) -> List[int]:
     return list(ids)
 
 
-def _decode(ids: List[int], tokenizer) -> str:
+def decode(ids: List[int], tokenizer) -> str:
     if tokenizer is None:
         raise TypeError("parse_tool_calls needs the tokenizer to read token ids")
     # Llama's tokenizer_config asks for clean_up_tokenization_spaces, which would alter arguments.

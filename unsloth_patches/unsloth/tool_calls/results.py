@@ -1,85 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""The calls of one assistant message and the results that follow it: paired, ordered, complete."""
+"""The calls of one assistant message and the results that follow it: paired and ordered."""
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from .errors import ToolCallError, where_in
 
 
 class Turn(NamedTuple):
-    """An assistant message with calls, and the results that follow it directly."""
+    """An assistant message with calls, and the results that follow it directly.
+
+    index, places: where the message and its results stand in the conversation that was given.
+    """
 
     message: Dict[str, Any]
     results: List[Dict[str, Any]]
     index: int
+    places: List[int]
     is_last: bool
 
-    def arranged(self, mode: str, builtin_tools: Sequence[str], warn) -> List[Dict[str, Any]]:
-        """The messages to render, results in call order."""
-        calls = self.message["tool_calls"]
-        if len(calls) > 1:
-            self._check_mode(mode, builtin_tools)
-        results = self._paired(warn)
-        self._check_complete(results, mode)
-        if mode != "split" or len(calls) == 1:
-            return [self.message] + results
-        pieces = []
-        for position, call in enumerate(calls):
-            pieces.append({**self.message, "tool_calls": [call]})
-            is_last = position == len(calls) - 1
-            pieces += results[position:] if is_last else results[position : position + 1]
-        return pieces
+    @property
+    def calls(self) -> List[Dict[str, Any]]:
+        return self.message["tool_calls"]
 
-    def _check_mode(self, mode: str, builtin_tools: Sequence[str]) -> None:
-        names = [call["function"]["name"] for call in self.message["tool_calls"]]
-        if mode == "error":
-            raise ToolCallError(
-                where_in(self.index)
-                + f"has {len(names)} tool calls ({', '.join(names)}), and Llama 3 templates render "
-                'one per message. Pass parallel_tool_calls = "split" (one assistant turn a call, '
-                'as in Meta\'s format) or "join" (all calls in one turn) to get_chat_template.'
-            )
-        builtin = [name for name in names if name in builtin_tools]
-        if mode == "join" and builtin:
-            raise ToolCallError(
-                where_in(self.index, names.index(builtin[0]) + 1, builtin[0])
-                + "a built-in tool cannot share a turn with other calls; "
-                'use parallel_tool_calls = "split".'
-            )
+    def where(self, number: int) -> str:
+        """The place of call ``number`` (from 1), for errors."""
+        return where_in(self.index, number, self.calls[number - 1]["function"]["name"])
 
-    def _result_index(self, position: int) -> int:
-        return self.index + 1 + position
+    def paired(self, warn) -> List[Optional[Dict[str, Any]]]:
+        """The result of each call, None where it has none, and then results too many.
 
-    def _paired(self, warn) -> List[Dict[str, Any]]:
-        """Results in call order: by id where there are ids, else as they stand."""
-        calls, results = self.message["tool_calls"], self.results
+        They are paired by id where there are ids, else as they stand.
+        """
+        calls, results = self.calls, self.results
+        if len(calls) == len(results) == 1 and calls[0].get("id") == results[0].get("tool_call_id"):
+            return list(results)
         ids = [call["id"] for call in calls if "id" in call]
         for number, call in enumerate(calls, 1):
             if ids.count(call.get("id")) > 1:
                 raise ToolCallError(
-                    where_in(self.index, number, call["function"]["name"])
+                    self.where(number)
                     + f"the id {call['id']!r} is used twice; give every call its own."
                 )
         with_id = [result for result in results if "tool_call_id" in result]
-        if not with_id or (not ids and len(calls) == 1):
+        if not with_id or (not ids and len(calls) == 1) or self._only_misnamed(warn):
             self._check_positions(warn)
-            return list(results)
-        order = {}
-        for position, result in enumerate(results):
-            order[self._call_position(result, position, order)] = result
-        return [order[position] for position in sorted(order)]
+            paired: List[Optional[Dict[str, Any]]] = list(results)
+            paired += [None] * (len(calls) - len(results))
+        else:
+            order: Dict[int, Dict[str, Any]] = {}
+            for position, result in enumerate(results):
+                order[self._call_position(result, position, order)] = result
+            paired = [order.get(position) for position in range(len(calls))]
+        if not self.is_last or results:
+            self._notice_missing(paired, warn)
+        return paired
+
+    def _only_misnamed(self, warn) -> bool:
+        """One call and one result, whose ids differ: they belong together all the same."""
+        if len(self.calls) != 1 or len(self.results) != 1:
+            return False
+        call_id, result_id = self.calls[0].get("id"), self.results[0].get("tool_call_id")
+        if call_id != result_id:
+            warn(
+                where_in(self.places[0]),
+                f"is the result of call id {result_id!r}, and the only call before it has id "
+                f"{call_id!r}. They are rendered as a pair.",
+            )
+        return True
 
     def _call_position(self, result: Dict[str, Any], position: int, taken) -> int:
         call_id = result.get("tool_call_id")
-        where = where_in(self._result_index(position))
+        where = where_in(self.places[position])
         if call_id is None:
             raise ToolCallError(
                 where + "has no tool_call_id, but other results beside it have one; add it."
             )
-        ids = [call.get("id") for call in self.message["tool_calls"]]
+        ids = [call.get("id") for call in self.calls]
         if call_id not in ids:
             raise ToolCallError(
                 where
@@ -92,13 +91,13 @@ class Turn(NamedTuple):
         return found
 
     def _check_positions(self, warn) -> None:
-        calls = self.message["tool_calls"]
+        calls = self.calls
         for position, result in enumerate(self.results):
             if position >= len(calls):
                 # TRL's GRPO renders several results, with names, behind one dummy call.
                 if "name" not in result:
                     warn(
-                        where_in(self._result_index(position)),
+                        where_in(self.places[position]),
                         f"is a result too many: messages[{self.index}] makes {len(calls)} call(s). "
                         "It is rendered as it is.",
                     )
@@ -106,26 +105,33 @@ class Turn(NamedTuple):
             name = calls[position]["function"]["name"]
             if len(calls) > 1 and result.get("name", name) != name:
                 raise ToolCallError(
-                    where_in(self._result_index(position))
+                    where_in(self.places[position])
                     + f"is named {result['name']!r} and stands where the result of {name!r} "
                     "belongs. Put results in call order, or give calls an id and results a "
                     "tool_call_id."
                 )
 
-    def _check_complete(self, results: List[Dict[str, Any]], mode: str) -> None:
-        calls = self.message["tool_calls"]
-        by_id = {result.get("tool_call_id") for result in results} - {None}
-        if by_id and len(calls) > 1:
-            missing = [i for i, call in enumerate(calls) if call.get("id") not in by_id]
-        else:
-            missing = list(range(len(results), len(calls)))
-        split = mode == "split" and len(calls) > 1
-        open_end = self.is_last and (missing == [len(calls) - 1] if split else not results)
-        if missing and not open_end:
-            name = calls[missing[0]]["function"]["name"]
-            hint = " Splitting needs a result after every call but the last." if split else ""
-            raise ToolCallError(
-                where_in(self.index, missing[0] + 1, name)
-                + f"has no result. Add a message with role 'tool' after messages[{self.index}]."
-                + hint
+    def _notice_missing(self, paired: Sequence[Optional[Dict[str, Any]]], warn) -> None:
+        missing = [number for number, result in enumerate(paired, 1) if result is None]
+        if missing:
+            warn(
+                self.where(missing[0]),
+                f"has no result. Add a message with role 'tool' after messages[{self.index}].",
             )
+
+
+def one_call_a_message(
+    turn: Turn,
+    results: Sequence[Optional[Dict[str, Any]]],
+    builtin_tools: Sequence[str],
+    warn,
+) -> List[Dict[str, Any]]:
+    """The message and its results, as Meta's templates render them: one call a message."""
+    if len(turn.calls) > 1:
+        names = [call["function"]["name"] for call in turn.calls]
+        raise ToolCallError(
+            where_in(turn.index)
+            + f"has {len(names)} tool calls ({', '.join(names)}), and Llama 3 templates render "
+            "one per message. Give each call its own message, its result after it."
+        )
+    return [turn.message, *filter(None, results)]

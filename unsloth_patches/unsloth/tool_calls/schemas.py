@@ -9,33 +9,108 @@ schema tells such a None in a call's arguments from a null that was meant.
 from __future__ import annotations
 
 import json
-from typing import Any, Dict, Mapping
+from collections.abc import Mapping
+from typing import Any, Dict, Iterator, List, Optional
 
 from .errors import ToolCallError
 
+_NULL_MAY_BE_MEANT = ("default", "const", "example", "examples", "enum")
 
-_NULL_MAY_BE_MEANT = ("default", "const", "example", "examples")
 
-
-def prepare_tools(tools: Any) -> Any:
-    """Tools as the template needs them: JSON text is parsed, and Arrow's filling is taken out.
+def prepare_tools(tools: Any) -> Optional[List[Any]]:
+    """Tools as the template needs them, from a list of schemas or functions, numpy or Arrow values, or
+    JSON text of the list or of its entries. Arrow's filling is taken out. None where there are none.
 
     Raises ToolCallError for a text that is not the JSON of a list.
     """
+    tools = _plain(tools)
     if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise ToolCallError(
-                f"Unsloth: tools is a text that is not JSON ({error}). Give a list."
-            ) from None
-        if tools is not None and not isinstance(tools, list):
-            raise ToolCallError(
-                f"Unsloth: tools is the JSON of a {type(tools).__name__}; give a list."
-            )
-    if not isinstance(tools, (list, tuple)):
-        return tools
-    return [_without_null_keywords(tool) if _is_filled(tool) else tool for tool in tools]
+        tools = _loaded(tools) if tools.strip() else None
+    if isinstance(tools, Mapping):
+        inner = _plain(tools.get("tools"))
+        tools = inner if isinstance(inner, list) else [tools]
+    if tools is not None and not isinstance(tools, (list, tuple)):
+        raise ToolCallError(f"Unsloth: tools is a {type(tools).__name__}; give a list of tools.")
+    tools = [_tool(tool) for tool in tools or ()]
+    if "None" in repr(tools):  # a thousand times faster than looking at each value
+        tools = [_without_null_keywords(tool) if _is_filled(tool) else tool for tool in tools]
+    return tools or None
+
+
+def _plain(value: Any) -> Any:
+    for name in ("model_dump", "as_py", "to_pylist", "tolist"):
+        if not isinstance(value, (type, dict, list, str)) and hasattr(value, name):
+            return getattr(value, name)()
+    return value
+
+
+def _loaded(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ToolCallError(
+            f"Unsloth: tools is a text that is not JSON ({error}). Give a list."
+        ) from None
+    if value is not None and not isinstance(value, (list, dict)):
+        raise ToolCallError(f"Unsloth: tools is the JSON of a {type(value).__name__}; give a list.")
+    return value
+
+
+def _tool(tool: Any) -> Any:
+    if type(tool) is dict and "input_schema" not in tool:
+        return tool
+    tool = _plain(tool)
+    if isinstance(tool, str):
+        tool = _loaded(tool)
+    if isinstance(tool, Mapping) and isinstance(tool.get("input_schema"), Mapping):  # Anthropic's
+        function = {key: tool[key] for key in ("name", "description") if tool.get(key) is not None}
+        return {"type": "function", "function": {**function, "parameters": tool["input_schema"]}}
+    return tool
+
+
+def tool_name(tool: Any) -> str:
+    """Name of a tool as apply_chat_template takes it: a function, or a schema with or without
+    ``{"type": "function", "function": ...}`` around it."""
+    if isinstance(tool, Mapping):
+        function = tool.get("function")
+        return str((function if isinstance(function, Mapping) else tool).get("name"))
+    return getattr(tool, "__name__", str(tool))
+
+
+def tool_names(tools: Any) -> List[str]:
+    return [tool_name(tool) for tool in prepare_tools(tools) or ()]
+
+
+class Schemas:
+    """Tool name -> JSON schema of its parameters, read when the first one is asked for."""
+
+    def __init__(self, tools: Any):
+        self._tools = tools
+        self._schemas: Optional[Dict[str, Any]] = None
+
+    def get(self, name: str) -> Any:
+        if self._schemas is None:
+            self._schemas = dict(map(_named_schema, prepare_tools(self._tools) or ()))
+        return self._schemas.get(name)
+
+
+def _named_schema(tool: Any):
+    if callable(tool):
+        from transformers.utils import get_json_schema
+
+        tool = get_json_schema(tool)
+    if not isinstance(tool, Mapping):
+        return str(tool), None
+    function = tool.get("function")
+    function = function if isinstance(function, Mapping) else tool
+    parameters = function.get("parameters") or {}
+    if not isinstance(parameters, Mapping):
+        return tool_name(tool), None
+    # A tool without parameters has none that could be null, unless it takes any.
+    known = parameters.get("additionalProperties") or any(
+        key in parameters for key in ("$ref", "allOf", "anyOf", "oneOf")
+    )
+    return tool_name(tool), parameters if known else {"properties": {}, **parameters}
 
 
 def _is_filled(schema: Any) -> bool:
@@ -50,65 +125,97 @@ def _is_filled(schema: Any) -> bool:
 
 def _without_null_keywords(schema: Any) -> Any:
     if isinstance(schema, Mapping):
-        return {k: _without_null_keywords(v) for k, v in schema.items() if v is not None}
+        return {
+            k: v if k == "enum" else _without_null_keywords(v)
+            for k, v in schema.items()
+            if v is not None
+        }
     if isinstance(schema, (list, tuple)):
         return [_without_null_keywords(inner) for inner in schema]
     return schema
 
 
-def schemas_of(tools: Any) -> Dict[str, Any]:
-    """Tool name -> JSON schema of its parameters."""
-    schemas = {}
-    for tool in prepare_tools(tools) or ():
-        if callable(tool):
-            from transformers.utils import get_json_schema
-
-            tool = get_json_schema(tool)
-        if isinstance(tool, Mapping):
-            function = tool.get("function")
-            function = function if isinstance(function, Mapping) else tool
-            parameters = function.get("parameters") or {}
-            # A tool without parameters has none that could be null, unless it takes any.
-            has_any = parameters.get("additionalProperties")
-            schemas[tool_name(dict(tool))] = (
-                parameters if has_any else {"properties": {}, **parameters}
-            )
-    return schemas
-
-
-def tool_name(tool) -> str:
-    """Name of a tool as apply_chat_template takes it: a function, or a schema with or without
-    ``{"type": "function", "function": ...}`` around it."""
-    if isinstance(tool, dict):
-        function = tool.get("function")
-        return str((function if isinstance(function, dict) else tool).get("name"))
-    return getattr(tool, "__name__", str(tool))
+# ---------------------------------------------------------------- null or filling
 
 
 def without_filling(value: Any, schema: Any) -> Any:
     """``value`` without the None entries that ``schema`` does not allow."""
-    schema = schema if isinstance(schema, Mapping) else {}
-    if isinstance(value, Mapping) and isinstance(schema.get("properties"), Mapping):
-        known = schema["properties"]
-        return {
-            key: without_filling(inner, known.get(key))
-            for key, inner in value.items()
-            if inner is not None or (key in known and _allows_null(known[key]))
-        }
-    if isinstance(value, (list, tuple)) and schema.get("items"):
-        return [without_filling(inner, schema["items"]) for inner in value]
+    return _without_filling(value, [schema], schema)
+
+
+def _without_filling(value: Any, schemas: List[Any], root: Any) -> Any:
+    """schemas: those that may describe the value, which all stand in ``root``."""
+    if isinstance(value, Mapping):
+        places = [one for schema in schemas for one in _alternatives(schema, root)]
+        objects = [one for one in places if isinstance(one.get("properties"), Mapping)]
+        takes_any = not objects or any(one.get("additionalProperties") for one in places)
+        kept = {}
+        for key, inner in value.items():
+            known = [one["properties"][key] for one in objects if key in one["properties"]]
+            allowed = any(_allows_null(one, root) for one in known) if known else takes_any
+            if inner is not None or allowed:
+                kept[key] = _without_filling(inner, known, root)
+        return kept
+    if isinstance(value, (list, tuple)):
+        places = [one for schema in schemas for one in _alternatives(schema, root)]
+        items = [one["items"] for one in places if one.get("items")]
+        return [_without_filling(inner, items, root) for inner in value]
     return value
 
 
-def _allows_null(schema: Any) -> bool:
+def _alternatives(
+    schema: Any,
+    root: Any,
+    seen: tuple = (),
+) -> Iterator[Mapping[str, Any]]:
+    """The schema and those that it is made of or chooses from, each reference followed once."""
+    if not isinstance(schema, Mapping):
+        return
+    yield schema
+    reference = schema.get("$ref")
+    if reference is not None and reference not in seen:
+        seen += (reference,)
+        yield from _alternatives(_referred(reference, root), root, seen)
+    for key in ("allOf", "anyOf", "oneOf"):
+        for inner in schema.get(key) or ():
+            yield from _alternatives(inner, root, seen)
+
+
+def _referred(reference: Any, root: Any) -> Any:
+    """What ``#/$defs/Name`` points to in ``root``; None where it points nowhere."""
+    found = root
+    for part in str(reference).lstrip("#").strip("/").split("/"):
+        part = part.replace("~1", "/").replace("~0", "~")
+        found = found.get(part) if isinstance(found, Mapping) and part else found
+    return found
+
+
+def _allows_null(
+    schema: Any,
+    root: Any,
+    seen: tuple = (),
+) -> bool:
     if not isinstance(schema, Mapping):
         return True
-    for union in ("anyOf", "oneOf"):
-        if schema.get(union):
-            return any(map(_allows_null, schema[union]))
-    if schema.get("nullable"):
+    reference = schema.get("$ref")
+    seen_here = seen if reference is None else seen + (reference,)
+
+    def inner(part: Any) -> bool:
+        return _allows_null(part, root, seen_here)
+
+    if schema.get("nullable") or ("default" in schema and schema["default"] is None):
         return True
+    unions = [schema[key] for key in ("anyOf", "oneOf") if schema.get(key)]
+    if not all(any(map(inner, union)) for union in unions):
+        return False
+    if not all(map(inner, schema.get("allOf") or ())):
+        return False
+    if reference is not None and reference not in seen:
+        if not inner(_referred(reference, root)):
+            return False
     if schema.get("enum"):
         return None in schema["enum"]
+    if "const" in schema:
+        return schema["const"] is None
     declared = schema.get("type")
     return declared is None or "null" in ([declared] if isinstance(declared, str) else declared)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Any, Dict
 
+from .checks import has_builtin_tools
+
 ASSISTANT_HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 _CALLS_BRANCH = "    {%- elif 'tool_calls' in message %}\n"
 _JOINED_CALLS = """\
@@ -28,11 +30,6 @@ _NO_JOINED_BUILTIN = """\
 {%- if builtin_tools is defined and tool_call.function.name in builtin_tools %}
                 {{- raise_exception("A built-in tool cannot share a turn with other calls.") }}
             {%- endif %}"""
-
-
-def has_builtin_tools(template: str) -> bool:
-    """Whether a Llama template knows built-in tools (3.1 and 3.3 do, 3.2 does not)."""
-    return "<|python_tag|>" in template
 
 
 def join_template(template: str) -> str:
@@ -65,7 +62,7 @@ def response_template(template: str) -> Dict[str, Any]:
     fields = {
         "tool_calls": {
             "open_pattern": r"(?:\A\s*(?:<\|python_tag\|>)?|(?<=\};)\s*)"
-            r'\{"name":\s*"(?P<name>[A-Za-z0-9_.-]+)",\s*"parameters":\s*',
+            r'\{"name":\s*"(?P<name>[^"\\]+)",\s*"parameters":\s*',
             "close_pattern": r'\}(?:;(?=\s*\{"name":)|' + end + ")",
             "repeats": True,
             "content": "json",

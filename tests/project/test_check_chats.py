@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""``check-chats`` says which rows cannot be trained on, and writes those that can."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "_shared"))
+
+from unsloth_patches import check_chats  # noqa: E402
+
+GOOD = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+CALL = {"name": "f", "args": {"a": None, "b": 1}, "id": "x"}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"b": {}}}}}
+CALLING = [GOOD[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+ROWS = [
+    {"messages": GOOD, "id": 1},
+    {"messages": [{"role": "user", "content": None}]},
+    {"messages": CALLING, "tools": [TOOL]},
+    {"conversations": [{"from": "human", "value": "q"}]},
+    {"text": "no conversation"},
+    {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+    {"messages": [*CALLING, GOOD[0]], "tools": json.dumps([TOOL])},
+]
+BAD = [1, 4, 5]
+
+
+@pytest.fixture(autouse = True)
+def llama(monkeypatch):
+    """The template without Unsloth, whose import takes seconds."""
+    from llama_chat import make_llama_tokenizer, published_templates
+
+    def tokenizer(template, mode, model):
+        from unsloth_patches.unsloth.tool_calls.checks import Checks, set_checks
+
+        if template != "llama-3.1":
+            raise KeyError(template)
+        made = make_llama_tokenizer()
+        set_checks(made, Checks(published_templates()[template]))
+        return made
+
+    monkeypatch.setattr(check_chats, "_tokenizer", tokenizer)
+
+
+def written(folder, kind):
+    """ROWS as a file or folder of that kind."""
+    path = folder / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding = "utf-8")
+    elif kind == "json":
+        path.write_text(json.dumps(ROWS), encoding = "utf-8")
+    elif kind == "folder":
+        path.mkdir()
+        written(path, "jsonl")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "folder"])
+def test_every_bad_row_is_named(kind, tmp_path, capsys):
+    assert check_chats.run(written(tmp_path, kind), as_json = True) == check_chats.BAD_ROWS
+    report = json.loads(capsys.readouterr().out)
+    assert [bad["row"] for bad in report["bad_rows"]] == BAD
+    assert (report["rows"], report["bad"]) == (len(ROWS), len(BAD))
+    assert "messages[0]: the user message has neither" in report["bad_rows"][0]["reason"]
+    assert "--messages" in report["bad_rows"][1]["reason"]
+    assert sum(report["kinds"].values()) == len(BAD)
+    assert any("has no result" in kind for kind in report["notices"])
+    assert report["first_rendered"].endswith("a<|eot_id|>")
+    assert sum(report["lengths"].values()) == len(ROWS) - len(BAD)
+
+
+def test_parquet_and_saved_datasets(tmp_path, capsys):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"messages": GOOD}, {"messages": [{"role": "user", "content": None}]}]
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.to_parquet(str(tmp_path / "rows.parquet"))
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    for data in ("rows.parquet", "saved"):
+        assert check_chats.run(tmp_path / data, as_json = True) == check_chats.BAD_ROWS
+        assert json.loads(capsys.readouterr().out)["bad_rows"][0]["row"] == 1
+
+
+def test_fix_writes_what_can_be_read(tmp_path, capsys):
+    """In OpenAI's form, other columns kept; what is written has no bad row."""
+    out = tmp_path / "fixed.jsonl"
+    check_chats.run(written(tmp_path, "jsonl"), fix = out)
+    assert "4 of 7 rows" in " ".join(capsys.readouterr().out.split())
+    rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert rows[0] == ROWS[0]
+    assert rows[1]["messages"][1]["tool_calls"] == [
+        {"id": "x", "type": "function", "function": {"name": "f", "arguments": '{"b": 1}'}}
+    ]
+    assert rows[2]["conversations"] == [{"role": "user", "content": "q"}]
+    assert check_chats.run(out, as_json = True) == check_chats.DONE
+
+
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        ("missing.jsonl", None, "is not there"),
+        ("broken.json", "[", "is not JSON"),
+        ("empty", None, "no jsonl, json or parquet files"),
+    ],
+)
+def test_data_that_cannot_be_read(name, text, expected, tmp_path, capsys):
+    data = tmp_path / name
+    if text is not None:
+        data.write_text(text, encoding = "utf-8")
+    elif name == "empty":
+        data.mkdir()
+    assert check_chats.run(data) == check_chats.MISUSE
+    assert expected in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_line_that_is_no_json_is_a_bad_row(tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps(ROWS[0]) + "\n{\n" + json.dumps(ROWS[0]) + "\n", encoding = "utf-8")
+    assert check_chats.run(data, as_json = True) == check_chats.BAD_ROWS
+    report = json.loads(capsys.readouterr().out)
+    assert [bad["row"] for bad in report["bad_rows"]] == [1] and report["rows"] == 3
+
+
+def test_an_unknown_template_is_named(tmp_path, capsys):
+    assert check_chats.run(written(tmp_path, "jsonl"), template = "llama-9") == check_chats.MISUSE
+    assert "llama-9" in capsys.readouterr().out
+
+
+def test_the_demos_data_passes():
+    data = ROOT / "unsloth_patches" / "demo" / "conversations.jsonl"
+    rows = list(check_chats.read_rows(data))
+    assert len(rows) > 200
+    single = [
+        row for row in rows if all(len(m.get("tool_calls") or ()) < 2 for m in row["messages"])
+    ]
+    tokenizer = check_chats._tokenizer("llama-3.1", "error", None)
+    *_, (report, _) = check_chats.check(iter(single), tokenizer, None, "tools", False)
+    assert report.bad == 0 and report.rows == len(single)

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""Conversations of every usual format are read as OpenAI's messages."""
+
+import copy
+import dataclasses
+import enum
+import importlib
+import json
+
+import pytest
+import unsloth  # noqa: F401  (has to come before transformers)
+from conversation_formats import FORMATS, FORMATS_OF_SINGLE_CALLS, Conversations
+from llama_chat import assistant, calls, identified, made, result, system, user
+
+
+@pytest.fixture(scope = "module")
+def read():
+    """A conversation -> its messages, calls tidied: arguments are dicts."""
+    reading = importlib.import_module("unsloth.tool_calls.reading")
+    tidy_call = importlib.import_module("unsloth.tool_calls.calls").tidy_call
+
+    def read(conversation):
+        messages, places = reading.read_messages(conversation)
+        for message, place in zip(messages, places):
+            for number, call in enumerate(message.get("tool_calls", ()), 1):
+                tidy_call(call, place, number)
+        return messages
+
+    return read
+
+
+def meant(messages):
+    """What a template renders: roles, texts and calls, without ids and other keys."""
+    return [
+        (
+            message["role"],
+            message.get("content") or "",
+            [repr(call["function"]) for call in message.get("tool_calls", ())],
+        )
+        for message in messages
+    ]
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *FORMATS_OF_SINGLE_CALLS])
+def test_every_format_is_read(name, read):
+    """300 seeded conversations in each format; what was given is not changed."""
+    single = FORMATS_OF_SINGLE_CALLS.get(name)
+    for seed in range(300):
+        messages = Conversations(seed, several = 1 if single else 1 + seed % 3).messages()
+        given = (single or FORMATS[name])(messages)
+        before = copy.deepcopy(given)
+        assert meant(read(given)) == meant(messages), (seed, given)
+        assert given == before
+
+
+def test_ids_are_kept(read):
+    """Where a format has ids, results are paired by them."""
+    messages = Conversations(4, several = 3).messages()
+    ids = [call["id"] for message in messages for call in message.get("tool_calls", ())]
+    assert len(ids) > 2
+    for name in set(FORMATS) - {"sharegpt"}:
+        got = read(FORMATS[name](messages))
+        assert [call["id"] for message in got for call in message.get("tool_calls", ())] == ids
+        assert [
+            message["tool_call_id"] for message in got if message["role"] == "tool"
+        ] == ids, name
+
+
+class Role(str, enum.Enum):
+    USER = "user"
+
+
+@dataclasses.dataclass
+class Message:
+    role: object
+    content: str
+    tool_calls: object = None
+
+
+class Dumped:
+    """Like a pydantic model."""
+
+    def __init__(self, **fields):
+        self._fields = fields
+
+    def model_dump(self):
+        return dict(self._fields)
+
+
+class Prompt:
+    def __init__(self, messages):
+        self.messages = messages
+
+
+ROME = made("get_weather", {"city": "Rome"})
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ([Message(Role.USER, "q")], [user("q")]),
+        ([Dumped(role = Role.USER, content = "q", name = None)], [user("q")]),
+        (Prompt([Dumped(type = "human", content = "q")]), [user("q")]),
+        ({"messages": [user("q")]}, [user("q")]),
+        ({"conversations": [{"from": "human", "value": "q"}]}, [user("q")]),
+        ('[{"role": "user", "content": "q"}]', [user("q")]),
+        (['{"role": "user", "content": "q"}'], [user("q")]),
+        ([Dumped(role = "assistant", content = None, tool_calls = [Dumped(**ROME)])], [calls(ROME)]),
+        # Anthropic: results and then the user's text in one message.
+        (
+            [
+                user(
+                    [
+                        {"type": "tool_result", "tool_use_id": "a", "content": "20"},
+                        {"type": "tool_result", "tool_use_id": "b"},
+                        {"type": "text", "text": "More?"},
+                    ]
+                )
+            ],
+            [identified("20", "a"), identified("", "b"), user("More?")],
+        ),
+        # LangChain with Anthropic's parts has each call twice.
+        (
+            [
+                {
+                    "type": "ai",
+                    "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}],
+                    "tool_calls": [{"name": "f", "args": {}, "id": "a", "type": "tool_call"}],
+                }
+            ],
+            [calls(made("f", {}))],
+        ),
+        # Calls one after the other, then a text.
+        (
+            [
+                {"from": "function_call", "value": '{"name": "f", "arguments": "{}"}'},
+                {"from": "tool_call", "value": '[{"name": "g"}]'},
+                {"from": "Observation", "value": '["1", {"a": 2}]'},
+                {"from": "gpt", "value": "Done."},
+            ],
+            [
+                calls(made("f", {}), made("g", {})),
+                result("1"),
+                result('{"a": 2}'),
+                assistant("Done."),
+            ],
+        ),
+        # Three results of two calls, two that a tool returned as one list, and none that is a list.
+        (
+            [calls(ROME, ROME), result('["1", "2", "3"]')],
+            [calls(ROME, ROME), result('["1", "2", "3"]')],
+        ),
+        ([calls(ROME), result('["1"]')], [calls(ROME), result('["1"]')]),
+        (
+            [calls(ROME, ROME), result('["1", "2"]'), result("3")],
+            [calls(ROME, ROME), result('["1", "2"]'), result("3")],
+        ),
+        ([calls(ROME, ROME), result("1, 2")], [calls(ROME, ROME), result("1, 2")]),
+        ([calls(ROME, ROME), identified('["1", "2"]', "x")],) * 2,
+        # Nulls of JSON text were meant.
+        (
+            [{"from": "function_call", "value": '{"name": "f", "arguments": {"a": null}}'}],
+            [calls(made("f", {"a": None}))],
+        ),
+        ([{"role": "critic", "content": "x"}], [{"role": "critic", "content": "x"}]),
+        ([system(["a", {"type": "text", "text": "b"}])], [system("ab")]),
+    ],
+)
+def test_what_else_is_read(given, expected, read):
+    assert meant(read(given)) == meant(expected)
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ([{"from": "function_call", "value": "weather!"}], r"messages\[0\]: the call is not JSON"),
+        ([{"from": "function_call", "value": "[]"}], r"the call is '\[\]'; expected"),
+        ([{"from": "function_call", "value": "[1]"}], r"the call is '\[1\]'; expected"),
+        (
+            [user("q"), calls({"name": "f", "kwargs": {}})],
+            r"call 1 \('f'\): the key 'kwargs' looks",
+        ),
+        (
+            [calls({"name": "f", "input": {"a": 1}, "args": {}})],
+            r"has args and input, which differ",
+        ),
+        (
+            [assistant([{"type": "thinking", "thinking": "hm"}])],
+            "part 1 of the content is 'thinking'",
+        ),
+        ([{**result([]), "content": [{"type": "image"}]}, user([None])], "part 1 .* 'NoneType'"),
+        ("[1", "is a text that is not JSON"),
+        ({"text": "x"}, "the conversation is a dict"),
+        (None, "the conversation is a NoneType"),
+    ],
+)
+def test_what_cannot_be_read_is_named(given, expected, read):
+    with pytest.raises(ValueError, match = expected):
+        read(given)
+
+
+def test_schemas_decide_what_arrow_filled_in():
+    """Each keyword that allows null, and each that does not."""
+    schemas = importlib.import_module("unsloth.tool_calls.schemas")
+    text, null = {"type": "string"}, {"type": "null"}
+    root = {"$defs": {"T": text, "N": {"anyOf": [text, null]}, "Loop": {"$ref": "#/$defs/Loop"}}}
+    allowed = [
+        {},
+        True,
+        {"type": ["string", "null"]},
+        {"anyOf": [text, null]},
+        {"oneOf": [null, text]},
+        {"$ref": "#/$defs/N"},
+        {"$ref": "#/$defs/Missing"},
+        {"$ref": "#/$defs/Loop"},
+        {"allOf": [{"$ref": "#/$defs/N"}, {}]},
+        {"type": "string", "nullable": True},
+        {"type": "string", "default": None},
+        {"enum": ["a", None]},
+        {"const": None},
+    ]
+    refused = [
+        text,
+        {"anyOf": [text, {"type": "integer"}]},
+        {"oneOf": [text]},
+        {"$ref": "#/$defs/T"},
+        {"allOf": [{"type": ["string", "null"]}, text]},
+        {"anyOf": [{}], "type": "string"},
+        {"type": "string", "default": "a"},
+        {"enum": ["a"]},
+        {"const": "a"},
+        {"type": "string", "nullable": False},
+    ]
+    for schema in (*allowed, *refused):
+        whole = {**root, "properties": {"a": schema}}
+        expected = {"a": None} if schema in allowed else {}
+        assert schemas.without_filling({"a": None, "b": None}, whole) == expected, schema
+        items = {**root, "properties": {"l": {"type": "array", "items": whole}}}
+        assert schemas.without_filling({"l": [{"a": None}]}, items) == {"l": [expected]}
+    assert schemas.without_filling({"a": None}, {**root, "additionalProperties": True}) == {
+        "a": None
+    }
+
+
+def test_names_of_tools_in_every_form():
+    """What apply_chat_template takes as tools, parse_tool_calls knows by name."""
+    tool_names = importlib.import_module("unsloth.tool_calls.schemas").tool_names
+
+    def f(a: int):
+        """A tool."""
+
+    schema = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    forms = (
+        [f],
+        [schema],
+        (schema,),
+        json.dumps([schema]),
+        [json.dumps(schema)],
+        {"tools": [schema]},
+    )
+    for tools in (*forms, [{"name": "f", "input_schema": {}}], [Dumped(**schema)], schema):
+        assert tool_names(tools) == ["f"], tools
+    assert tool_names(None) == tool_names([]) == []

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""Check a data set of conversations before training: ``python -m unsloth_patches check-chats DATA``."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, TextIO
+
+from rich.console import Console
+from rich.progress import track
+from rich.text import Text
+
+DONE, BAD_ROWS, MISUSE = 0, 1, 2
+COLUMNS = ("messages", "conversations", "conversation", "chat")
+SHOWN_ROWS = 20
+BINS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+_PLACE = re.compile(r"^Unsloth: (?:messages\[\d+\](?:, call \d+(?: \('.*?'\))?)?: )?")
+_VALUE = re.compile(r"""'[^']*'|"[^"]*"|\[[^]]*\]|-?\d[\d.]*""")
+
+
+class Unreadable(Exception):
+    """The data cannot be read at all; the text says why and what to do."""
+
+
+@dataclass
+class BadRow:
+    row: int
+    reason: str
+
+
+@dataclass
+class Report:
+    """What was found. ``bad_rows`` is complete; kinds are reasons without places and values."""
+
+    rows: int = 0
+    bad: int = 0
+    template: str = ""
+    bad_rows: List[BadRow] = field(default_factory = list)
+    kinds: Counter = field(default_factory = Counter)
+    notices: Counter = field(default_factory = Counter)
+    first_rendered: str = ""
+    unit: str = "characters"
+    lengths: Counter = field(default_factory = Counter)
+    longest: int = 0
+
+    def as_json(self) -> Dict[str, Any]:
+        return {**vars(self), "bad_rows": [vars(bad) for bad in self.bad_rows]}
+
+
+# ---------------------------------------------------------------- rows
+
+
+def read_rows(data: Path) -> Iterator[Any]:
+    """Rows of a jsonl, json or parquet file, of a folder that ``save_to_disk`` wrote, or of a folder
+    of such files."""
+    if data.is_dir():
+        if (data / "state.json").is_file() or (data / "dataset_dict.json").is_file():
+            yield from _saved_dataset(data)
+            return
+        files = sorted(p for p in data.rglob("*") if p.suffix in (".jsonl", ".json", ".parquet"))
+        if not files:
+            raise Unreadable(
+                f"{data} has no jsonl, json or parquet files; name a file or folder of data"
+            )
+        for file in files:
+            yield from read_rows(file)
+        return
+    if not data.is_file():
+        raise Unreadable(f"{data} is not there; name a jsonl, json or parquet file, or a folder")
+    if data.suffix == ".parquet":
+        import pyarrow.parquet
+
+        for batch in pyarrow.parquet.ParquetFile(data).iter_batches(batch_size = 1000):
+            yield from batch.to_pylist()
+        return
+    with open(data, encoding = "utf-8") as file:
+        yield from _json_rows(file, data)
+
+
+def _json_rows(file: TextIO, data: Path) -> Iterator[Any]:
+    if data.suffix == ".json":
+        try:
+            rows = json.load(file)
+        except ValueError as error:
+            raise Unreadable(f"{data} is not JSON: {error}") from None
+        yield from rows if isinstance(rows, list) else [rows]
+        return
+    for line in file:
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                yield Unreadable(f"the line is not JSON: {error}")
+
+
+def _saved_dataset(data: Path) -> Iterator[Any]:
+    from datasets import load_from_disk
+
+    found = load_from_disk(str(data))
+    for part in found.values() if isinstance(found, dict) else [found]:
+        yield from part
+
+
+def _messages(row: Any, column: Optional[str]) -> Any:
+    if isinstance(row, Unreadable):
+        raise ValueError(str(row))
+    if isinstance(row, list):
+        return row
+    names = [column] if column else COLUMNS
+    for name in names:
+        if isinstance(row, dict) and row.get(name) is not None:
+            return row[name]
+    has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+    raise ValueError(f"the row has no {' or '.join(names)}: {has}; name the column with --messages")
+
+
+def _schemas(row: Any, column: str) -> Any:
+    """The row's tools; None where the column holds names, which a script has to look up."""
+    tools = row.get(column) if isinstance(row, dict) else None
+    names = isinstance(tools, list) and all(isinstance(t, str) and t[:1] != "{" for t in tools)
+    return None if names else tools
+
+
+# ---------------------------------------------------------------- checking
+
+
+def _tokenizer(template: str, mode: str, model: Optional[Path]):
+    """A tokenizer with that template: the model's, or one that can only render."""
+    from unsloth.chat_templates import get_chat_template
+
+    if model is not None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(model))
+    else:
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+
+        special = {
+            "bos_token": "<|begin_of_text|>",
+            "eos_token": "<|eot_id|>",
+            "pad_token": "<|finetune_right_pad_id|>",
+        }
+        backend = Tokenizer(models.BPE({"a": 0}, []))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object = backend, **special)
+    options = {} if mode == "error" else {"parallel_tool_calls": mode}
+    return get_chat_template(tokenizer, template, map_eos_token = False, **options)
+
+
+def check(
+    rows: Iterator[Any], tokenizer, column: Optional[str], tools: str, count: bool
+) -> Iterator:
+    """Yields (report so far, messages in OpenAI's form or None) for each row; the report is one object."""
+    from transformers import PreTrainedTokenizerBase
+
+    from .unsloth.tool_calls.checks import Checks
+    from .unsloth.tool_calls.messages import is_clean, prepare_conversation
+    from .unsloth.tool_calls.schemas import prepare_tools
+
+    checks = getattr(tokenizer, "_tool_call_checks", Checks(tokenizer.chat_template))
+    render = PreTrainedTokenizerBase.apply_chat_template
+    report = Report(unit = "tokens" if count else "characters")
+
+    def keep(turn, results, builtin_tools, warn):
+        checks.arrange(turn, results, builtin_tools, warn)  # raises where it cannot be rendered
+        return [turn.message, *filter(None, results)]
+
+    for number, row in enumerate(rows):
+        report.rows += 1
+        notices: List[str] = []
+        try:
+            messages = _messages(row, column)
+            own = prepare_tools(_schemas(row, tools))
+            given = messages
+            if not (type(messages) is list and is_clean(messages, (), checks.mode == "join")):
+                options = {"tools": own, "warn": lambda where, notice: notices.append(notice)}
+                given = prepare_conversation(messages, arrange = checks.arrange, **options)
+                messages = prepare_conversation(messages, tools = own, arrange = keep)
+            text = render(tokenizer, given, tools = own, tokenize = False)
+        except Exception as error:
+            report.bad += 1
+            reason = str(error).replace("Unsloth: ", "", 1)
+            report.bad_rows.append(BadRow(number, reason))
+            report.kinds[_kind(str(error))] += 1
+            yield report, None
+            continue
+        report.notices.update({_kind(notice) for notice in notices})
+        report.first_rendered = report.first_rendered or text
+        length = len(tokenizer(text, add_special_tokens = False).input_ids) if count else len(text)
+        report.longest = max(report.longest, length)
+        report.lengths[next((b for b in BINS if length <= b), "more")] += 1
+        yield report, messages
+
+
+def _kind(reason: str) -> str:
+    return _VALUE.sub("…", _PLACE.sub("", reason))
+
+
+def _as_stored(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Arguments as JSON text, which Arrow keeps as it is."""
+    stored = json.loads(json.dumps(messages, ensure_ascii = False))
+    for message in stored:
+        for call in message.get("tool_calls") or ():
+            function = call["function"]
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii = False)
+    return stored
+
+
+# ---------------------------------------------------------------- the command
+
+
+def run(
+    data: Path,
+    template: str = "llama-3.1",
+    mode: str = "error",
+    messages: Optional[str] = None,
+    tools: str = "tools",
+    model: Optional[Path] = None,
+    as_json: bool = False,
+    fix: Optional[Path] = None,
+) -> int:
+    """Check every row, say what is wrong with which. Returns the exit code: 0, 1 for bad rows, 2.
+
+    mode: ``parallel_tool_calls`` that training will use.
+    messages, tools: columns; the first is found by its usual names.
+    model: folder of a tokenizer, to count tokens; without it characters are counted.
+    fix: a jsonl file to write: the rows that can be read, in OpenAI's form, arguments as JSON text.
+    """
+    console = Console(stderr = as_json)
+    try:
+        tokenizer = _tokenizer(template, mode, model)
+    except (KeyError, ValueError, OSError, NotImplementedError) as error:
+        console.print(f"[red]check-chats:[/] {error}", highlight = False, soft_wrap = True)
+        return MISUSE
+    report, out = Report(), None
+    try:
+        out = open(fix, "w", encoding = "utf-8") if fix else None
+        rows = track(
+            _keep_rows(data, kept := []),
+            "checking",
+            console = console,
+            disable = not console.is_terminal,
+        )
+        for report, good in check(rows, tokenizer, messages, tools, model is not None):
+            if out and good is not None:
+                row = kept[0] if isinstance(kept[0], dict) else {}
+                name = messages or next((c for c in COLUMNS if c in row), "messages")
+                print(
+                    json.dumps({**row, name: _as_stored(good)}, ensure_ascii = False, default = str),
+                    file = out,
+                )
+    except (Unreadable, OSError) as error:
+        console.print(f"[red]check-chats:[/] {error}", highlight = False, soft_wrap = True)
+        return MISUSE
+    finally:
+        if out:
+            out.close()
+    report.template = template
+    if as_json:
+        json.dump(report.as_json(), sys.stdout, indent = 2, ensure_ascii = False)
+        print()
+    else:
+        _print(report, console, fix)
+    return BAD_ROWS if report.bad else DONE
+
+
+def _keep_rows(data: Path, kept: List[Any]) -> Iterator[Any]:
+    for row in read_rows(data):
+        kept[:] = [row]
+        yield row
+
+
+def _print(report: Report, console: Console, fix: Optional[Path]) -> None:
+    for bad in report.bad_rows[:SHOWN_ROWS]:
+        console.print(Text(f"row {bad.row}: {bad.reason}"))
+    if report.bad > SHOWN_ROWS:
+        console.print(f"… and {report.bad - SHOWN_ROWS} more; --json lists all", highlight = False)
+    for title, counts in (("errors", report.kinds), ("rendered, but unusual", report.notices)):
+        if counts:
+            console.print(Text(f"\n{title}", "bold"))
+        for kind, count in counts.most_common():
+            console.print(Text(f"{count:>8}  {kind}"))
+    if report.first_rendered:
+        console.print(Text("\nthe first row that renders", "bold"))
+        console.print(Text(report.first_rendered[:2000]))
+    if report.lengths:
+        console.print(Text(f"\n{report.unit} of a row", "bold"))
+        most = max(report.lengths.values())
+        for bound in (*BINS, "more"):
+            if report.lengths[bound]:
+                count = report.lengths[bound]
+                bar = "█" * max(1, round(40 * count / most))
+                console.print(
+                    Text(f"{'≤ ' if bound != 'more' else ''}{bound!s:>6} {count:>8}  {bar}")
+                )
+        console.print(f"longest: {report.longest}", highlight = False)
+    good = report.rows - report.bad
+    written = f"; written to {fix}" if fix else ""
+    style = "red" if report.bad else "green"
+    console.print(
+        Text(
+            f"\n{good} of {report.rows} rows can be trained on with {report.template}{written}",
+            style,
+        )
+    )

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""One tool call, checked: a name and a dict of arguments that a Llama 3.x template can write.
+
+What cannot be written raises ToolCallError; what is unusual is told to ``warn(where, notice)``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Dict, List, Optional, Sequence
+
+from .errors import ToolCallError, where_in
+from .parser import MAX_DEPTH, NAME_PATTERN, USUAL_NAME, is_too_deep
+from .reading import plain
+from .schemas import Schemas, without_filling
+
+_ENCODER = json.JSONEncoder(ensure_ascii = False, allow_nan = False)
+_USUAL_NAME = re.compile(USUAL_NAME)
+_SPECIAL_TOKEN_TEXT = re.compile(
+    r"<\|(?:begin_of_text|end_of_text|start_header_id|end_header_id|eo[tm]_id|python_tag)\|>"
+)
+
+
+def silent(where: str, notice: str) -> None:
+    pass
+
+
+def tidy_call(
+    call: Dict[str, Any],
+    index: int,
+    number: int,
+    schemas: Optional[Schemas] = None,
+    builtin_tools: Sequence[str] = (),
+    warn = silent,
+) -> Dict[str, Any]:
+    """A call that ``read_call`` returned, with a dict of arguments that can be written; changed in
+    place.
+
+    index, number: its place, for errors: message from 0, call from 1.
+    schemas: tell Arrow's filling from a null that was meant.
+    """
+    name, arguments = call["function"]["name"], call["function"]["arguments"]
+    where = where_in(index, number, name)
+    usual = isinstance(name, str) and _USUAL_NAME.fullmatch(name)
+    if not usual and not (isinstance(name, str) and re.fullmatch(NAME_PATTERN, name)):
+        raise ToolCallError(
+            where_in(index, number) + f"the name {name!r} cannot be written into the template; use "
+            "no quotes, backslashes or control characters."
+        )
+    if not usual:
+        warn(
+            where,
+            "has a name that some parsers of tool calls refuse; letters, digits, '_', '.' and '-' are "
+            "read by all.",
+        )
+    from_text = isinstance(arguments, str)
+    arguments = _as_object(arguments, where)
+    text = as_json(arguments, where)
+    if "null" in text and not from_text:
+        arguments = _without_filling(arguments, name, schemas, where, warn)
+    if name in builtin_tools:
+        _check_builtin_arguments(arguments, where)
+    if "<|" in text or "<|" in name:
+        _notice_special_tokens(name + text, where, warn)
+    call["function"]["arguments"] = arguments
+    return call
+
+
+def is_clean_call(call: Any, builtin_tools: Sequence[str] = ()) -> bool:
+    """Whether ``tidy_call`` has only the arguments' values to look at (see ``are_clean``)."""
+    if type(call) is not dict or not call.keys() <= _CALL_KEYS:
+        return False
+    function = call.get("function")
+    if type(function) is not dict or function.keys() != _FUNCTION_KEYS:
+        return False
+    name = function["name"]
+    is_usual = type(name) is str and _USUAL_NAME.fullmatch(name) and name not in builtin_tools
+    return bool(is_usual) and type(function["arguments"]) is dict
+
+
+def are_clean(arguments: List[Dict[str, Any]]) -> bool:
+    """Whether all of them can be written as they are, and none has a null or a special token."""
+    if not arguments:
+        return True
+    try:
+        text = _ENCODER.encode(arguments)
+        text.encode("utf-8")
+    except (TypeError, ValueError, RecursionError):
+        return False
+    if "null" in text or "<|" in text or is_too_deep(text):
+        return False
+    # JSON makes text of keys that are none. Only objects in objects need a look at every key.
+    if text.count("{") > len(arguments):
+        return json.loads(text) == arguments
+    return all(type(key) is str for one in arguments for key in one)
+
+
+_CALL_KEYS = frozenset(("id", "type", "function"))
+_FUNCTION_KEYS = {"name", "arguments"}
+
+
+def _as_object(arguments: Any, where: str) -> Dict[str, Any]:
+    for _ in range(2):  # some have the JSON text of a JSON text
+        if not isinstance(arguments, str):
+            break
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise ToolCallError(
+                where
+                + f"the arguments are a text that is not JSON ({error}). Give a dict, or the JSON "
+                "text of an object."
+            ) from None
+    if isinstance(arguments, list) and arguments and all(_is_pair(item) for item in arguments):
+        arguments = dict(arguments)  # Arrow's map
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, Mapping):
+        raise ToolCallError(
+            where
+            + f"the arguments are {arguments!r:.80}, a {type(arguments).__name__}; give an object "
+            "(a dict, or its JSON text)."
+        )
+    return dict(arguments)
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
+
+
+def as_json(arguments: Dict[str, Any], where: str) -> str:
+    """The arguments' JSON. Values of numpy and Arrow in them are replaced by plain ones, in place.
+
+    Raises ToolCallError for what JSON in UTF-8 cannot hold: NaN, infinity, sets, keys that are no
+    text, lone surrogates.
+    """
+    try:
+        text = _ENCODER.encode(arguments)
+        text.encode("utf-8")
+        same = json.loads(text) == arguments
+    except (TypeError, ValueError, RecursionError):
+        text, same = "", False
+    if same and not is_too_deep(text):
+        return text
+    try:
+        for path, key in list(arguments.items()):
+            arguments[path] = _plain_values(key, f"arguments[{path!r}]", where)
+        _check_keys(arguments, "arguments", where)
+        text = _ENCODER.encode(arguments)
+        text.encode("utf-8")
+    except ToolCallError:
+        raise
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ToolCallError(
+            where + f"the arguments cannot be written as JSON in UTF-8: {error}."
+        ) from None
+    if is_too_deep(text):
+        raise ToolCallError(
+            where + f"the arguments are nested more than {MAX_DEPTH} levels deep; flatten them."
+        )
+    return text
+
+
+def _plain_values(value: Any, path: str, where: str) -> Any:
+    value = plain(value)
+    if isinstance(value, Mapping):
+        _check_keys(value, path, where)
+        return {k: _plain_values(v, f"{path}[{k!r}]", where) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain_values(v, f"{path}[{i}]", where) for i, v in enumerate(value)]
+    if isinstance(value, float) and value - value != 0:
+        raise ToolCallError(
+            where + f"{path} is {value}, which JSON cannot hold; use null or a text."
+        )
+    if not isinstance(value, (str, int, float, bool, type(None))):
+        raise ToolCallError(
+            where + f"{path} is a {type(value).__name__}, which JSON cannot hold; convert it first."
+        )
+    return value
+
+
+def _check_keys(value: Mapping[Any, Any], path: str, where: str) -> None:
+    for key in value:
+        if not isinstance(key, str):
+            raise ToolCallError(
+                where
+                + f"the key {key!r} of {path} is a {type(key).__name__}, which JSON cannot hold; "
+                "convert it first."
+            )
+
+
+def _without_filling(arguments, name, schemas, where, warn) -> Dict[str, Any]:
+    schema = None if schemas is None else schemas.get(name)
+    if schema is not None:
+        return without_filling(arguments, schema)
+    if None in arguments.values():
+        warn(
+            where,
+            "has null arguments, and no schema of this tool was given. If Arrow filled them "
+            "in, pass tools to apply_chat_template, or store the arguments as JSON text.",
+        )
+    return arguments
+
+
+def _check_builtin_arguments(arguments: Mapping[str, Any], where: str) -> None:
+    for key, value in arguments.items():
+        if not isinstance(value, str) or '"' in value or not re.fullmatch(r"\w+", str(key)):
+            raise ToolCallError(
+                where + f"argument {key!r} = {value!r:.80} cannot be written in the built-in form "
+                'name.call(key="text"), which has no escapes: use a text without quotes, or offer '
+                "the tool through tools = [...] instead of builtin_tools."
+            )
+
+
+def _notice_special_tokens(text: str, where: str, warn) -> None:
+    found = _SPECIAL_TOKEN_TEXT.search(text)
+    if found:
+        warn(
+            where,
+            f"contains the text {found.group()}, which the tokenizer "
+            "turns into the special token. Remove it from the data unless that is meant.",
+        )

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""Conversations as people have them, read into OpenAI's messages.
+
+Read are: dumps of OpenAI's APIs (chat completions with ``tool_calls`` or ``function_call``, items of
+the Responses API), LangChain's and LlamaIndex's messages (objects, dumps, serialised), Anthropic's
+content parts, ShareGPT with ``function_call`` and ``observation``, and each of these as JSON text,
+pydantic models, Arrow, numpy or pandas values. What is there is kept; nothing is guessed: a key that
+looks like arguments and is none that is known raises, and so does content that is no text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from collections.abc import Mapping
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
+
+from .errors import ToolCallError, where_in
+
+CALL_ROLES = ("function_call", "function-call", "tool_call", "tool_calls")
+RESULT_ROLES = (
+    "observation",
+    "tool",
+    "tool_response",
+    "tool_result",
+    "function",
+    "function_response",
+    "function-response",
+)
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "ai": "assistant",
+    "aimessage": "assistant",
+    "aimessagechunk": "assistant",
+    "humanmessage": "user",
+    "systemmessage": "system",
+    "toolmessage": "tool",
+    **{role: "call" for role in CALL_ROLES},
+    **{role: "tool" for role in RESULT_ROLES},
+}
+_ARGUMENT_KEYS = ("arguments", "parameters", "args", "input", "tool_kwargs")
+_LOOK_LIKE_ARGUMENTS = (
+    "argument",
+    "params",
+    "inputs",
+    "kwargs",
+    "tool_input",
+    "tool_args",
+    "function_args",
+    "tool_arguments",
+    "function_arguments",
+)
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def plain(value: Any) -> Any:
+    """A dict, list or scalar for what pydantic, Arrow, numpy, pandas and enums hold."""
+    if value is None or isinstance(value, (dict, list, str)) and not isinstance(value, enum.Enum):
+        return value
+    if isinstance(value, enum.Enum):
+        return value.value
+    for name in ("model_dump", "as_py", "to_pylist", "tolist"):
+        method = getattr(value, name, None)
+        if callable(method) and not isinstance(value, type):
+            return method()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value
+
+
+def read_messages(
+    conversation: Any,
+    roles: Mapping[str, str] = ROLES,
+) -> Tuple[List[Dict[str, Any]], List[int]]:
+    """OpenAI's messages, and for each the index of the message that it was read from.
+
+    roles: lower-case role -> ``"system"``, ``"user"``, ``"assistant"``, ``"tool"``, or ``"call"`` for
+        messages that are a call themselves; others stay what they are.
+
+    Raises ToolCallError.
+    """
+    messages: List[Dict[str, Any]] = []
+    places: List[int] = []
+    in_calls = False
+    for index, raw in enumerate(_listed(conversation)):
+        for role, message in _read_message(raw, index, roles):
+            # Calls one after the other are calls of one message.
+            if role == "call" and in_calls:
+                messages[-1]["tool_calls"] += message["tool_calls"]
+                continue
+            in_calls = role == "call"
+            messages.append(message)
+            places.append(index)
+    if any(len(message.get("tool_calls", ())) > 1 for message in messages):
+        return _with_single_results(messages, places)
+    return messages, places
+
+
+def _listed(conversation: Any) -> List[Any]:
+    conversation = plain(getattr(conversation, "messages", conversation))
+    if isinstance(conversation, str):
+        conversation = _json(conversation, "Unsloth: the conversation")
+    if isinstance(conversation, Mapping):
+        keys = [key for key in ("messages", "conversations", "conversation") if key in conversation]
+        conversation = plain(conversation[keys[0]]) if keys else conversation
+    if not isinstance(conversation, (list, tuple)):
+        raise ToolCallError(
+            f"Unsloth: the conversation is a {type(conversation).__name__}; give a list of messages, "
+            "each a dict with role and content."
+        )
+    return conversation
+
+
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ToolCallError(f"{what} is a text that is not JSON ({error}): {text!r:.80}") from None
+
+
+# ---------------------------------------------------------------- one message
+
+
+def _read_message(
+    raw: Any, index: int, roles: Mapping[str, str]
+) -> Iterator[Tuple[str, Dict[str, Any]]]:
+    """(role or "call", message) of each message that one entry of the list holds."""
+    where = where_in(index)
+    given = {key: value for key, value in _unwrapped(raw, where).items() if value is not None}
+    role = _role(given, roles)
+    content = _content(given)
+    message = {key: given[key] for key in given if key not in _READ_KEYS}
+    extra = plain(given.get("additional_kwargs"))
+    holders = (given, extra if isinstance(extra, Mapping) else {})
+    ids = (holder.get(key) for holder in holders for key in ("tool_call_id", "tool_use_id"))
+    call_id = next((one for one in ids if one is not None), None)
+    if role == "call" or given.get("type") == "function_call":
+        message.pop("type", None)
+        yield "call", {"role": "assistant", "tool_calls": _calls_in_text(given, content, index)}
+        return
+    if given.get("type") == "function_call_output":
+        role, content, call_id = "tool", given.get("output", ""), given.get("call_id")
+        message = {}
+    calls = _listed_calls(holders, where)
+    text, used, results = _parts(content, role, where)
+    for result in results:
+        yield "tool", result
+    if results and not text and not calls:
+        return
+    if used:
+        ids = [plain(call).get("id") for call in calls if isinstance(plain(call), Mapping)]
+        calls += [call for call in used if call.get("id") is None or call["id"] not in ids]
+    message["role"] = role
+    if text is not None:
+        message["content"] = text
+    if calls:
+        message["tool_calls"] = [read_call(call, index, n) for n, call in enumerate(calls, 1)]
+    if call_id is not None:
+        message["tool_call_id"] = call_id
+    yield role, message
+
+
+_READ_KEYS = frozenset(
+    "role from content value blocks tool_calls function_call additional_kwargs tool_use_id".split()
+)
+
+
+def _unwrapped(raw: Any, where: str) -> Dict[str, Any]:
+    message = plain(raw)
+    if isinstance(message, str) and message.lstrip().startswith("{"):
+        message = _json(message, where + "it")
+    if not isinstance(message, Mapping):
+        raise ToolCallError(
+            where + f"is a {type(message).__name__}; expected a dict with role and content."
+        )
+    if isinstance(message.get("kwargs"), Mapping) and isinstance(message.get("id"), list):
+        return {"type": message["id"][-1], **message["kwargs"]}  # LangChain's dumpd
+    if isinstance(message.get("data"), Mapping) and "content" in message["data"]:
+        return {"type": message.get("type"), **message["data"]}  # its messages_to_dict
+    return message
+
+
+def _role(message: Dict[str, Any], roles: Mapping[str, str]) -> Any:
+    role = plain(message.get("role") or message.get("from") or message.get("type"))
+    known = roles.get(role.strip().lower()) if isinstance(role, str) else None
+    return role if known is None else known
+
+
+def _content(message: Dict[str, Any]) -> Any:
+    for key in ("content", "value", "blocks"):
+        if key in message:
+            return plain(message[key])
+    return None
+
+
+def _listed_calls(holders: Iterable[Mapping[str, Any]], where: str) -> List[Any]:
+    """The entries of tool_calls or function_call of the first that has any: the message itself, or
+    where LangChain and LlamaIndex keep what a provider sent."""
+    for holder in holders:
+        calls = plain(holder.get("tool_calls"))
+        if isinstance(calls, str):
+            calls = _json(calls, where + "tool_calls") if calls.strip() else None
+        if isinstance(calls, Mapping):
+            calls = [calls]
+        if calls:
+            if not isinstance(calls, (list, tuple)):
+                raise ToolCallError(
+                    where + f"tool_calls is a {type(calls).__name__}; give a list of calls."
+                )
+            return list(calls)
+        if plain(holder.get("function_call")):
+            return [holder["function_call"]]
+    return []
+
+
+def _calls_in_text(message: Dict[str, Any], content: Any, index: int) -> List[Dict[str, Any]]:
+    """The calls of a message that is a call itself: JSON of one, or of a list of them."""
+    if content is None:
+        content = {key: value for key, value in message.items() if key not in ("role", "from")}
+        if content.get("type") == "function_call":
+            content = {k: v for k, v in content.items() if k not in ("id", "status")}
+    where = where_in(index)
+    try:
+        value = json.loads(content) if isinstance(content, str) else content
+    except (ValueError, RecursionError) as error:
+        raise ToolCallError(where + f"the call is not JSON ({error}): {content!r:.80}") from None
+    calls = value if isinstance(value, list) else [value]
+    if not calls or not all(isinstance(call, Mapping) for call in calls):
+        raise ToolCallError(
+            where + f"the call is {content!r:.80}; expected "
+            '{"name": ..., "arguments": {...}} or a list of those.'
+        )
+    calls = [read_call(call, index, number) for number, call in enumerate(calls, 1)]
+    if isinstance(content, str):  # kept as text: what was null there was meant
+        for call in calls:
+            arguments = call["function"]["arguments"]
+            if isinstance(arguments, Mapping):
+                call["function"]["arguments"] = json.dumps(arguments, ensure_ascii = False)
+    return calls
+
+
+def _parts(content: Any, role: Any, where: str):
+    """(text or other content, calls, results) of content that may be a list of parts."""
+    if not isinstance(content, (list, tuple)) or (
+        role in ("tool", "ipython") and not _is_text(content)
+    ):
+        return content, [], []
+    texts: List[str] = []
+    calls: List[Any] = []
+    results: List[Dict[str, Any]] = []
+    for number, raw in enumerate(content, 1):
+        part = plain(raw)
+        kind = part.get("type") or part.get("block_type") if isinstance(part, Mapping) else None
+        if isinstance(part, str):
+            texts.append(part)
+        elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind in ("tool_use", "tool_call") and role == "assistant":
+            calls.append(part)
+        elif kind == "tool_result":
+            result = {"role": "tool", "tool_call_id": part.get("tool_use_id")}
+            inner, _, _ = _parts(plain(part.get("content")), "user", f"{where}part {number}: ")
+            results.append({**result, "content": "" if inner is None else inner})
+        else:
+            raise ToolCallError(
+                where
+                + f"part {number} of the content is {kind or type(part).__name__!r}, which the "
+                "Llama 3 templates cannot render; keep text parts, or leave the message out."
+            )
+    return "".join(texts) if texts or not (calls or results) else None, calls, results
+
+
+def _is_text(content: Any) -> bool:
+    """A list of text parts, and not a tool's result that is a list."""
+    return bool(content) and all(
+        isinstance(part, Mapping)
+        and (part.get("type") or part.get("block_type")) in _TEXT_PARTS
+        and isinstance(part.get("text"), str)
+        for part in content
+    )
+
+
+# ---------------------------------------------------------------- one call
+
+
+def read_call(raw: Any, index: int, number: int) -> Dict[str, Any]:
+    """``{"id", "type": "function", "function": {"name", "arguments"}}``, arguments as they are."""
+    if type(raw) is dict and raw.keys() <= _CALL_KEYS and type(raw.get("function")) is dict:
+        function = raw["function"]  # OpenAI's own form, as most calls are
+        if function.keys() == _FUNCTION_KEYS:
+            simple = {"type": "function", "function": dict(function)}
+            return simple if raw.get("id") is None else {"id": raw["id"], **simple}
+    where = where_in(index, number)
+    call = plain(raw)
+    if isinstance(call, str) and call.lstrip().startswith("{"):
+        call = _json(call, where + "it")
+    if not isinstance(call, Mapping):
+        raise ToolCallError(
+            where + f"is a {type(call).__name__}; expected "
+            '{"type": "function", "function": {"name": ..., "arguments": {...}}}.'
+        )
+    fields = {key: plain(value) for key, value in call.items() if value is not None}
+    function = fields.pop("function", None)
+    if isinstance(function, Mapping):
+        fields.update((k, plain(v)) for k, v in function.items() if v is not None)
+    elif isinstance(function, str):
+        fields.setdefault("name", function)
+    name = fields.get("name", fields.get("tool_name"))
+    ids = (fields.get(key) for key in ("id", "call_id", "tool_id", "tool_call_id"))
+    call_id = next((one for one in ids if one is not None), None)
+    function = {"name": name, "arguments": _arguments(fields, where_in(index, number, name))}
+    tidy = {"type": "function", "function": function}
+    return tidy if call_id is None else {"id": call_id, **tidy}
+
+
+_CALL_KEYS = frozenset(("id", "type", "function"))
+_FUNCTION_KEYS = {"name", "arguments"}
+
+
+def _arguments(fields: Dict[str, Any], where: str) -> Any:
+    given = [key for key in _ARGUMENT_KEYS if key in fields]
+    if any(fields[key] != fields[given[0]] for key in given[1:]):
+        raise ToolCallError(
+            where + f"has {' and '.join(given)}, which differ; keep the one that is meant."
+        )
+    for key, value in fields.items():
+        unread = isinstance(value, Mapping) and not given and key not in _ARGUMENT_KEYS
+        if key in _LOOK_LIKE_ARGUMENTS or (unread and value):
+            raise ToolCallError(
+                where
+                + f"the key {key!r} looks like arguments and is not read; name it 'arguments', "
+                "or leave it out."
+            )
+    return fields[given[0]] if given else None
+
+
+# ---------------------------------------------------------------- results
+
+
+def _with_single_results(
+    messages: List[Dict[str, Any]], places: List[int]
+) -> Tuple[List[Dict[str, Any]], List[int]]:
+    """One observation that is a JSON list with a result per call becomes that many results."""
+    expanded: List[Dict[str, Any]] = []
+    where: List[int] = []
+    for position, message in enumerate(messages):
+        results = _results_of_all(messages, position)
+        for result in [None] if results is None else results:
+            if results is not None:
+                text = result if isinstance(result, str) else json.dumps(result, ensure_ascii = False)
+                message = {**message, "content": text}
+            expanded.append(message)
+            where.append(places[position])
+    return expanded, where
+
+
+def _results_of_all(messages: List[Dict[str, Any]], position: int) -> Optional[List[Any]]:
+    message = messages[position]
+    if message["role"] != "tool" or "tool_call_id" in message or not position:
+        return None
+    count = len(messages[position - 1].get("tool_calls") or ())
+    follows = position + 1 < len(messages) and messages[position + 1]["role"] == "tool"
+    if count < 2 or follows:
+        return None
+    try:
+        content = message.get("content")
+        value = json.loads(content) if isinstance(content, str) else content
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, list) and len(value) == count else None
