@@ -790,4 +790,26 @@ PATCHES: Tuple[Patch, ...] = (
         requires = ("test-backends", "checkpoint-shared-graph", "compile-strict"),
         since = "2026.10.9",
     ),
+    Patch(
+        name = "step-graphs",
+        title = "Replay decoder blocks as CUDA graphs where short sequences leave the GPU waiting",
+        targets = (
+            Target(
+                attribute = "unsloth.models.llama:LlamaModel_fast_forward",
+                replacement = "models.step_graphs:replay_decoder_blocks",
+                fingerprints = frozenset({"75c7a10bdf12f04f"}),
+            ),
+        ),
+        modules = (
+            "models/step_graphs.py",
+            "models/step_graphs_blocks.py",
+            "models/step_graphs_buckets.py",
+            "models/step_graphs_capture.py",
+            "models/step_graphs_state.py",
+        ),
+        shared = ("graph_tape.py", "small_models.py"),
+        tests = {"tests/test_step_graphs.py": "interpreter"},
+        requires = ("test-backends",),
+        since = "2026.10.9",
+    ),
 )

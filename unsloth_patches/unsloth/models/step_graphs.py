@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""Replay a model's decoder blocks as CUDA graphs while it trains.
+
+With short sequences the GPU waits for Python: a step of small batches launches thousands of kernels.
+Here the stack of decoder blocks is captured as two CUDA graphs for each length of a grid, one for the
+forward pass and one for the backward pass, and later batches of that length are two launches.
+Embedding, loss, optimizer and trainer are outside and as they were.
+
+``UNSLOTH_STEP_GRAPHS``: ``0`` (the default) leaves everything as it was, ``1`` captures each length
+when it is seen a second time, ``auto`` only where the host is what the GPU waits for. Whatever cannot
+be captured runs as before; ``summary(model)`` says what was replayed and why the rest was not.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import weakref
+from collections import Counter, OrderedDict
+from typing import Any, Callable, Dict, Optional, Tuple
+
+import torch
+
+from . import step_graphs_capture
+from .step_graphs_buckets import (
+    SHORT,
+    PaddedRows,
+    SeparatedDocuments,
+    bucket_length,
+    documents_of,
+)
+from .step_graphs_capture import Bucket, Pool, replay_blocks
+from .step_graphs_state import BlockState, global_hooks, why_not_capturable
+
+__all__ = ["replay_decoder_blocks", "summary"]
+
+VARIABLE, DEFAULT = "UNSLOTH_STEP_GRAPHS", "0"
+MAX_BUCKETS = 40
+MAX_TOKENS = 16384  # a micro-batch beyond that keeps the GPU busy by itself
+MAX_PADDING = 2.5  # of a packed row: tokens of the bucket for each real one
+POOL_SHARE = 0.25  # of the GPU's memory that was free before the first capture
+KEPT_BYTES, KEPT_SHARE = 256 << 20, 0.15  # activations kept: that much, and of what is allocated
+HOST_BOUND = 1.1  # GPU time over host time of an ordinary run, up to which replaying pays
+_IGNORED = ("num_items_in_batch", "n_items")  # arguments of a block that it does not read
+_PARAMETERS = (
+    "input_ids causal_mask attention_mask position_ids past_key_values inputs_embeds use_cache "
+    "output_attentions output_hidden_states return_dict"
+).split()
+_KNOWN = ("causal_mask", "position_ids", "position_embeddings", "packed_seq_lengths")
+logger = logging.getLogger(__name__)
+_stacks: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
+
+
+def mode() -> str:
+    """``auto``, ``1`` or ``0``. Raises ValueError for anything else."""
+    value = os.environ.get(VARIABLE, DEFAULT).strip().lower() or DEFAULT
+    if value not in ("auto", "1", "0"):
+        raise ValueError(f"Unsloth: {VARIABLE}={value!r} is none of auto, 1 and 0.")
+    return value
+
+
+def _why_not_here(model: torch.nn.Module) -> str:
+    """A reason in this process' or this call's state, or ''. No reason is counted for evaluation."""
+    if torch.is_anomaly_enabled():
+        return "anomaly mode"
+    if global_hooks():
+        return "global module hooks"
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return "a dispatch mode"
+    if torch._C._autograd._top_saved_tensors_default_hooks(False):
+        return "saved-tensor hooks"
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.get_world_size() > 1:
+            return "several processes"
+    if model.layers[0].__class__.__mro__.count(_checkpointing_layer()) == 0:
+        return "blocks that are no GradientCheckpointingLayer"
+    if getattr(model.layers, "_unsloth_block_swap", None) is not None:
+        return "swapped blocks"
+    return ""
+
+
+@functools.lru_cache(maxsize = 1)
+def _checkpointing_layer() -> type:
+    try:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+    except ImportError:  # an older transformers
+        return type("GradientCheckpointingLayer", (), {})
+    return GradientCheckpointingLayer
+
+
+class _Layers:
+    """Stands for ``model.layers`` in one forward pass: one layer that is all of them."""
+
+    def __init__(self, stack: "Stack", layers: torch.nn.ModuleList):
+        class Blocks(_checkpointing_layer()):
+            self_attn = layers[0].self_attn
+
+            def __init__(self):  # no module of its own
+                pass
+
+            def __call__(self, hidden_states, **kwargs):
+                return (stack.run(hidden_states, kwargs),)
+
+        self._blocks = Blocks()
+
+    def __iter__(self):
+        yield self._blocks
+
+    def __getitem__(self, index):
+        return self._blocks
+
+    def __len__(self):
+        return 1
+
+
+class Stack:
+    """The decoder blocks of one model: their buckets, and what was replayed."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._model = weakref.ref(model)
+        self.replayed, self.captures, self.drops = 0, 0, 0
+        self.real = self.padded = 0  # tokens that were replayed
+        self.reasons: Counter = Counter()
+        self.off, self.limit, self.limit_reason = "", MAX_TOKENS, f"more than {MAX_TOKENS} tokens"
+        self.standing_in: Optional[_Layers] = None
+        self._layers_of: Any = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops every graph, and what is known of the blocks."""
+        self.buckets: "OrderedDict[tuple, Bucket]" = OrderedDict()
+        self.seen: Counter = Counter()
+        self.refused: Dict[tuple, str] = {}
+        self.state: Optional[BlockState] = None
+        self.blocked: Optional[str] = None
+        self.pool: Optional[Pool] = None
+
+    @property
+    def layers(self) -> torch.nn.ModuleList:
+        return self._model()._modules["layers"]
+
+    def stand_in(self) -> _Layers:
+        layers = self.layers
+        if self._layers_of is not layers or self.standing_in is None:
+            self.standing_in, self._layers_of = _Layers(self, layers), layers
+        return self.standing_in
+
+    # ------------------------------------------------------------------ one micro-batch
+
+    def ordinary(self, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
+        """What the model's own loop over its blocks does."""
+        for layer in self.layers:
+            hidden = layer(hidden, **kwargs)[0]
+        return hidden
+
+    def run(self, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
+        reason, bucket, layout = self._bucket_for(hidden, kwargs)
+        if bucket is None:
+            self.reasons[reason] += 1
+            return self.ordinary(hidden, kwargs)
+        self.replayed += 1
+        self.real += layout.real
+        self.padded += layout.rows * layout.bucket
+        return replay_blocks(
+            bucket, layout, hidden, kwargs.get("position_ids"), self.state.still_there
+        )
+
+    def _bucket_for(self, hidden: torch.Tensor, kwargs: dict) -> Tuple[str, Any, Any]:
+        """('', bucket, layout), or (reason, None, None)."""
+        reason = self.off or self._stale_or_blocked() or _unknown_argument(kwargs)
+        if reason:
+            return reason, None, None
+        reason, layout = _lay_out(hidden, kwargs)
+        if reason:
+            return reason, None, None
+        if layout.rows * layout.bucket > self.limit:
+            return self.limit_reason, None, None
+        key = self._key(hidden, kwargs, layout)
+        if key in self.refused:
+            return self.refused[key], None, None
+        bucket = self.buckets.get(key)
+        if bucket is None:
+            self.seen[key] += 1
+            if self.seen[key] < 2:
+                return "a length's first batch", None, None
+            bucket = self._capture(key, hidden, kwargs, layout)
+            if bucket is None:
+                return self.off or self.refused[key], None, None
+        self.buckets.move_to_end(key)
+        return "", bucket, layout
+
+    def _stale_or_blocked(self) -> str:
+        if self.state is not None:
+            change = self.state.changed()
+            if not change:
+                return self.blocked or ""
+            self.drops += len(self.buckets)
+            self.forget()
+        self.state, self.blocked = BlockState(self.layers), why_not_capturable(self.layers)
+        if not self.blocked and not any(p.requires_grad for p in self.layers.parameters()):
+            self.blocked = "no trainable weight in the blocks"
+        return self.blocked
+
+    @staticmethod
+    def _key(hidden: torch.Tensor, kwargs: dict, layout: Any) -> tuple:
+        device = hidden.device.type
+        rope = kwargs.get("position_embeddings") or ()
+        return (
+            layout.rows,
+            layout.bucket,
+            hidden.dtype,
+            hidden.requires_grad,
+            kwargs.get("position_ids") is not None,
+            type(kwargs.get("causal_mask")),
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            tuple((table.data_ptr(), table.shape[0], table.dtype) for table in rope),
+        )
+
+    # ------------------------------------------------------------------------- capture
+
+    def _capture(
+        self, key: tuple, hidden: torch.Tensor, kwargs: dict, layout: Any
+    ) -> Optional[Bucket]:
+        try:
+            if self.pool is None:
+                recorder = step_graphs_capture.make_recorder(hidden.device)
+                if recorder is None:
+                    self.off = f"no graphs on {hidden.device.type}"
+                    return None
+                self.pool = Pool(recorder, POOL_SHARE)
+            bucket = Bucket(
+                self.pool,
+                self.layers,
+                (layout.rows, layout.bucket, hidden.shape[-1]),
+                {k: v for k, v in kwargs.items() if k != "packed_seq_lengths"},
+                hidden,
+                kwargs.get("position_ids") is not None,
+            )
+            self._choose_kept(bucket)
+            if not bucket.capture(HOST_BOUND if mode() == "auto" else None):
+                self.refused[key] = "the GPU is what takes the time"
+                return None
+        except torch.OutOfMemoryError:
+            self._too_large(key, "out of memory while capturing")
+            return None
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [""])[0][:200]
+            self.forget()
+            self.off = f"capture failed: {type(error).__name__}: {first}"
+            logger.warning(f"Unsloth: step graphs are off ({self.off}).")
+            return None
+        self.buckets[key] = bucket
+        self.captures += 1
+        if len(self.buckets) > MAX_BUCKETS:
+            self.buckets.popitem(last = False)
+            self.drops += 1
+        if self.pool.bytes > self.pool.budget:
+            self._too_large(key, "past the pool's budget")
+        return self.buckets.get(key)
+
+    def _too_large(self, key: tuple, reason: str) -> None:
+        """Gives all memory back; smaller shapes are captured anew, these and larger ones never.
+
+        The pool is shared, so it is as large as its largest bucket needs: dropping others frees nothing.
+        """
+        self.drops += len(self.buckets)
+        self.buckets.clear()
+        self.refused[key], self.pool = reason, None
+        self.limit, self.limit_reason = key[0] * key[1] - 1, reason
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _choose_kept(self, bucket: Bucket) -> None:
+        """Which blocks keep their activations: all without checkpointing, else the last that fit."""
+        first = self.layers[0]
+        if not getattr(first, "gradient_checkpointing", False):
+            bucket.keep_last(len(self.layers))
+            return
+        each = bucket.activation_bytes()
+        if not each:
+            return
+        allocated, free = self.pool.recorder.memory()
+        allowed = min(KEPT_BYTES + KEPT_SHARE * allocated, free / 4)
+        bucket.keep_last(min(len(self.layers), int(allowed // each)))
+
+
+def _unknown_argument(kwargs: dict) -> str:
+    for name, value in kwargs.items():
+        if name in _IGNORED or name in _KNOWN or value is None or value is False:
+            continue
+        return "an attention mask" if name == "attention_mask" else f"the argument {name}"
+    mask = kwargs.get("causal_mask")
+    if mask is not None and type(mask).__name__ != "LowerTriangularMask":
+        return f"a {type(mask).__name__}"
+    return ""
+
+
+def _lay_out(hidden: torch.Tensor, kwargs: dict) -> Tuple[str, Any]:
+    """('', layout), or (reason, None)."""
+    batch, tokens = hidden.shape[:2]
+    lengths, rope = kwargs.get("packed_seq_lengths"), kwargs.get("position_embeddings")
+    longest, documents = tokens, ()
+    if lengths is not None:
+        documents = documents_of(lengths, tokens) if batch == 1 else None
+        if not documents:
+            return "packed lengths that are not those of one row", None
+        longest = max(documents)
+    bucket = bucket_length(longest)
+    if rope:  # beyond its tables a block would make larger ones
+        bucket = min(bucket, rope[0].shape[0])
+    if bucket < longest:
+        return "rows longer than the rope tables", None
+    padded = bucket * (len(documents) or batch)
+    if not documents:
+        return "", PaddedRows(batch, tokens, bucket)
+    if padded > MAX_PADDING * tokens and padded > 2 * SHORT:
+        return "packed documents of too different lengths", None
+    return "", SeparatedDocuments(documents, bucket, hidden.device)
+
+
+# --------------------------------------------------------------------------- the model's forward
+
+
+def _argument(name: str, args: tuple, kwargs: dict) -> Any:
+    """An argument of LlamaModel_fast_forward, however it was given."""
+    place = _PARAMETERS.index(name)
+    return args[place] if place < len(args) else kwargs.get(name)
+
+
+def _wanted(model: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
+    """A training pass that could be replayed, as far as its arguments say."""
+    return (
+        model.training
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and mode() != "0"
+        and _argument("past_key_values", args, kwargs) is None
+    )
+
+
+def replay_decoder_blocks(stock: Callable) -> Callable:
+    """``LlamaModel_fast_forward`` with its loop over the decoder blocks replayed where that is exact.
+
+    While it runs, ``self.layers`` is one layer that stands for all of them.
+    """
+
+    @functools.wraps(stock)
+    def LlamaModel_fast_forward(self, *args, **kwargs):
+        if not _wanted(self, args, kwargs):
+            return stock(self, *args, **kwargs)
+        stack = _stacks.get(self)
+        if stack is None:
+            stack = _stacks[self] = Stack(self)
+        reason = _why_not_here(self)
+        for name in ("output_hidden_states", "output_attentions"):
+            asked = _argument(name, args, kwargs)
+            if asked or (asked is None and getattr(self.config, name, False)):
+                reason = name
+        if reason:
+            stack.reasons[reason] += 1
+            return stock(self, *args, **kwargs)
+        self.__dict__["layers"] = stack.stand_in()  # before the module of that name
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            del self.__dict__["layers"]
+
+    return LlamaModel_fast_forward
+
+
+def summary(model: torch.nn.Module) -> Dict[str, Any]:
+    """What was replayed of ``model``'s training, and why the rest was not; {} if nothing was asked."""
+    stack = next((_stacks[m] for m in model.modules() if m in _stacks), None)
+    if stack is None:
+        return {}
+    ordinary = sum(stack.reasons.values())
+    return {
+        "replayed": stack.replayed,
+        "share": stack.replayed / max(1, stack.replayed + ordinary),
+        "buckets": [key[:2] for key in stack.buckets],
+        "captures": stack.captures,
+        "dropped": stack.drops,
+        "pool_bytes": stack.pool.bytes if stack.pool else 0,
+        "padding": stack.padded / stack.real - 1 if stack.real else 0.0,
+        "reasons": dict(stack.reasons),
+    }

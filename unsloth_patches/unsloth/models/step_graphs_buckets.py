@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""The shapes that step graphs are captured at, and how a batch is laid out in one of them.
+
+A graph's shapes are fixed, so a batch's rows are padded on the right to the next length of a grid.
+Causal attention never looks to the right and the padding's gradient is zero, so neither the real
+tokens' values nor any gradient knows of it; what leaves the blocks has the batch's own shape again.
+A packed row (packing, padding-free batches) is laid out as one row of the bucket a document.
+"""
+
+from __future__ import annotations
+
+import bisect
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+
+__all__ = ["PaddedRows", "SeparatedDocuments", "bucket_length", "documents_of"]
+
+SHORT, SHORT_STEP = 512, 64
+WASTE = 0.12  # of a row's tokens at most, beyond SHORT
+_grid: List[int] = list(range(SHORT_STEP, SHORT + 1, SHORT_STEP))
+
+
+def bucket_length(length: int) -> int:
+    """The smallest length of the grid that holds ``length`` tokens.
+
+    Steps are 64 up to 512, beyond that the largest power of two that wastes no more than WASTE and
+    keeps powers of two in the grid.
+    """
+    while _grid[-1] < length:
+        step = 1 << (int(WASTE * (_grid[-1] + 1)).bit_length() - 1)
+        while _grid[-1] % step:
+            step //= 2
+        _grid.append(_grid[-1] + step)
+    return _grid[bisect.bisect_left(_grid, length)]
+
+
+class PaddedRows:
+    """``rows`` sequences of ``length`` tokens, each at the start of a row of ``bucket`` tokens."""
+
+    def __init__(self, rows: int, length: int, bucket: int):
+        self.rows, self.length, self.bucket = rows, length, bucket
+        self.real = rows * length
+
+    def write(self, values: torch.Tensor, buffer: torch.Tensor) -> None:
+        """[rows, length, ...] into [rows, bucket, ...], zeros behind it."""
+        buffer[:, : self.length].copy_(values)
+        if self.length < self.bucket:
+            buffer[:, self.length :].zero_()
+
+    def read(self, buffer: torch.Tensor) -> torch.Tensor:
+        """[rows, bucket, ...] -> [rows, length, ...], a copy."""
+        return buffer[:, : self.length].clone(memory_format = torch.contiguous_format)
+
+
+class SeparatedDocuments:
+    """The documents of one packed row, each at the start of a row of ``bucket`` tokens."""
+
+    def __init__(self, documents: Sequence[int], bucket: int, device: torch.device):
+        self.rows, self.bucket, self.real = len(documents), bucket, sum(documents)
+        places = torch.cat(
+            [torch.arange(n) + row * bucket for row, n in enumerate(documents)]
+        )
+        if device.type == "cuda":  # pinned: a pageable copy would wait for the GPU
+            places = places.pin_memory().to(device, non_blocking = True)
+        self.places = places
+
+    def write(self, values: torch.Tensor, buffer: torch.Tensor) -> None:
+        """[1, tokens, ...] into [documents, bucket, ...], zeros elsewhere."""
+        buffer.zero_()
+        buffer.view(-1, *buffer.shape[2:]).index_copy_(0, self.places, values[0].to(buffer.dtype))
+
+    def read(self, buffer: torch.Tensor) -> torch.Tensor:
+        """[documents, bucket, ...] -> [1, tokens, ...], a copy."""
+        return buffer.view(-1, *buffer.shape[2:]).index_select(0, self.places).unsqueeze(0)
+
+
+def documents_of(lengths: torch.Tensor, tokens: int) -> Optional[Tuple[int, ...]]:
+    """The lengths of a packed row's documents; what they leave of the row is one more. None if they
+    overrun it."""
+    found = [n for n in lengths.reshape(-1).tolist() if n > 0]
+    rest = tokens - sum(found)
+    if rest < 0:
+        return None
+    return tuple(found + [rest] if rest else found)

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""One captured bucket: fixed buffers, and two CUDA graphs that read and write them.
+
+All buckets share a memory pool, so what a forward graph leaves there for its backward graph lives
+until any graph of the pool is replayed again. ``Pool.owner`` says whose it is; a backward pass that
+finds another there replays its forward pass first, from the input that autograd has kept.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import torch
+
+from .step_graphs_blocks import BlockRuns
+
+__all__ = ["Bucket", "Pool", "make_recorder", "replay_blocks"]
+
+
+class CudaRecorder:
+    """recorder(function) -> replay: captures what function launches, in the recorder's pool."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.handle = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(
+            graph, pool = self.handle, stream = self.stream, capture_error_mode = "thread_local"
+        ):
+            function()
+        return graph.replay
+
+    def memory(self) -> Tuple[int, int]:
+        """(bytes allocated, bytes that could still be)"""
+        allocated = torch.cuda.memory_allocated(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - allocated
+        return allocated, torch.cuda.mem_get_info(self.device)[0] + cached
+
+    def reserved(self) -> int:
+        return torch.cuda.memory_reserved(self.device)
+
+    def timed(self, function: Callable[[], None]) -> Tuple[float, float]:
+        """(the host's, the GPU's) seconds; the GPU's include its waits for the host."""
+        start, end = (torch.cuda.Event(enable_timing = True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        start.record()
+        began = time.perf_counter()
+        function()
+        host = time.perf_counter() - began
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return host, start.elapsed_time(end) / 1e3
+
+
+def make_recorder(device: torch.device) -> Optional[Any]:
+    """What captures on this device; None where nothing does."""
+    return CudaRecorder(device) if device.type == "cuda" and torch.version.hip is None else None
+
+
+class Pool:
+    """The memory that the graphs of a stack share."""
+
+    def __init__(self, recorder: Any, share: float):
+        self.recorder = recorder
+        self.budget = share * recorder.memory()[1]
+        self.owner: Optional[object] = None  # the forward pass whose activations are there
+        self.bytes = 0
+
+
+class _Gradients:
+    """Fixed buffers for parameters' gradients, one flat buffer a dtype."""
+
+    def __init__(self, grads: Sequence[Optional[torch.Tensor]]):
+        self.groups: Dict[torch.dtype, List[int]] = {}
+        for number, grad in enumerate(grads):
+            if grad is not None:
+                self.groups.setdefault(grad.dtype, []).append(number)
+        self.count = len(grads)
+        self.like = [None if g is None else torch.empty_like(g, device = "meta") for g in grads]
+        device = next((g.device for g in grads if g is not None), None)
+        self.flat = {
+            dtype: torch.zeros(
+                sum(grads[n].numel() for n in numbers), dtype = dtype, device = device
+            )
+            for dtype, numbers in self.groups.items()
+        }
+
+    def _views(self, dtype: torch.dtype, flat: torch.Tensor) -> Sequence[torch.Tensor]:
+        like = [self.like[n] for n in self.groups[dtype]]
+        return torch._utils._unflatten_dense_tensors(flat, like)
+
+    def write(self, grads: Sequence[Optional[torch.Tensor]]) -> None:
+        for dtype, numbers in self.groups.items():
+            views = self._views(dtype, self.flat[dtype])
+            torch._foreach_copy_(list(views), [grads[n] for n in numbers])
+
+    def read(self) -> List[Optional[torch.Tensor]]:
+        """Copies: autograd keeps a first gradient as ``.grad``, and the next replay writes here."""
+        found: List[Optional[torch.Tensor]] = [None] * self.count
+        for dtype, numbers in self.groups.items():
+            for number, view in zip(numbers, self._views(dtype, self.flat[dtype].clone())):
+                found[number] = view
+        return found
+
+
+class Bucket:
+    """The graphs of one shape and their buffers: input, positions, output and gradients."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        layers: Sequence[torch.nn.Module],
+        shape: Sequence[int],
+        arguments: Dict[str, Any],
+        like: torch.Tensor,
+        has_positions: bool,
+    ):
+        self.pool, self.wants_input = pool, like.requires_grad
+        self.parameters = [p for x in layers for p in x.parameters() if p.requires_grad]
+        self.input = torch.zeros(shape, dtype = like.dtype, device = like.device)
+        self.output: Optional[torch.Tensor] = None  # its dtype is known after the first run
+        self.grad: Optional[torch.Tensor] = None
+        self.input_grad = torch.zeros_like(self.input) if self.wants_input else None
+        self.positions = None
+        if has_positions:
+            self.positions = torch.zeros(shape[:2], dtype = torch.int32, device = like.device)
+            arguments = {**arguments, "position_ids": self.positions}
+        self._runs = BlockRuns(layers, arguments, [False] * len(layers), self.wants_input)
+        self.gradients: Optional[_Gradients] = None
+        self.forward: Callable[[], None] = self._forward
+        self.backward: Callable[[], None] = self._backward
+
+    def _forward(self) -> None:
+        output = self._runs.forward(self.input)
+        if self.output is None:
+            self.output, self.grad = torch.zeros_like(output), torch.zeros_like(output)
+        self.output.copy_(output)
+
+    def _backward(self) -> None:
+        input_grad, grads = self._runs.backward(self.grad)
+        if self.gradients is None:
+            self.gradients = _Gradients(grads)
+        self.gradients.write(grads)
+        if self.wants_input:
+            self.input_grad.copy_(input_grad)
+
+    def keep_last(self, count: int) -> None:
+        """Lets the last ``count`` blocks keep their activations; the others run again."""
+        keep = self._runs.keep
+        self._runs.keep = [number >= len(keep) - count for number in range(len(keep))]
+
+    def activation_bytes(self) -> int:
+        """What one block keeps for its backward pass; 0 where that cannot be measured."""
+        return self._runs.activation_bytes(self.input, self.pool.recorder)
+
+    def _both(self) -> None:
+        self._forward()
+        self._backward()
+
+    def capture(self, bound: Optional[float] = None) -> bool:
+        """Runs uncaptured, so that everything is compiled and tuned, then captures both passes.
+
+        bound: do so only if the GPU takes no longer than that times the host; True if it was done.
+        """
+        try:
+            torch.clear_autocast_cache()
+            self._both()
+            if bound is not None:
+                host, gpu = self.pool.recorder.timed(self._both)
+                if gpu > bound * host:
+                    return False
+            torch.clear_autocast_cache()  # casts made here would be read by the graphs, and grow old
+            before = self.pool.recorder.reserved()
+            self.forward = self.pool.recorder(self._forward)
+            self.backward = self.pool.recorder(self._backward)
+            self.pool.bytes += max(0, self.pool.recorder.reserved() - before)
+        finally:
+            torch.clear_autocast_cache()
+            self.pool.owner = None
+            self._runs.clear()
+        self._runs = None
+        return True
+
+    def run_forward(self, layout: Any, hidden: torch.Tensor, positions: Any) -> object:
+        """Replays the forward pass; returns the new owner of the pool."""
+        layout.write(hidden, self.input)
+        if self.positions is not None:
+            layout.write(positions, self.positions)
+        self.forward()
+        self.pool.owner = owner = object()
+        return owner
+
+
+class _Replay(torch.autograd.Function):
+    """hidden states -> hidden states, by a bucket's graphs."""
+
+    @staticmethod
+    def forward(ctx, bucket, layout, still_there, positions, hidden, *parameters):
+        ctx.bucket, ctx.layout, ctx.still_there = bucket, layout, still_there
+        ctx.owner = bucket.run_forward(layout, hidden, positions)
+        ctx.save_for_backward(hidden, positions)
+        return layout.read(bucket.output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        hidden, positions = ctx.saved_tensors
+        bucket, layout = ctx.bucket, ctx.layout
+        if not ctx.still_there():
+            raise RuntimeError(
+                "Unsloth: weights of the decoder blocks were moved or replaced between a forward "
+                "pass and its backward pass. Run the backward pass first, or set "
+                "UNSLOTH_STEP_GRAPHS=0."
+            )
+        if bucket.pool.owner is not ctx.owner:  # another pass came between, or this is the second
+            bucket.run_forward(layout, hidden, positions)
+        bucket.pool.owner = None
+        layout.write(grad, bucket.grad)
+        bucket.backward()
+        input_grad = layout.read(bucket.input_grad) if ctx.needs_input_grad[4] else None
+        return (None, None, None, None, input_grad, *bucket.gradients.read())
+
+
+def replay_blocks(
+    bucket: Bucket,
+    layout: Any,
+    hidden: torch.Tensor,
+    positions: Optional[torch.Tensor],
+    still_there: Callable[[], bool],
+) -> torch.Tensor:
+    return _Replay.apply(bucket, layout, still_there, positions, hidden, *bucket.parameters)
