@@ -178,3 +178,437 @@ def test_two_buckets_share_their_memory(llama):
         inputs = batch(2, length, seed)
         close(step(llama, inputs), plain(llama, inputs))
     assert summary(llama)["replayed"] == 6 and len(summary(llama)["buckets"]) == 2
+
+
+def test_what_is_kept_is_not_run_again(llama, recorders, monkeypatch):
+    """Without checkpointing all blocks keep their activations; with it, as many as fit."""
+    from unsloth.models import step_graphs, step_graphs_capture
+
+    monkeypatch.setattr(step_graphs_capture.Bucket, "activation_bytes", lambda self: 1 << 20)
+    for allowed, kept in ((0, 0), (1 << 20, 1), (1 << 30, 2)):
+        monkeypatch.setattr(step_graphs, "KEPT_BYTES", allowed)
+        monkeypatch.setattr(step_graphs, "KEPT_SHARE", 0.0)
+        seen = []
+        keep_last = step_graphs_capture.Bucket.keep_last
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                step_graphs_capture.Bucket,
+                "keep_last",
+                lambda self, count: (seen.append(count), keep_last(self, count)),
+            )
+            model = copy.deepcopy(llama)
+            for seed in range(3):
+                inputs = batch(2, 40, seed)
+                close(step(model, inputs), plain(model, inputs))
+        assert seen == [kept] and summary(model)["replayed"] == 2
+
+
+# --------------------------------------------------------------------------- gradients as autograd's
+
+
+def captured(model, length = 40):
+    """The model with a captured bucket of two rows of 64."""
+    for seed in range(2):
+        step(model, batch(2, length, seed))
+    assert summary(model)["captures"] == 1
+    return model
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_accumulate(llama, set_to_none):
+    captured(llama)
+    found = {}
+    for value in ("1", "0"):
+        with graphs(value):
+            llama.zero_grad(set_to_none = set_to_none)
+            for seed, length in enumerate((40, 45, 90, 64)):
+                (forward(llama, batch(2, length, seed)) / 4).backward()
+            found[value] = (torch.zeros(()), gradients(llama))
+    close(found["1"], found["0"])
+
+
+def test_a_gradient_that_was_kept_stays(llama):
+    """The first gradient becomes .grad; later replays must not write into it."""
+    captured(llama)
+    forward(llama, batch(2, 40, 7)).backward()
+    kept = {n: p.grad for n, p in llama.named_parameters() if p.grad is not None}
+    values = {n: g.clone() for n, g in kept.items()}
+    llama.zero_grad(set_to_none = True)
+    step(llama, batch(2, 40, 8))
+    assert all(torch.equal(kept[n], values[n]) for n in kept)
+
+
+def test_two_forward_passes_before_their_backward_passes(llama):
+    captured(llama)
+    found = {}
+    for value in ("1", "0"):
+        with graphs(value):
+            losses = [forward(llama, batch(2, n, s)) for s, n in enumerate((40, 50))]
+            losses[0].backward()
+            losses[1].backward()
+            found[value] = (losses[0].detach(), gradients(llama))
+            llama.zero_grad()
+    close(found["1"], found["0"])
+
+
+def test_a_second_backward_pass_of_a_kept_graph(llama):
+    captured(llama)
+    loss = forward(llama, batch(2, 40, 3))
+    loss.backward(retain_graph = True)
+    once = gradients(llama)
+    loss.backward()
+    for name, value in gradients(llama).items():
+        assert torch.allclose(value, 2 * once[name], rtol = 1e-5)
+    llama.zero_grad()
+
+
+def test_hooks_on_parameters_and_autograd_grad_see_every_gradient(llama):
+    captured(llama)
+    name, parameter = next((n, p) for n, p in llama.named_parameters() if p.requires_grad)
+    seen = []
+    handle = parameter.register_hook(lambda grad: seen.append(grad.clone()))
+    inputs = batch(2, 40, 5)
+    _, found = step(llama, inputs)
+    handle.remove()
+    assert len(seen) == 1 and torch.equal(seen[0], found[name])
+    (alone,) = torch.autograd.grad(forward(llama, inputs), [parameter])
+    assert torch.allclose(alone, found[name], rtol = 1e-5)
+    assert parameter.grad is None and summary(llama)["changes"] == {}
+
+
+def test_a_forward_pass_whose_backward_pass_never_comes(llama):
+    captured(llama)
+    forward(llama, batch(2, 40, 4))
+    inputs = batch(2, 44, 5)
+    close(step(llama, inputs), plain(llama, inputs))
+
+
+def test_optimizer_steps_are_seen(llama):
+    twin = copy.deepcopy(llama)
+    losses = {}
+    for value, model in (("1", llama), ("0", twin)):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr = 1e-2)
+        with graphs(value):
+            losses[value] = []
+            for seed in range(8):
+                loss = forward(model, batch(2, 40, seed % 2))
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                losses[value].append(loss.detach())
+    assert torch.allclose(torch.stack(losses["1"]), torch.stack(losses["0"]), rtol = 1e-3)
+    assert losses["1"][-1] < losses["1"][0] and summary(llama)["replayed"] == 7
+
+
+# ----------------------------------------------------------------------------------- staleness
+
+
+def _move(model):
+    for parameter in backbone(model).layers[1].self_attn.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def _replace(model):
+    mlp = backbone(model).layers[0].mlp
+    mlp.down_proj = copy.deepcopy(mlp.down_proj)
+    with torch.no_grad():
+        mlp.down_proj.base_layer.weight.mul_(0.5)
+
+
+def _replace_parameter(model):
+    adapter = backbone(model).layers[0].mlp.down_proj.lora_B["default"]
+    adapter.weight = torch.nn.Parameter(adapter.weight.detach() * 2)
+
+
+def _scale(model):
+    for layer in backbone(model).layers:
+        layer.self_attn.q_proj.set_scale("default", 3.0)
+
+
+def _freeze(model):
+    backbone(model).layers[0].self_attn.q_proj.lora_A["default"].weight.requires_grad_(False)
+
+
+def _disable(model):
+    model.base_model.disable_adapter_layers()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layernorm" in name)
+
+
+def _checkpoint(model):
+    for layer in backbone(model).layers:
+        layer.gradient_checkpointing = False
+
+
+def _shorten(model):
+    del backbone(model).layers[1]
+
+
+def _new_layers(model):
+    backbone(model).layers = copy.deepcopy(backbone(model).layers)
+
+
+def _merge(model):
+    backbone(model).layers[0].mlp.up_proj.merge()
+
+
+CHANGES = (
+    _move, _replace, _replace_parameter, _scale, _freeze, _disable, _checkpoint, _shorten, _new_layers,
+    _merge,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids = lambda f: f.__name__)
+def test_a_change_is_noticed_before_anything_is_computed_with_the_old_state(llama, change):
+    captured(llama)
+    change(llama)
+    for seed in range(3):
+        inputs = batch(2, 40, seed)
+        close(step(llama, inputs), plain(llama, inputs))
+    assert summary(llama)["dropped"] == 1 or change is _new_layers
+    assert summary(llama)["captures"] == 2  # of the new state
+
+
+def test_another_adapter(made):
+    model = copy.deepcopy(made(adapters = ("default", "other")))
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        for seed in range(3):
+            inputs = batch(2, 40, seed)
+            ours = step(model, inputs)
+            close(ours, plain(model, inputs))
+            assert all(f".{name}." in key for key in ours[1])
+    assert summary(model)["captures"] == 3
+
+
+def test_weights_that_move_between_the_passes_are_an_error(llama):
+    captured(llama)
+    loss = forward(llama, batch(2, 40))
+    _move(llama)
+    with pytest.raises(RuntimeError, match = "UNSLOTH_STEP_GRAPHS=0"):
+        loss.backward()
+    llama.zero_grad()
+    inputs = batch(2, 40, 1)
+    close(step(llama, inputs), plain(llama, inputs))
+
+
+def test_nothing_changed_nothing_is_dropped(llama):
+    """Evaluation, generation's mode, saving and loading adapters leave the graphs."""
+    captured(llama)
+    llama.eval()
+    with torch.no_grad():
+        forward(llama, batch(2, 40))
+    llama.train()
+    state = {n: p.detach().clone() for n, p in llama.named_parameters() if p.requires_grad}
+    llama.load_state_dict(state, strict = False)
+    inputs = batch(2, 40, 9)
+    close(step(llama, inputs), plain(llama, inputs))
+    assert summary(llama)["dropped"] == 0 and summary(llama)["captures"] == 1
+
+
+# ----------------------------------------------------------------------------------- fallbacks
+
+
+def reasons(model):
+    return set(summary(model)["reasons"]) - {"a length's first batch"}
+
+
+def bit_equal(model, inputs):
+    ours, reference = step(model, inputs), plain(model, inputs)
+    assert torch.equal(ours[0], reference[0])
+    for name, value in reference[1].items():
+        assert torch.equal(ours[1][name], value)
+
+
+def test_a_left_padded_batch_without_labels_runs_as_before(llama):
+    captured(llama)
+    inputs = batch(2, 40)
+    inputs["attention_mask"][0, :5] = 0
+    backbone(llama)._has_no_labels = True
+    found = {}
+    for value in ("1", "0"):
+        with graphs(value):
+            ids = {k: v for k, v in inputs.items() if k != "labels"}
+            found[value] = backbone(llama)(**ids).last_hidden_state
+    assert torch.equal(found["1"], found["0"])
+    assert reasons(llama) == {"an attention mask"}
+
+
+def test_hidden_states_that_are_asked_for_are_there(llama):
+    captured(llama)
+    out = backbone(llama)(input_ids = batch(2, 40)["input_ids"], output_hidden_states = True)
+    assert len(out.hidden_states) == 3 and reasons(llama) == {"output_hidden_states"}
+
+
+@pytest.mark.parametrize("where", ["block", "mlp", "everywhere"])
+def test_module_hooks_see_their_modules(llama, where):
+    captured(llama)
+    seen, hook = [], lambda *arguments: seen.append(1)
+    block = backbone(llama).layers[0]
+    if where == "everywhere":
+        handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    else:
+        handle = (block if where == "block" else block.mlp).register_forward_hook(hook)
+    bit_equal(llama, batch(2, 40))
+    assert seen
+    handle.remove()
+    step(llama, batch(2, 40))
+    step(llama, batch(2, 40))
+    count = summary(llama)["replayed"]
+    step(llama, batch(2, 40))
+    assert summary(llama)["replayed"] == count + 1
+
+
+def test_anomaly_mode_and_saved_tensor_hooks(llama):
+    captured(llama)
+    with torch.autograd.set_detect_anomaly(True):
+        bit_equal(llama, batch(2, 40))
+    with torch.autograd.graph.save_on_cpu():
+        bit_equal(llama, batch(2, 40))
+    assert reasons(llama) == {"anomaly mode", "saved-tensor hooks"}
+
+
+def test_dropout_runs_as_before(made):
+    model = copy.deepcopy(made(lora_dropout = 0.1))
+    step(model, batch(2, 40))
+    step(model, batch(2, 40))
+    assert reasons(model) == {"dropout"} and summary(model)["captures"] == 0
+
+
+def test_a_custom_module_in_a_block(llama):
+    class Mine(torch.nn.Module):
+        def forward(self, x):
+            return x
+
+    Mine.__module__ = "notebook"
+    backbone(llama).layers[0].mlp.extra = Mine()
+    bit_equal(llama, batch(2, 40))
+    bit_equal(llama, batch(2, 40))
+    assert reasons(llama) == {"a module of type Mine in a block"}
+
+
+def test_packed_lengths_beyond_the_row(llama):
+    from unsloth.models.step_graphs_buckets import documents_of
+
+    assert documents_of(torch.tensor([3, 4]), 6) is None
+    assert documents_of(torch.tensor([3, 0, 4]), 9) == (3, 4, 2)
+
+
+def test_a_capture_that_fails_turns_graphs_off(llama, recorders, monkeypatch):
+    from unsloth.models import step_graphs_capture
+
+    step(llama, batch(2, 40))
+    monkeypatch.setattr(
+        step_graphs_capture.Bucket, "capture", lambda *a: (_ for _ in ()).throw(ValueError("no"))
+    )
+    bit_equal(llama, batch(2, 40))
+    bit_equal(llama, batch(2, 40))
+    assert reasons(llama) == {"capture failed: ValueError: no"}
+
+
+def test_out_of_memory_while_capturing_gives_the_memory_back(llama, monkeypatch):
+    from unsloth.models import step_graphs_capture
+
+    captured(llama)
+    capture = step_graphs_capture.Bucket.capture
+
+    def capture_small(bucket, *arguments):
+        if bucket.input.shape[1] > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return capture(bucket, *arguments)
+
+    monkeypatch.setattr(step_graphs_capture.Bucket, "capture", capture_small)
+    for seed in range(3):
+        bit_equal(llama, batch(2, 100, seed))
+    assert reasons(llama) == {"out of memory while capturing"}
+    assert summary(llama)["buckets"] == [] and summary(llama)["dropped"] == 1
+    step(llama, batch(2, 40))
+    assert summary(llama)["buckets"] == [(2, 64)]
+
+
+def test_the_least_recently_used_bucket_goes(llama, monkeypatch):
+    from unsloth.models import step_graphs
+
+    monkeypatch.setattr(step_graphs, "MAX_BUCKETS", 2)
+    for length in (40, 40, 100, 100, 40, 150, 150):
+        step(llama, batch(2, length))
+    assert summary(llama)["buckets"] == [(2, 64), (2, 192)]
+    inputs = batch(2, 100, 1)
+    close(step(llama, inputs), plain(llama, inputs))
+
+
+def test_auto_captures_only_where_the_host_is_waited_for(llama, recorders):
+    with graphs("auto"):
+        for seed in range(3):
+            step(llama, batch(2, 40, seed))
+    if GPU:
+        return  # as the machine is
+    assert summary(llama)["captures"] == 1
+    recorders[0].host_and_gpu = (1.0, 1.5)
+    with graphs("auto"):
+        for seed in range(3):
+            bit_equal(llama, batch(2, 100, seed))
+    assert reasons(llama) == {"the GPU is what takes the time"}
+
+
+def test_the_variable_takes_three_values(llama):
+    with graphs("yes"), pytest.raises(ValueError, match = "'yes' is none of auto, 1 and 0"):
+        step(llama, batch(2, 40))
+    with graphs("0"):
+        step(llama, batch(2, 40))
+    assert summary(llama) == {}
+
+
+def test_the_model_is_as_it_was_after_an_error(llama):
+    captured(llama)
+    with pytest.raises(Exception):
+        backbone(llama)(input_ids = torch.full((2, 40), VOCABULARY + 5, device = DEVICE))
+    assert "layers" not in backbone(llama).__dict__
+    if not GPU:  # the device is lost there
+        bit_equal(llama, batch(1, 40))
+
+
+def test_a_model_can_be_copied_and_is_freed(made):
+    import gc
+    import weakref
+
+    model = captured(copy.deepcopy(made()))
+    twin = copy.deepcopy(model)
+    assert summary(twin) == {}
+    gone = weakref.ref(backbone(model))
+    del model, twin
+    gc.collect()
+    assert gone() is None
+
+
+# ------------------------------------------------------------------------------------- buckets
+
+
+def test_buckets_waste_little():
+    from unsloth.models.step_graphs_buckets import bucket_length
+
+    for length in range(1, 9000):
+        bucket = bucket_length(length)
+        assert bucket >= length and bucket_length(bucket) == bucket
+        assert bucket - length < 64 if length <= 512 else bucket - length <= 0.12 * length
+    assert all(bucket_length(2**n) == 2**n for n in range(6, 14))
+    assert len({bucket_length(n) for n in range(1, 2049)}) < 32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layouts_write_zeros_behind_and_read_back(dtype):
+    from unsloth.models.step_graphs_buckets import PaddedRows, SeparatedDocuments
+
+    values = torch.randn(2, 5, 3).to(dtype)
+    buffer = torch.full((2, 8, 3), float("nan"), dtype = dtype)
+    layout = PaddedRows(2, 5, 8)
+    layout.write(values, buffer)
+    assert torch.equal(layout.read(buffer), values) and not buffer[:, 5:].any()
+    row = values.reshape(1, 10, 3)
+    layout = SeparatedDocuments((7, 3), 8, torch.device("cpu"))
+    layout.write(row, buffer.fill_(float("nan")))
+    assert torch.equal(layout.read(buffer), row)
+    assert not buffer[0, 7:].any() and not buffer[1, 3:].any()
+    assert torch.equal(buffer[1, :3], row[0, 7:])

@@ -123,6 +123,7 @@ class Stack:
         self.replayed, self.captures, self.drops = 0, 0, 0
         self.real = self.padded = 0  # tokens that were replayed
         self.reasons: Counter = Counter()
+        self.changes: Counter = Counter()
         self.off, self.limit, self.limit_reason = "", MAX_TOKENS, f"more than {MAX_TOKENS} tokens"
         self.standing_in: Optional[_Layers] = None
         self._layers_of: Any = None
@@ -137,6 +138,12 @@ class Stack:
         self.blocked: Optional[str] = None
         self.pool: Optional[Pool] = None
 
+    def drop(self, why: str) -> None:
+        """Drops every graph since something that they depend on is another now."""
+        self.drops += len(self.buckets)
+        self.changes[why] += 1
+        self.forget()
+
     @property
     def layers(self) -> torch.nn.ModuleList:
         return self._model()._modules["layers"]
@@ -144,6 +151,7 @@ class Stack:
     def stand_in(self) -> _Layers:
         layers = self.layers
         if self._layers_of is not layers or self.standing_in is None:
+            self.forget()
             self.standing_in, self._layers_of = _Layers(self, layers), layers
         return self.standing_in
 
@@ -160,12 +168,17 @@ class Stack:
         if bucket is None:
             self.reasons[reason] += 1
             return self.ordinary(hidden, kwargs)
+        out = replay_blocks(
+            bucket, layout, hidden, kwargs.get("position_ids"), self.state.still_there
+        )
+        change = self.state.changed()  # asked while the GPU is at work
+        if change:
+            self.drop(change)
+            return self.run(hidden, kwargs)
         self.replayed += 1
         self.real += layout.real
         self.padded += layout.rows * layout.bucket
-        return replay_blocks(
-            bucket, layout, hidden, kwargs.get("position_ids"), self.state.still_there
-        )
+        return out
 
     def _bucket_for(self, hidden: torch.Tensor, kwargs: dict) -> Tuple[str, Any, Any]:
         """('', bucket, layout), or (reason, None, None)."""
@@ -183,21 +196,25 @@ class Stack:
         bucket = self.buckets.get(key)
         if bucket is None:
             self.seen[key] += 1
+            # What cannot be captured is asked once a length, and what changed since, too.
+            change = self.state.changed()
+            if change:
+                self.drop(change)
+                return self._bucket_for(hidden, kwargs)
             if self.seen[key] < 2:
                 return "a length's first batch", None, None
             bucket = self._capture(key, hidden, kwargs, layout)
             if bucket is None:
                 return self.off or self.refused[key], None, None
+            return "", bucket, layout
         self.buckets.move_to_end(key)
         return "", bucket, layout
 
     def _stale_or_blocked(self) -> str:
         if self.state is not None:
-            change = self.state.changed()
-            if not change:
+            if self.state.still_there() and not (self.blocked and self.state.changed()):
                 return self.blocked or ""
-            self.drops += len(self.buckets)
-            self.forget()
+            self.drop("weights moved")
         self.state, self.blocked = BlockState(self.layers), why_not_capturable(self.layers)
         if not self.blocked and not any(p.requires_grad for p in self.layers.parameters()):
             self.blocked = "no trainable weight in the blocks"
@@ -237,6 +254,7 @@ class Stack:
                 {k: v for k, v in kwargs.items() if k != "packed_seq_lengths"},
                 hidden,
                 kwargs.get("position_ids") is not None,
+                compiled = isinstance(layout, PaddedRows),
             )
             self._choose_kept(bucket)
             if not bucket.capture(HOST_BOUND if mode() == "auto" else None):
@@ -313,6 +331,9 @@ def _lay_out(hidden: torch.Tensor, kwargs: dict) -> Tuple[str, Any]:
     if bucket < longest:
         return "rows longer than the rope tables", None
     padded = bucket * (len(documents) or batch)
+    if documents:
+        # Packed rows are replayed; compiling blocks for the few that are not would not repay.
+        os.environ.setdefault("UNSLOTH_BLOCK_COMPILE_PACKED", "0")
     if not documents:
         return "", PaddedRows(batch, tokens, bucket)
     if padded > MAX_PADDING * tokens and padded > 2 * SHORT:
@@ -382,6 +403,7 @@ def summary(model: torch.nn.Module) -> Dict[str, Any]:
         "buckets": [key[:2] for key in stack.buckets],
         "captures": stack.captures,
         "dropped": stack.drops,
+        "changes": dict(stack.changes),
         "pool_bytes": stack.pool.bytes if stack.pool else 0,
         "padding": stack.padded / stack.real - 1 if stack.real else 0.0,
         "reasons": dict(stack.reasons),

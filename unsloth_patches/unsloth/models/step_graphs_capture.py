@@ -119,6 +119,7 @@ class Bucket:
         arguments: Dict[str, Any],
         like: torch.Tensor,
         has_positions: bool,
+        compiled: bool = True,
     ):
         self.pool, self.wants_input = pool, like.requires_grad
         self.parameters = [p for x in layers for p in x.parameters() if p.requires_grad]
@@ -130,7 +131,7 @@ class Bucket:
         if has_positions:
             self.positions = torch.zeros(shape[:2], dtype = torch.int32, device = like.device)
             arguments = {**arguments, "position_ids": self.positions}
-        self._runs = BlockRuns(layers, arguments, [False] * len(layers), self.wants_input)
+        self._runs = BlockRuns(layers, arguments, [False] * len(layers), self.wants_input, compiled)
         self.gradients: Optional[_Gradients] = None
         self.forward: Callable[[], None] = self._forward
         self.backward: Callable[[], None] = self._backward

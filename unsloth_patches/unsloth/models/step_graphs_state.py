@@ -3,12 +3,13 @@
 """What captured graphs of decoder blocks depend on beside their inputs, and whether it still holds.
 
 A graph reads addresses and has taken every branch: weights that moved, other adapters, another
-scale, a flipped requires_grad or mode make it stale. Asked before each replay, so the question is
-put to flat lists by functions written in C.
+scale, a flipped requires_grad or mode make it stale. Asked at each replay, so the question is put to
+flat lists by functions written in C.
 """
 
 from __future__ import annotations
 
+import copy
 import operator
 from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
 
@@ -69,98 +70,92 @@ def why_not_capturable(layers: Sequence[torch.nn.Module]) -> str:
     return ""
 
 
-def _adapters(layers: Sequence[torch.nn.Module]) -> Iterator[torch.nn.Module]:
-    for layer in layers:
-        for module in layer.modules():
-            if hasattr(module, "lora_A") and hasattr(module, "scaling"):
-                yield module
-
-
 def _quantization(weight: torch.Tensor) -> Iterator[Tuple[Any, str]]:
     """(object, attribute) of the tensors that a 4-bit weight is decoded with."""
     state = getattr(weight, "quant_state", None)
     while state is not None:
-        for name in ("absmax", "offset", "code"):
+        for name in ("absmax", "code"):
             if isinstance(getattr(state, name, None), torch.Tensor):
                 yield state, name
         state = getattr(state, "state2", None)
 
 
 class BlockState:
-    """The state of ``layers`` when it was made; ``changed()`` names what is different now."""
+    """The state of ``layers`` when it was made.
 
-    def __init__(self, layers: Sequence[torch.nn.Module]):
-        self._places: List[Tuple[dict, Any]] = []  # (dict, key) of modules and parameters
-        self._weights: List[Tuple[dict, str]] = []  # of parameters and buffers alone
-        self._decoders: List[Tuple[dict, str]] = []
-        self._flags: List[Tuple[dict, Any]] = []
-        self._hooks: List[dict] = []
-        for layer in layers:
-            self._read(layer)
-        self._adapters(layers)
-        self._objects = self._look(self._places)
-        self._expected = self._look(self._flags)
-        self._copied = [list(x) if isinstance(x, list) else x for x in self._expected]
-        self._lengths = list(map(len, self._hooks))
-        self._pointers = self._addresses()
-        self._grads = list(map(_wants_grad, self._tensors()))
+    ``still_there()`` is asked before a replay: whether every weight is where the graphs read it.
+    ``changed()`` names anything else that differs. It takes longer, so it is asked while the GPU is at
+    work, before anything of what the replay has written is used.
+    """
 
-    def _read(self, layer: torch.nn.Module) -> None:
-        for module in layer.modules():
-            self._places += [(module._modules, name) for name in module._modules]
-            for owner in (module._parameters, module._buffers):
-                for name, tensor in owner.items():
-                    if tensor is not None:
-                        self._places.append((owner, name))
-                        self._weights.append((owner, name))
-                        for state, attribute in _quantization(tensor):
-                            self._decoders.append((vars(state), attribute))
-            if module._parameters or "forward" in module.__dict__ or module is layer:
-                self._hooks += _hook_dicts(module)
-        self._flags += [(layer.__dict__, "training")]
-        if "gradient_checkpointing" in layer.__dict__:
-            self._flags.append((layer.__dict__, "gradient_checkpointing"))
-
-    def _adapters(self, layers: Sequence[torch.nn.Module]) -> None:
-        for module in _adapters(layers):
-            names = ("_active_adapter", "_disable_adapters", "merged_adapters")
-            self._flags += [(module.__dict__, name) for name in names if name in module.__dict__]
-            self._flags += [(module.scaling, name) for name in module.scaling]
+    def __init__(self, layers: torch.nn.ModuleList):
+        modules = list(layers.modules())
+        self._weights = [
+            (m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None
+        ]
+        self._decoders = [
+            (vars(state), name)
+            for owner, key in self._weights
+            for state, name in _quantization(owner[key])
+        ]
+        # Dictionaries are compared whole: in C, an entry that is the same object is equal at once.
+        self._tables = [m._modules for m in modules if m._modules]
+        self._tables += [m._parameters for m in modules if m._parameters]
+        self._tables += [m._buffers for m in modules if m._buffers]
+        self._hooks = [getattr(m, name) for m in modules if m._modules for name in _HOOKS[:2]]
+        self._modes = [layer.__dict__ for layer in layers]
+        self._read_modes = _reader(self._modes, ("training", "gradient_checkpointing"))
+        adapters = [m for m in modules if hasattr(m, "lora_A") and hasattr(m, "scaling")]
+        self._tables += [m.scaling for m in adapters]
+        self._adapters = [m.__dict__ for m in adapters]
+        names = ("_active_adapter", "_disable_adapters", "merged_adapters")
+        self._read_adapters = _reader(self._adapters, names)
+        self._were_tables = [dict(table) for table in self._tables]
+        self._were_hooks = [dict(hooks) for hooks in self._hooks]
+        self._were_modes = self._read_modes(self._modes)
+        self._were_adapters = copy.deepcopy(self._read_adapters(self._adapters))
+        self._were_wanting = list(map(_wants_grad, self._tensors(self._weights)))
+        self._were_at = self._addresses()
 
     @staticmethod
-    def _look(places: Sequence[Tuple[dict, Any]]) -> List[Any]:
+    def _tensors(places: Sequence[Tuple[dict, str]]) -> List[torch.Tensor]:
         return [owner[name] for owner, name in places]
 
-    def _tensors(self) -> List[torch.Tensor]:
-        return [owner[name] for owner, name in self._weights]
-
     def _addresses(self) -> List[int]:
-        tensors = [owner[name] for owner, name in self._weights]
-        tensors += [owner[name] for owner, name in self._decoders]
+        tensors = self._tensors(self._weights) + self._tensors(self._decoders)
         with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' weights would take 2 us each
             return list(map(_pointer, tensors))
 
     def still_there(self) -> bool:
         """True if every address that a graph may read is a weight's still."""
         try:
-            return self._addresses() == self._pointers
+            return self._addresses() == self._were_at
         except (KeyError, AttributeError, RuntimeError, TypeError):
             return False
 
     def changed(self) -> str:
-        """What differs from when this was made, or ''."""
+        """What differs beside addresses, or ''."""
         try:
-            if not all(map(operator.is_, self._look(self._places), self._objects)):
-                return "a module or weight was replaced"
-            if self._look(self._flags) != self._copied:
-                return "modes or adapters changed"
-            if list(map(len, self._hooks)) != self._lengths:
+            if self._read_modes(self._modes) != self._were_modes:
+                return "modes changed"
+            if self._read_adapters(self._adapters) != self._were_adapters:
+                return "adapters changed"
+            if self._hooks != self._were_hooks:
                 return "module hooks changed"
-            if list(map(_wants_grad, self._tensors())) != self._grads:
+            if list(map(_wants_grad, self._tensors(self._weights))) != self._were_wanting:
                 return "requires_grad changed"
-            return "" if self._addresses() == self._pointers else "weights moved"
-        except (KeyError, AttributeError, RuntimeError, TypeError):
-            return "modules were added or removed"
+            return "" if self._tables == self._were_tables else "modules or scales changed"
+        except (KeyError, AttributeError, RuntimeError, TypeError, ValueError):
+            return "modules were added, removed or replaced"
+
+
+def _reader(dicts: Sequence[dict], names: Sequence[str]) -> Callable[[Sequence[dict]], List[Any]]:
+    """A function that reads those of names that all dicts have, by a loop in C."""
+    names = [name for name in names if all(name in found for found in dicts)]
+    if not names or not dicts:
+        return lambda dicts: []
+    read = operator.itemgetter(*names)
+    return lambda dicts: list(map(read, dicts))
 
 
 def global_hooks() -> bool:

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""One process of `bench steps`: load a checkpoint in 4 bits and train LoRA on short sequences of many
+lengths with SFTTrainer, by one way of batching after another.
+
+    python -m unsloth_patches.bench.steps_worker job.json [file descriptor of the line to it]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+from . import harness
+from .train_turns import Turns
+from .train_worker import RANK, Gpu, _trainable, restore
+
+PATHS = {"default": {}, "padded": {"padding_free": False}, "packing": {"packing": True}}
+
+
+def sequences(rows: int, median: int, longest: int, vocab_size: int):
+    """Random tokens; lengths log-normal around the median, 32 to longest."""
+    import torch
+    from datasets import Dataset
+
+    make = torch.Generator().manual_seed(1)
+    lengths = (torch.randn(rows, generator = make) * 0.8 + math.log(median)).exp().long()
+    lengths = lengths.clamp(min(32, longest), longest).tolist()
+    words = torch.randint(4, min(vocab_size, 4096), (256,), generator = make)
+    ids = [words[torch.randint(0, 256, (n,), generator = make)].tolist() for n in lengths]
+    return Dataset.from_dict({"input_ids": ids})
+
+
+def load(job: dict):
+    """(model with LoRA on all linears, tokenizer)"""
+    from unsloth import FastLanguageModel
+
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        job["checkpoint"], max_seq_length = job["longest"], load_in_4bit = True
+    )
+    names = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r = RANK,
+        lora_alpha = RANK,
+        lora_dropout = 0,
+        target_modules = names.split(),
+        use_gradient_checkpointing = "unsloth",
+        random_state = 3407,
+    )
+    return model, tokenizer
+
+
+def trainer_for(model, tokenizer, job: dict, path: str, steps: int, callback):
+    import torch
+    from trl import SFTConfig, SFTTrainer
+
+    batch, accumulated = job["batch"], job["accumulation"]
+    rows = sequences(
+        batch * accumulated * steps * (6 if path == "packing" else 1),
+        job["median"],
+        job["longest"],
+        model.config.vocab_size,
+    )
+    settings = SFTConfig(
+        output_dir = job["scratch"],
+        per_device_train_batch_size = 1 if path == "packing" else batch,
+        gradient_accumulation_steps = accumulated,
+        max_steps = steps,
+        learning_rate = 2e-4,
+        warmup_steps = min(5, steps),
+        logging_steps = 1,
+        optim = "adamw_8bit" if torch.cuda.is_available() else "adamw_torch",
+        bf16 = torch.cuda.is_available(),
+        report_to = "none",
+        save_strategy = "no",
+        seed = 0,
+        max_length = job["longest"],
+        dataset_num_proc = 1,
+        disable_tqdm = True,
+        **PATHS[path],
+    )
+    return SFTTrainer(
+        model = model,
+        processing_class = tokenizer,
+        train_dataset = rows,
+        args = settings,
+        callbacks = [callback],
+    )
+
+
+def train(model, tokenizer, job: dict, path: str, steps: int, gpu: Gpu, turns: Turns) -> dict:
+    """Losses, seconds of each step (the GPU's work included), tokens a step, peak memory."""
+    from transformers import TrainerCallback
+
+    ends, tokens, began = [[]], [0], []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            began.append(time.time())
+
+        def on_step_end(self, args, state, control, **kwargs):
+            gpu.drain()
+            ends[-1].append(time.time())
+            if state.global_step % job["stretch"] == 0 and state.global_step < steps:
+                turns.wait()
+                ends.append([])
+
+    trainer = trainer_for(model, tokenizer, job, path, steps, Clock())
+    count = lambda m, args, kwargs: tokens.append(tokens[-1] + kwargs["input_ids"].numel())  # noqa: E731
+    hook = trainer.model.register_forward_pre_hook(count, with_kwargs = True)
+    gpu.reset_peak()
+    trainer.train()
+    hook.remove()
+    reserved = gpu.cuda.max_memory_reserved() / 2**20 if gpu.cuda else 0.0
+    return {
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "stretches": [[b - a for a, b in zip(part, part[1:])] for part in ends],
+        "first_step": ends[0][0] - began[0],
+        "peak_mib": gpu.peak_mib(),
+        "reserved_mib": reserved,
+        "input_tokens": tokens[-1],
+        "graphs": graphs_of(model),
+    }
+
+
+def graphs_of(model) -> dict:
+    """What was replayed; {} without step graphs."""
+    try:
+        from unsloth.models.step_graphs import summary
+    except ImportError:
+        return {}
+    return summary(model)
+
+
+def run(job: dict, turns: Turns) -> dict:
+    """Everything one process measures. Turns: to load, the first steps, each stretch of a path."""
+    import unsloth  # noqa: F401  (first, as Unsloth wants it)
+
+    turns.wait()
+    gpu = Gpu()
+    model, tokenizer = load(job)
+    adapters = {name: p.detach().clone() for name, p in _trainable(model)}
+    found = {"form": job["form"], "paths": {}}
+    for path, steps in job["paths"].items():
+        restore(model, adapters)
+        turns.wait(found)
+        found["paths"][path] = train(model, tokenizer, job, path, steps, gpu, turns)
+    found["environment"] = harness.environment(job["command"])
+    return found
+
+
+if __name__ == "__main__":
+    described = json.loads(Path(sys.argv[1]).read_text(encoding = "utf-8"))
+    line = Turns(int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    measured = run(described, line)
+    if len(sys.argv) <= 2:
+        Path(sys.argv[1]).with_suffix(".out.json").write_text(json.dumps(measured))
+    line.wait(measured)
+    os._exit(0)  # nothing that a library does at exit may change the result
