@@ -26,7 +26,7 @@ _BLOCKS = frozenset(
 )
 _HOMES = ("torch.", "transformers.", "peft.", "bitsandbytes.", "unsloth")
 _pointer = torch._C.TensorBase.data_ptr
-_wants_grad = operator.attrgetter("requires_grad")
+_wants_grad = torch._C.TensorBase.requires_grad.__get__
 
 
 def _hook_dicts(module: torch.nn.Module) -> List[dict]:
@@ -90,14 +90,15 @@ class BlockState:
 
     def __init__(self, layers: torch.nn.ModuleList):
         modules = list(layers.modules())
-        self._weights = [
+        weights = [
             (m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None
         ]
-        self._decoders = [
-            (vars(state), name)
-            for owner, key in self._weights
-            for state, name in _quantization(owner[key])
+        decoders = [
+            (vars(state), name) for owner, key in weights for state, name in _quantization(owner[key])
         ]
+        self._read_from = list(zip(*weights, *decoders))
+        # Integers, as 4-bit weights are, can want no gradient.
+        self._floats = list(zip(*((d, n) for d, n in weights if d[n].is_floating_point())))
         # Dictionaries are compared whole: in C, an entry that is the same object is equal at once.
         self._tables = [m._modules for m in modules if m._modules]
         self._tables += [m._parameters for m in modules if m._parameters]
@@ -114,17 +115,20 @@ class BlockState:
         self._were_hooks = [dict(hooks) for hooks in self._hooks]
         self._were_modes = self._read_modes(self._modes)
         self._were_adapters = copy.deepcopy(self._read_adapters(self._adapters))
-        self._were_wanting = list(map(_wants_grad, self._tensors(self._weights)))
+        self._were_wanting = self._wanting()
         self._were_at = self._addresses()
 
     @staticmethod
-    def _tensors(places: Sequence[Tuple[dict, str]]) -> List[torch.Tensor]:
-        return [owner[name] for owner, name in places]
+    def _tensors(places: Sequence[Tuple[dict, str]]) -> Iterator[torch.Tensor]:
+        return map(operator.getitem, *places)
+
+    def _wanting(self) -> List[bool]:
+        with torch._C.DisableTorchFunctionSubclass():
+            return list(map(_wants_grad, self._tensors(self._floats)))
 
     def _addresses(self) -> List[int]:
-        tensors = self._tensors(self._weights) + self._tensors(self._decoders)
         with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' weights would take 2 us each
-            return list(map(_pointer, tensors))
+            return list(map(_pointer, self._tensors(self._read_from)))
 
     def still_there(self) -> bool:
         """True if every address that a graph may read is a weight's still."""
@@ -142,7 +146,7 @@ class BlockState:
                 return "adapters changed"
             if self._hooks != self._were_hooks:
                 return "module hooks changed"
-            if list(map(_wants_grad, self._tensors(self._weights))) != self._were_wanting:
+            if self._wanting() != self._were_wanting:
                 return "requires_grad changed"
             return "" if self._tables == self._were_tables else "modules or scales changed"
         except (KeyError, AttributeError, RuntimeError, TypeError, ValueError):
