@@ -37,7 +37,7 @@ from .step_graphs_state import BlockState, global_hooks, why_not_capturable
 __all__ = ["replay_decoder_blocks", "summary"]
 
 VARIABLE, DEFAULT = "UNSLOTH_STEP_GRAPHS", "0"
-MAX_BUCKETS = 40
+MAX_BUCKETS = 64
 MAX_TOKENS = 16384  # a micro-batch beyond that keeps the GPU busy by itself
 MAX_PADDING = 2.5  # of a packed row: tokens of the bucket for each real one
 POOL_SHARE = 0.25  # of the GPU's memory that was free before the first capture

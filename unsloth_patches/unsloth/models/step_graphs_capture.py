@@ -9,6 +9,7 @@ finds another there replays its forward pass first, from the input that autograd
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -63,13 +64,37 @@ def make_recorder(device: torch.device) -> Optional[Any]:
 
 
 class Pool:
-    """The memory that the graphs of a stack share."""
+    """The memory that the graphs of a stack share, and the buffers by which they are told and tell.
+
+    A buffer holds something of one pass only: the owner's, or what is copied out at once.
+    """
 
     def __init__(self, recorder: Any, share: float):
         self.recorder = recorder
         self.budget = share * recorder.memory()[1]
         self.owner: Optional[object] = None  # the forward pass whose activations are there
         self.bytes = 0
+        self._buffers: Dict[tuple, torch.Tensor] = {}
+        self._gradients: Dict[tuple, "_Gradients"] = {}
+
+    def buffer(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """Zeros of this shape at the start of the buffer ``name``; buckets that have an older, smaller
+        one keep it."""
+        count, key = math.prod(shape), (name, dtype)
+        flat = self._buffers.get(key)
+        if flat is None or flat.numel() < count:
+            size = max(count, 2 * flat.numel() if flat is not None else 0)
+            flat = self._buffers[key] = torch.zeros(size, dtype = dtype, device = device)
+        return flat[:count].view(*shape).zero_()
+
+    def gradients(self, grads: Sequence[Optional[torch.Tensor]]) -> "_Gradients":
+        """Buffers for these gradients, those of another bucket where they are alike."""
+        key = tuple(None if g is None else g.dtype for g in grads)
+        if key not in self._gradients:
+            self._gradients[key] = _Gradients(grads)
+        return self._gradients[key]
 
 
 class _Gradients:
@@ -121,15 +146,15 @@ class Bucket:
         has_positions: bool,
         compiled: bool = True,
     ):
+        pool.owner = None  # its input is written over from here on
         self.pool, self.wants_input = pool, like.requires_grad
         self.parameters = [p for x in layers for p in x.parameters() if p.requires_grad]
-        self.input = torch.zeros(shape, dtype = like.dtype, device = like.device)
+        self.input = pool.buffer("input", shape, like.dtype, like.device)
+        # What comes out: the output, and in the backward pass the gradient of first that, then the input.
         self.output: Optional[torch.Tensor] = None  # its dtype is known after the first run
-        self.grad: Optional[torch.Tensor] = None
-        self.input_grad = torch.zeros_like(self.input) if self.wants_input else None
         self.positions = None
         if has_positions:
-            self.positions = torch.zeros(shape[:2], dtype = torch.int32, device = like.device)
+            self.positions = pool.buffer("positions", shape[:2], torch.int32, like.device)
             arguments = {**arguments, "position_ids": self.positions}
         self._runs = BlockRuns(layers, arguments, [False] * len(layers), self.wants_input, compiled)
         self.gradients: Optional[_Gradients] = None
@@ -139,16 +164,16 @@ class Bucket:
     def _forward(self) -> None:
         output = self._runs.forward(self.input)
         if self.output is None:
-            self.output, self.grad = torch.zeros_like(output), torch.zeros_like(output)
+            self.output = self.pool.buffer("output", output.shape, output.dtype, output.device)
         self.output.copy_(output)
 
     def _backward(self) -> None:
-        input_grad, grads = self._runs.backward(self.grad)
+        input_grad, grads = self._runs.backward(self.output)
         if self.gradients is None:
-            self.gradients = _Gradients(grads)
+            self.gradients = self.pool.gradients(grads)
         self.gradients.write(grads)
         if self.wants_input:
-            self.input_grad.copy_(input_grad)
+            self.output.copy_(input_grad)
 
     def keep_last(self, count: int) -> None:
         """Lets the last ``count`` blocks keep their activations; the others run again."""
@@ -221,9 +246,9 @@ class _Replay(torch.autograd.Function):
         if bucket.pool.owner is not ctx.owner:  # another pass came between, or this is the second
             bucket.run_forward(layout, hidden, positions)
         bucket.pool.owner = None
-        layout.write(grad, bucket.grad)
+        layout.write(grad, bucket.output)
         bucket.backward()
-        input_grad = layout.read(bucket.input_grad) if ctx.needs_input_grad[4] else None
+        input_grad = layout.read(bucket.output) if ctx.needs_input_grad[4] else None
         return (None, None, None, None, input_grad, *bucket.gradients.read())
 
 
