@@ -166,7 +166,9 @@ def bench(
         None, help = "Folder for JSON and plots. Default: bench_results in this folder."
     ),
     quick: bool = typer.Option(False, help = "Fewer shapes and repeats: does it run here?"),
-    model: Optional[str] = typer.Option(None, help = "Of `train`: one of its models, not all."),
+    model: Optional[str] = typer.Option(
+        None, help = "Of `train` and `steps`: one of their models, not all."
+    ),
     float32: bool = typer.Option(
         False, help = "Of `train`: add float32's losses to the results of an earlier run."
     ),
@@ -179,7 +181,7 @@ def bench(
         raise typer.Exit(2)
     chosen = {"model": model} if model is not None else {}
     chosen.update({"float32": True} if float32 else {})
-    if chosen and name != "train":
+    if chosen and name != "train" and not (name == "steps" and not float32):
         option = next(iter(chosen))
         console.print(f"[red]bench {name} has no --{option}[/]; `bench train` has")
         raise typer.Exit(2)

@@ -26,6 +26,7 @@ BENCHMARKS = {
     "fsdp2-plan": Benchmark("fsdp2_plan", "a toy on CPU ranks, nothing measured"),
     "lora": Benchmark("lora"),
     "loss": Benchmark("loss"),
+    "steps": Benchmark("steps", "the losses of a toy"),
     "train": Benchmark("train", "the losses of a toy"),
 }
 # What run() returns: done (without a GPU: what without_gpu says), failed, and cannot run here.

@@ -55,14 +55,16 @@ def load(job: dict):
     return model, tokenizer
 
 
-def trainer_for(model, tokenizer, job: dict, path: str, steps: int, callback):
+def trainer_for(model, tokenizer, job: dict, case: dict, callback):
+    """SFTTrainer over so many steps; packing gets more rows, since a packed one holds several."""
     import torch
     from trl import SFTConfig, SFTTrainer
 
-    batch, accumulated = job["batch"], job["accumulation"]
+    batch, accumulated, steps = case["batch"], job["accumulation"], case["steps"]
+    path = case["path"]
     rows = sequences(
         batch * accumulated * steps * (6 if path == "packing" else 1),
-        job["median"],
+        case["median"],
         job["longest"],
         model.config.vocab_size,
     )
@@ -93,11 +95,11 @@ def trainer_for(model, tokenizer, job: dict, path: str, steps: int, callback):
     )
 
 
-def train(model, tokenizer, job: dict, path: str, steps: int, gpu: Gpu, turns: Turns) -> dict:
-    """Losses, seconds of each step (the GPU's work included), tokens a step, peak memory."""
+def train(model, tokenizer, job: dict, case: dict, gpu: Gpu, turns: Turns) -> dict:
+    """Losses, seconds of each step (the GPU's work included), tokens so far at each, peak memory."""
     from transformers import TrainerCallback
 
-    ends, tokens, began = [[]], [0], []
+    ends, began, steps = [[]], [], case["steps"]
 
     class Clock(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -110,12 +112,9 @@ def train(model, tokenizer, job: dict, path: str, steps: int, gpu: Gpu, turns: T
                 turns.wait()
                 ends.append([])
 
-    trainer = trainer_for(model, tokenizer, job, path, steps, Clock())
-    count = lambda m, args, kwargs: tokens.append(tokens[-1] + kwargs["input_ids"].numel())  # noqa: E731
-    hook = trainer.model.register_forward_pre_hook(count, with_kwargs = True)
+    trainer = trainer_for(model, tokenizer, job, case, Clock())
     gpu.reset_peak()
     trainer.train()
-    hook.remove()
     reserved = gpu.cuda.max_memory_reserved() / 2**20 if gpu.cuda else 0.0
     return {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
@@ -123,7 +122,10 @@ def train(model, tokenizer, job: dict, path: str, steps: int, gpu: Gpu, turns: T
         "first_step": ends[0][0] - began[0],
         "peak_mib": gpu.peak_mib(),
         "reserved_mib": reserved,
-        "input_tokens": tokens[-1],
+        # As the trainer counts them: without padding.
+        "tokens": [
+            entry.get("num_tokens") for entry in trainer.state.log_history if "loss" in entry
+        ],
         "graphs": graphs_of(model),
     }
 
@@ -138,27 +140,23 @@ def graphs_of(model) -> dict:
 
 
 def run(job: dict, turns: Turns) -> dict:
-    """Everything one process measures. Turns: to load, the first steps, each stretch of a path."""
+    """Everything one process measures. Turns: to load, and each stretch of each case."""
     import unsloth  # noqa: F401  (first, as Unsloth wants it)
 
     turns.wait()
     gpu = Gpu()
     model, tokenizer = load(job)
     adapters = {name: p.detach().clone() for name, p in _trainable(model)}
-    found = {"form": job["form"], "paths": {}}
-    for path, steps in job["paths"].items():
+    found = {"form": job["form"], "cases": {}, "environment": harness.environment(job["command"])}
+    for name, case in job["cases"].items():
         restore(model, adapters)
         turns.wait(found)
-        found["paths"][path] = train(model, tokenizer, job, path, steps, gpu, turns)
-    found["environment"] = harness.environment(job["command"])
+        found["cases"][name] = train(model, tokenizer, job, case, gpu, turns)
     return found
 
 
 if __name__ == "__main__":
     described = json.loads(Path(sys.argv[1]).read_text(encoding = "utf-8"))
     line = Turns(int(sys.argv[2]) if len(sys.argv) > 2 else None)
-    measured = run(described, line)
-    if len(sys.argv) <= 2:
-        Path(sys.argv[1]).with_suffix(".out.json").write_text(json.dumps(measured))
-    line.wait(measured)
+    line.wait(run(described, line))
     os._exit(0)  # nothing that a library does at exit may change the result

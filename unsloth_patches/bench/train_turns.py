@@ -34,7 +34,7 @@ class Turns:
 
 
 class Worker:
-    """A process of `train_worker`. It works between `go` and the end of `wait`, and only then."""
+    """A process of `train_worker`, or of the module job["worker"]. It works between `go` and the end of `wait`, and only then."""
 
     def __init__(self, job: dict, environment: dict, folder: Path):
         self.form = job["form"]
@@ -42,10 +42,10 @@ class Worker:
         described = folder / f"job-{self.form}.json"
         described.write_text(json.dumps(job), encoding = "utf-8")
         self._line, theirs = Pipe()
-        command = [sys.executable, "-m", f"{__package__}.train_worker", str(described)]
+        command = [sys.executable, "-m", f"{__package__}.{job.get('worker', 'train_worker')}"]
         with self._log.open("w", encoding = "utf-8") as output:
             self._process = subprocess.Popen(
-                [*command, str(theirs.fileno())],
+                [*command, str(described), str(theirs.fileno())],
                 env = environment,
                 stdout = output,
                 stderr = subprocess.STDOUT,

@@ -59,9 +59,7 @@ class SeparatedDocuments:
 
     def __init__(self, documents: Sequence[int], bucket: int, device: torch.device):
         self.rows, self.bucket, self.real = len(documents), bucket, sum(documents)
-        places = torch.cat(
-            [torch.arange(n) + row * bucket for row, n in enumerate(documents)]
-        )
+        places = torch.cat([torch.arange(n) + row * bucket for row, n in enumerate(documents)])
         if device.type == "cuda":  # pinned: a pageable copy would wait for the GPU
             places = places.pin_memory().to(device, non_blocking = True)
         self.places = places

@@ -109,9 +109,7 @@ class _Gradients:
         self.like = [None if g is None else torch.empty_like(g, device = "meta") for g in grads]
         device = next((g.device for g in grads if g is not None), None)
         self.flat = {
-            dtype: torch.zeros(
-                sum(grads[n].numel() for n in numbers), dtype = dtype, device = device
-            )
+            dtype: torch.zeros(sum(grads[n].numel() for n in numbers), dtype = dtype, device = device)
             for dtype, numbers in self.groups.items()
         }
 

@@ -91,10 +91,15 @@ class BlockState:
     def __init__(self, layers: torch.nn.ModuleList):
         modules = list(layers.modules())
         weights = [
-            (m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None
+            (m._parameters, name)
+            for m in modules
+            for name, p in m._parameters.items()
+            if p is not None
         ]
         decoders = [
-            (vars(state), name) for owner, key in weights for state, name in _quantization(owner[key])
+            (vars(state), name)
+            for owner, key in weights
+            for state, name in _quantization(owner[key])
         ]
         self._read_from = list(zip(*weights, *decoders))
         # Integers, as 4-bit weights are, can want no gradient.

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""Whole QLoRA steps on short sequences: stock Unsloth, the patches, and the patches with step graphs.
+
+Random-weight Llamas through FastLanguageModel (4-bit) and SFTTrainer, batch 2, accumulation 4, lengths
+log-normal from 32 to 2048: as a plain SFTTrainer batches them (padding-free), padded, packed, and for
+other medians. Each form trains in a process of its own on the same data from the same start; stretches
+of their steps alternate on the GPU. Of each case the first stretch, in which blocks are compiled and
+graphs captured, is told apart from the others. Last, long rows that keep the GPU busy by themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Dict, List, Optional
+
+from . import harness
+from .fsdp2_checkpoint import fast_folder, make_checkpoint
+from .train import MODELS as TRAINED
+from .train import TOY, Model, slug
+from .train_turns import Worker
+
+FORMS = {"stock": "0", "patched": "0", "graphs": "1"}  # form -> UNSLOTH_STEP_GRAPHS
+MEDIAN, LONGEST, BATCH, ACCUMULATION = 490, 2048, 2, 4
+STRETCH = 20  # steps between two turns
+SKIPPED = 1  # steps at the start of a stretch that do not count, beside its very first
+MODELS = {
+    "llama-1b": TRAINED["llama-1b"],
+    "llama-8b": Model(
+        "Llama-3.1-8B shape", TRAINED["llama-8b-8-layers"].shape, layers = 32, tied = False
+    ),
+}
+
+
+def cases(quick: bool) -> Dict[str, dict]:
+    """name -> path, median length, batch and steps of a case."""
+    if quick:
+        return {p: {"path": p, "median": 30, "batch": 2, "steps": 4} for p in ("default", "padded")}
+    found = {
+        path: {"path": path, "median": MEDIAN, "batch": BATCH, "steps": 60}
+        for path in ("default", "padded", "packing")
+    }
+    for median in (128, 256, 1024):
+        found[f"default {median}"] = {**found["default"], "median": median, "steps": 40}
+    # Every row is cut at the longest length.
+    found["4 x 2048"] = {"path": "padded", "median": 64 * LONGEST, "batch": 4, "steps": 40}
+    return found
+
+
+def command(name: Optional[str]) -> str:
+    """How to repeat the figures of a model."""
+    chosen = f" --model {name}" if name in MODELS else " --quick"
+    return f"python -m unsloth_patches bench steps{chosen}"
+
+
+def job_for(form: str, name: str, folder: Path, quick: bool) -> dict:
+    """What steps_worker is told. folder: where the checkpoint is, or will be when it is its turn."""
+    return {
+        "worker": "steps_worker",
+        "form": form,
+        "checkpoint": str(folder / "model"),
+        "scratch": str(folder / f"scratch-{form}"),
+        "longest": 64 if quick else LONGEST,
+        "accumulation": ACCUMULATION,
+        "cases": cases(quick),
+        "stretch": 2 if quick else STRETCH,
+        "command": command(name),
+    }
+
+
+def _environment(form: str, folder: Path) -> dict:
+    """This process's environment, with caches of the form's own."""
+    caches = folder / f"caches-{form}"
+    return {
+        **os.environ,
+        "UNSLOTH_COMPILE_LOCATION": str(caches / "unsloth"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "HF_DATASETS_CACHE": str(caches / "datasets"),
+        "UNSLOTH_PATCHES_DISABLE": "all" if form == "stock" else "",
+        "UNSLOTH_STEP_GRAPHS": FORMS[form],
+    }
+
+
+def compare(name: str, model: Model, quick: bool) -> dict:
+    """Trains all forms by turns; what each measured. Raises RuntimeError with the end of its output
+    if a process fails; Ctrl-C ends it with the cases that all forms have completed."""
+    runs: Dict[str, dict] = {}
+    with tempfile.TemporaryDirectory(prefix = "bench-steps-", dir = fast_folder()) as scratch:
+        folder, workers = Path(scratch), {}
+        try:
+            for form in FORMS:
+                job = job_for(form, name, folder, quick)
+                Path(job["scratch"]).mkdir()
+                workers[form] = Worker(job, _environment(form, folder), folder)
+            make_checkpoint(folder / "model", model.shape, model.layers, model.tied)
+            _take_turns(workers, cases(quick), 2 if quick else STRETCH, runs)
+        except KeyboardInterrupt:
+            print("bench steps: stopped; keeping the cases that are complete", flush = True)
+        finally:
+            for worker in workers.values():
+                worker.stop()
+    complete = [
+        c for c in cases(quick) if all(c in runs.get(f, {}).get("cases", {}) for f in FORMS)
+    ]
+    if not complete:
+        raise RuntimeError("bench steps: stopped before anything was measured")
+    compared = {case: compare_case(runs, case) for case in complete}
+    return {"model": name, "title": model.title, "cases": compared, "runs": runs}
+
+
+def _take_turns(workers: Dict[str, Worker], chosen: dict, stretch: int, runs: dict) -> None:
+    """Import and load at once; then one process at a time. Fills runs as results come."""
+    for worker in workers.values():
+        worker.wait()  # Unsloth is imported
+    for worker in workers.values():
+        worker.go()
+    for worker in workers.values():
+        worker.wait()  # the model is loaded
+    for case, told in chosen.items():
+        for number in range(-(-told["steps"] // stretch)):
+            for form in list(workers) if number % 2 == 0 else reversed(workers):
+                workers[form].go()
+                runs[form] = workers[form].wait() or runs.get(form, {})
+        print(f"{case}: {told['steps']} steps of each form", flush = True)
+
+
+def compare_case(runs: Dict[str, dict], case: str) -> dict:
+    """Step time, tokens a second, memory and losses of all forms in one case; ratios to stock."""
+    result = {}
+    for form in FORMS:
+        found = runs[form]["cases"][case]
+        later = [part[SKIPPED:] for part in found["stretches"][1:]]
+        seconds = [s for part in later for s in part] or [s for p in found["stretches"] for s in p]
+        step = harness.summarize(seconds)
+        counted = [count for count in found["tokens"] if count is not None]
+        each = counted[-1] / len(counted) if counted else 0.0
+        result[form] = {
+            "step_seconds": step,
+            "tokens_per_second": each / step["median"],
+            "first_step_seconds": found["first_step"],
+            "peak_mib": found["peak_mib"],
+            "reserved_mib": found["reserved_mib"],
+            "losses": found["losses"],
+            "graphs": found["graphs"],
+        }
+    stock = result["stock"]
+    for form in FORMS:
+        mine = result[form]
+        mine["speedup"] = stock["step_seconds"]["median"] / mine["step_seconds"]["median"]
+        pairs = zip(stock["losses"], mine["losses"])
+        mine["largest_difference"] = max(abs(b - a) / abs(a) for a, b in pairs)
+    return result
+
+
+def show(payload: dict) -> None:
+    """Prints the comparison; times and memory only where a GPU was measured."""
+    rows: List[list] = []
+    for case, forms in payload["cases"].items():
+        for form, found in forms.items():
+            row = [case, form, f"{found['losses'][-1]:.4f}", f"{found['largest_difference']:.1e}"]
+            if found["peak_mib"]:
+                row += [
+                    f"{found['step_seconds']['median'] * 1e3:.0f}",
+                    f"{found['tokens_per_second']:.0f}",
+                    f"{found['speedup']:.2f}",
+                    f"{found['first_step_seconds']:.1f}",
+                    f"{found['peak_mib']:.0f}",
+                    f"{found['graphs'].get('share', 0):.0%}",
+                ]
+            rows.append(row)
+    columns = ["case", "form", "last loss", "from stock's"]
+    if len(rows[0]) > len(columns):
+        columns += ["step ms", "tokens/s", "speedup", "first step s", "peak MiB", "replayed"]
+    harness.print_table(f"{payload['title']}, QLoRA rank 16, short sequences", columns, rows)
+
+
+def plot(payloads: List[dict], path: Path) -> None:
+    """Tokens a second against the median length, a line a form; one panel a model."""
+    colors = {"stock": "upstream", "patched": "peer", "graphs": "ours"}
+    with harness.plot_style() as plt:
+        figure, panels = plt.subplots(
+            1, len(payloads), figsize = (5.2 * len(payloads), 3.4), squeeze = False
+        )
+        for payload, axes in zip(payloads, panels[0]):
+            measured = {
+                int(case.split()[1]) if " " in case else MEDIAN: forms
+                for case, forms in payload["cases"].items()
+                if case.startswith("default")
+            }
+            for form, color in colors.items():
+                places = sorted(measured)
+                values = [measured[n][form]["tokens_per_second"] for n in places]
+                axes.plot(places, values, marker = "o", color = harness.COLORS[color], label = form)
+            axes.set_xscale("log", base = 2)
+            axes.set_ylim(bottom = 0)
+            axes.set_xlabel("median length, tokens")
+            axes.set_ylabel("tokens a second")
+            axes.set_title(f"{payload['title']}, plain SFTTrainer")
+            axes.legend(fontsize = 7)
+        figure.savefig(path)
+
+
+def run(
+    out: Path,
+    quick: bool = False,
+    model: Optional[str] = None,
+) -> int:
+    """Compares each model, or the one named, and writes JSON and a plot under out.
+
+    Without a GPU a toy trains on Unsloth's CPU backend: losses are compared, times mean nothing.
+    """
+    if model is not None and model not in MODELS:
+        print(f"bench steps: no model {model!r}; there are: {', '.join(MODELS)}", file = sys.stderr)
+        return 2
+    import torch
+
+    if not torch.cuda.is_available() and not quick:
+        print("bench steps: torch sees no CUDA GPU; comparing the losses of a toy on the CPU only.")
+        quick = True
+    chosen = {"toy": TOY} if quick else {name: MODELS[name] for name in [model] if name} or MODELS
+    payloads = []
+    for name, shape in chosen.items():
+        try:
+            payloads.append(compare(name, shape, quick))
+        except RuntimeError as error:
+            print(error, file = sys.stderr)
+            return 1
+        harness.save_json(Path(out) / f"steps_{slug()}_{name}.json", payloads[-1], command(name))
+        show(payloads[-1])
+    if not quick:
+        try:
+            plot(payloads, Path(out) / f"steps_{slug()}.png")
+        except ImportError:
+            print("bench steps: no matplotlib here; the figures are in the JSON file.")
+    return 0
