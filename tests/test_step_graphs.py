@@ -505,13 +505,6 @@ def test_a_custom_module_in_a_block(llama):
     assert reasons(llama) == {"a module of type Mine in a block"}
 
 
-def test_packed_lengths_beyond_the_row(llama):
-    from unsloth.models.step_graphs_buckets import documents_of
-
-    assert documents_of(torch.tensor([3, 4]), 6) is None
-    assert documents_of(torch.tensor([3, 0, 4]), 9) == (3, 4, 2)
-
-
 def test_a_capture_that_fails_turns_graphs_off(llama, recorders, monkeypatch):
     from unsloth.models import step_graphs_capture
 
@@ -597,37 +590,6 @@ def test_a_model_can_be_copied_and_is_freed(made):
     del model, twin
     gc.collect()
     assert gone() is None
-
-
-# ------------------------------------------------------------------------------------- buckets
-
-
-def test_buckets_waste_little():
-    from unsloth.models.step_graphs_buckets import bucket_length
-
-    for length in range(1, 9000):
-        bucket = bucket_length(length)
-        assert bucket >= length and bucket_length(bucket) == bucket
-        assert bucket - length < 64 if length <= 512 else bucket - length <= 0.12 * length
-    assert all(bucket_length(2**n) == 2**n for n in range(6, 14))
-    assert len({bucket_length(n) for n in range(1, 2049)}) < 32
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layouts_write_zeros_behind_and_read_back(dtype):
-    from unsloth.models.step_graphs_buckets import PaddedRows, SeparatedDocuments
-
-    values = torch.randn(2, 5, 3).to(dtype)
-    buffer = torch.full((2, 8, 3), float("nan"), dtype = dtype)
-    layout = PaddedRows(2, 5, 8)
-    layout.write(values, buffer)
-    assert torch.equal(layout.read(buffer), values) and not buffer[:, 5:].any()
-    row = values.reshape(1, 10, 3)
-    layout = SeparatedDocuments((7, 3), 8, torch.device("cpu"))
-    layout.write(row, buffer.fill_(float("nan")))
-    assert torch.equal(layout.read(buffer), row)
-    assert not buffer[0, 7:].any() and not buffer[1, 3:].any()
-    assert torch.equal(buffer[1, :3], row[0, 7:])
 
 
 # ------------------------------------------------------------------------------- a random walk

@@ -791,6 +791,20 @@ PATCHES: Tuple[Patch, ...] = (
         since = "2026.10.9",
     ),
     Patch(
+        name = "step-graphs-capture",
+        title = "Capture a stack of decoder blocks, forward and backward, in CUDA graphs that share memory",
+        targets = (),
+        modules = (
+            "models/step_graphs_blocks.py",
+            "models/step_graphs_buckets.py",
+            "models/step_graphs_capture.py",
+        ),
+        shared = ("graph_tape.py", "small_models.py"),
+        tests = {"tests/test_step_graphs_capture.py": "interpreter"},
+        requires = ("test-backends",),
+        since = "2026.10.9",
+    ),
+    Patch(
         name = "step-graphs",
         title = "Replay decoder blocks as CUDA graphs where short sequences leave the GPU waiting",
         targets = (
@@ -800,16 +814,9 @@ PATCHES: Tuple[Patch, ...] = (
                 fingerprints = frozenset({"75c7a10bdf12f04f"}),
             ),
         ),
-        modules = (
-            "models/step_graphs.py",
-            "models/step_graphs_blocks.py",
-            "models/step_graphs_buckets.py",
-            "models/step_graphs_capture.py",
-            "models/step_graphs_state.py",
-        ),
-        shared = ("graph_tape.py", "small_models.py"),
+        modules = ("models/step_graphs.py", "models/step_graphs_state.py"),
         tests = {"tests/test_step_graphs.py": "interpreter"},
-        requires = ("test-backends",),
+        requires = ("step-graphs-capture",),
         since = "2026.10.9",
     ),
 )

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""What step graphs are made of: lengths, layouts, and blocks that run forward and backward by hand."""
+
+import pytest
+import torch
+from backend import DEVICE, GPU, require
+
+require("interpreter")
+import unsloth  # noqa: F401, E402
+from graph_tape import TapeRecorder  # noqa: E402
+
+
+# ------------------------------------------------------------------------------------- buckets
+
+
+def test_buckets_waste_little():
+    from unsloth.models.step_graphs_buckets import bucket_length
+
+    for length in range(1, 9000):
+        bucket = bucket_length(length)
+        assert bucket >= length and bucket_length(bucket) == bucket
+        assert bucket - length < 64 if length <= 512 else bucket - length <= 0.12 * length
+    assert all(bucket_length(2**n) == 2**n for n in range(6, 14))
+    assert len({bucket_length(n) for n in range(1, 2049)}) < 32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layouts_write_zeros_behind_and_read_back(dtype):
+    from unsloth.models.step_graphs_buckets import PaddedRows, SeparatedDocuments
+
+    values = torch.randn(2, 5, 3).to(dtype)
+    buffer = torch.full((2, 8, 3), float("nan"), dtype = dtype)
+    layout = PaddedRows(2, 5, 8)
+    layout.write(values, buffer)
+    assert torch.equal(layout.read(buffer), values) and not buffer[:, 5:].any()
+    row = values.reshape(1, 10, 3)
+    layout = SeparatedDocuments((7, 3), 8, torch.device("cpu"))
+    layout.write(row, buffer.fill_(float("nan")))
+    assert torch.equal(layout.read(buffer), row)
+    assert not buffer[0, 7:].any() and not buffer[1, 3:].any()
+    assert torch.equal(buffer[1, :3], row[0, 7:])
+
+
+def test_packed_lengths_beyond_the_row():
+    from unsloth.models.step_graphs_buckets import documents_of
+
+    assert documents_of(torch.tensor([3, 4]), 6) is None
+    assert documents_of(torch.tensor([3, 0, 4]), 9) == (3, 4, 2)
+
+
+# ------------------------------------------------------------------------------------- blocks
+
+
+class Block(torch.nn.Module):
+    """x + B A x + shift, of which one layer's shift takes no part."""
+
+    def __init__(self, uses_shift):
+        super().__init__()
+        self.A = torch.nn.Parameter(torch.randn(4, 8))
+        self.B = torch.nn.Parameter(torch.randn(8, 4))
+        self.shift = torch.nn.Parameter(torch.randn(8))
+        self.frozen = torch.nn.Parameter(torch.randn(8), requires_grad = False)
+        self.uses_shift = uses_shift
+
+    def forward(self, x, scale):
+        y = torch.tanh(x * self.frozen) @ self.A.t() @ self.B.t() * scale + x
+        return ((y + self.shift) if self.uses_shift else y,)
+
+
+@pytest.fixture
+def blocks():
+    torch.manual_seed(0)
+    return torch.nn.ModuleList(Block(n != 1) for n in range(3)).to(DEVICE)
+
+
+def by_autograd(blocks, x, grad):
+    y = x
+    for block in blocks:
+        (y,) = block(y, 0.5)
+    trained = [p for p in blocks.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(y, [x, *trained], grad, allow_unused = True)
+    return y.detach(), grads[0], list(grads[1:])
+
+
+@pytest.mark.parametrize("keep", [(0, 0, 0), (1, 1, 1), (0, 1, 1)])
+@pytest.mark.parametrize("wants_input", [True, False])
+def test_blocks_by_hand_are_autograds(blocks, keep, wants_input):
+    from unsloth.models.step_graphs_blocks import BlockRuns
+
+    x = torch.randn(2, 5, 8, device = DEVICE, requires_grad = True)
+    grad = torch.randn(2, 5, 8, device = DEVICE)
+    y, input_grad, grads = by_autograd(blocks, x, grad)
+    runs = BlockRuns(list(blocks), {"scale": 0.5}, keep, wants_input)
+    assert torch.equal(runs.forward(x.detach()), y)
+    ours, found = runs.backward(grad)
+    assert torch.equal(ours, input_grad) if wants_input else ours is None
+    assert [g is None for g in found] == [g is None for g in grads] and None in found
+    assert all(g is None or torch.equal(g, h) for g, h in zip(found, grads))
+    assert all(p.grad is None for p in blocks.parameters())
+
+
+def test_buckets_of_a_pool_share_their_buffers(blocks):
+    """A small bucket, a large one, and the small one's pending pass again."""
+    from unsloth.models.step_graphs_buckets import PaddedRows
+    from unsloth.models.step_graphs_capture import Bucket, Pool, make_recorder, replay_blocks
+
+    pool = Pool(
+        (make_recorder if GPU else TapeRecorder)(torch.device(DEVICE, 0) if GPU else DEVICE), 0.5
+    )
+    inputs, buckets, layouts = [], [], []
+    for length in (8, 16):
+        x = torch.randn(2, length - 3, 8, device = DEVICE, requires_grad = True)
+        bucket = Bucket(pool, list(blocks), (2, length, 8), {"scale": 0.5}, x, False)
+        assert bucket.capture()
+        inputs.append(x)
+        buckets.append(bucket)
+        layouts.append(PaddedRows(2, length - 3, length))
+    assert buckets[0].gradients is buckets[1].gradients
+    passes = [
+        replay_blocks(b, layout, x, None, lambda: True)
+        for b, layout, x in zip(buckets, layouts, inputs)
+    ]
+    trained = [p for p in blocks.parameters() if p.requires_grad]
+    for x, y in zip(inputs, passes):
+        grad = torch.randn_like(y)
+        expected = by_autograd(blocks, x, grad)
+        assert torch.allclose(y, expected[0], rtol = 1e-5, atol = 1e-5)
+        found = torch.autograd.grad(y, [x, *trained], grad, allow_unused = True)
+        for ours, reference in zip(found, [expected[1], *expected[2]]):
+            assert (ours is None) == (reference is None)
+            assert ours is None or torch.allclose(ours, reference, rtol = 1e-4, atol = 1e-4)
