@@ -326,6 +326,15 @@ def test_a_recording_that_raises_can_be_done_again(toy, train, monkeypatch):
     assert report.summary()["graphs"] == 1 and state() == before
 
 
+def test_a_trainer_that_nobody_keeps_trains_and_reports(toy, train, capsys):
+    """``Trainer(...).train()``: the trainer is a temporary, and the recording ends all the same."""
+    first = train(toy("auto"))
+    capsys.readouterr()
+    data = {"train_dataset": first.train_dataset, "data_collator": first.data_collator}
+    type(first)(model = toy("auto"), args = first.args, **data).train()
+    assert capsys.readouterr().out.count("what was compiled") == 1
+
+
 @pytest.mark.skipif(not GPU, reason = "needs a CUDA GPU")
 def test_the_sft_trainer_adds_the_report_by_itself():
     """Unsloth's trl.SFTTrainer, as it is after import."""

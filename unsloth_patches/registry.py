@@ -65,6 +65,8 @@ class Patch:
         that does nothing but fork ranks: a fork after a backward pass would hang).
     shared: files of ``tests/_shared/`` that it brings for its tests and those of the patches that require it.
     requires: names of patches that have to be in before this one; they stand earlier in ``PATCHES``.
+    after: names of patches that decorate the same function: in the git form it stands on them, so that
+        no hunks meet; at import it does without them.
     since: the oldest release that has what it builds on; with an older one it is skipped.
     """
 
@@ -75,6 +77,7 @@ class Patch:
     tests: Dict[str, str] = field(default_factory = dict)
     shared: Tuple[str, ...] = ()
     requires: Tuple[str, ...] = ()
+    after: Tuple[str, ...] = ()
     since: str = ""
 
     @property
@@ -242,7 +245,8 @@ PATCHES: Tuple[Patch, ...] = (
         modules = ("tool_calls/ollama.py",),
         tests = {"tests/test_tool_call_ollama.py": "cpu"},
         # The last two decorate get_chat_template, too.
-        requires = ("llama-chat-templates", "parallel-tool-calls", "assistant-masks"),
+        requires = ("llama-chat-templates", "parallel-tool-calls"),
+        after = ("assistant-masks",),
     ),
     Patch(
         name = "nf4-kernel",
@@ -724,7 +728,8 @@ PATCHES: Tuple[Patch, ...] = (
         modules = ("tool_calls/reload.py",),
         tests = {"tests/test_tool_call_reload.py": "cpu"},
         # The last two decorate from_pretrained too, on the CPU backend and on GPUs.
-        requires = ("parallel-tool-calls", "fsdp2-sharded-4bit", "compile-workers"),
+        requires = ("parallel-tool-calls",),
+        after = ("fsdp2-sharded-4bit", "compile-workers"),
     ),
     Patch(
         name = "compile-cache",

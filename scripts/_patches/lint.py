@@ -28,7 +28,7 @@ def problems(project: Project) -> List[str]:
             found += (f"{patch.name}: {what}" for what in rule(project, patch))
         found += (
             f"{patch.name} requires {name}, which does not stand before it in PATCHES"
-            for name in patch.requires
+            for name in (*patch.requires, *patch.after)
             if name not in before
         )
         before.append(patch.name)

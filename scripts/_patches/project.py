@@ -71,9 +71,9 @@ class Project:
 
     def required(self, patch: Any) -> List[Any]:
         """All that the patch needs, directly or not, in the order of the series, and the patch last."""
-        names = {patch.name, *patch.requires}
+        names = {patch.name, *patch.requires, *patch.after}
         for other in reversed(self.patches):
-            names |= set(other.requires) if other.name in names else set()
+            names |= {*other.requires, *other.after} if other.name in names else set()
         return [other for other in self.patches if other.name in names]
 
     def shared_files(self) -> List[str]:

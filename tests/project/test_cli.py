@@ -29,9 +29,9 @@ def rows(state, reason, brief):
 @pytest.mark.parametrize("width", [80, 120, 200])
 def test_status_is_one_line_a_patch(width):
     """Name and state whole, then as much of the title as the line holds; a common reason once."""
-    found = rows("pending", "whole", "for GPUs, not in use here")
+    found = rows("pending", "a long reason", "for GPUs, not in use here")
     lines = printed(status_listing(found), width)
-    assert max(map(len, lines)) <= width and "whole" not in " ".join(lines)
+    assert max(map(len, lines)) <= width and "a long reason" not in " ".join(lines)
     for line, patch in zip(lines[1:], PATCHES):
         name, state, title = line.split(maxsplit = 2)
         assert (name, state) == (patch.name, "pending")

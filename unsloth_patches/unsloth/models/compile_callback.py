@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import weakref
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
@@ -153,20 +152,25 @@ def add_compile_report(trainer: Any) -> Optional[CompileReportCallback]:
             return callback
     callback = CompileReportCallback()
     trainer.add_callback(callback)
-    trainer.train = _closing(trainer, callback)
+    _close_after_training(type(trainer))
     return callback
 
 
-def _closing(trainer: Any, callback: CompileReportCallback) -> Callable:
-    """``trainer.train`` that ends the recording where training raises; no reference cycle."""
-    train, trainer = type(trainer).train, weakref.ref(trainer)
+def _close_after_training(trainer_class: type) -> None:
+    """``train`` of the class ends the recording also where training raises. Once a class."""
+    train = trainer_class.train
+    if getattr(train, "_closes_compile_report", False):
+        return
 
     @functools.wraps(train)
-    def closing(*args, **kwargs):
-        with contextlib.closing(callback):
-            return train(trainer(), *args, **kwargs)
+    def closing(self, *args, **kwargs):
+        callbacks = self.callback_handler.callbacks
+        found = [each for each in callbacks if isinstance(each, CompileReportCallback)]
+        with contextlib.closing(found[0]) if found else contextlib.nullcontext():
+            return train(self, *args, **kwargs)
 
-    return closing
+    closing._closes_compile_report = True
+    trainer_class.train = closing
 
 
 def report_compilation(stock: Callable) -> Callable:
