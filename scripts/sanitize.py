@@ -92,7 +92,6 @@ def _rows(vocab: int, dtype):
 def _labels(vocab: int, ignored: int):
     """The last class, one that is ignored, and one far outside."""
     import torch
-
     return torch.tensor([vocab - 1, ignored, vocab + 10**6], device = "cuda")
 
 

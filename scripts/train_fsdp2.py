@@ -103,7 +103,6 @@ def is_adapter(folder):
 
 def check_hub_name(name):
     from transformers.utils import cached_file
-
     try:
         cached_file(loaded_name(name), "config.json")
     except OSError as error:
@@ -135,7 +134,6 @@ def load_data(data):
 
 def check_chat_template(model):
     from transformers import AutoTokenizer
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(loaded_name(model))
     except Exception as error:

@@ -41,7 +41,6 @@ def references():
 @pytest.fixture(scope = "module")
 def tokenizers_by_name():
     from unsloth.chat_templates import get_chat_template
-
     return {name: get_chat_template(make_llama_tokenizer(), name) for name in REFERENCE_FILE}
 
 

@@ -47,7 +47,6 @@ def kernels(monkeypatch):
 @pytest.fixture
 def recompute():
     from unsloth.kernels import lora_mlp_recompute
-
     return lora_mlp_recompute
 
 

@@ -43,7 +43,6 @@ def kernels(monkeypatch):
 @pytest.fixture
 def shared_graph():
     from unsloth.models import checkpoint_shared_graph
-
     return checkpoint_shared_graph
 
 

@@ -36,7 +36,6 @@ def cache(monkeypatch):
 @pytest.fixture
 def files():
     from unsloth.models import compile_cache_files
-
     return compile_cache_files
 
 
@@ -386,7 +385,6 @@ def trainer(monkeypatch, tmp_path_factory):
 
 def _set_up(model):
     from unsloth.models import _block_compile
-
     _block_compile.patch_block_compile(model)
 
 

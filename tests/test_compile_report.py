@@ -32,7 +32,6 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 def reports_of(trainer):
     from unsloth.models.compile_callback import CompileReportCallback
-
     return sum(isinstance(c, CompileReportCallback) for c in trainer.callback_handler.callbacks)
 
 

@@ -17,7 +17,6 @@ torch.set_num_threads(1)
 def kernel():
     from types import SimpleNamespace
     from unsloth.kernels import cross_entropy_rows, cross_entropy_spec
-
     return SimpleNamespace(**{**vars(cross_entropy_rows), **vars(cross_entropy_spec)})
 
 
@@ -104,7 +103,6 @@ def test_fast_cross_entropy_loss_takes_the_options_of_cross_entropy_loss(options
 def test_a_label_whose_logit_is_infinite_gives_nan_as_in_pytorch():
     """Loss and gradient of such a row, on the kernel and in float64, and of no other one."""
     from unsloth.kernels.dense_cross_entropy import dense_cross_entropy
-
     for dtype in (torch.float32, torch.float64):
         logits = torch.zeros(2, 9, dtype = dtype, device = DEVICE)
         logits[0, 4] = float("inf")
@@ -160,7 +158,6 @@ def test_weights_of_rows_and_reductions_of_dense_logits(reduction):
 
 def test_arguments_of_dense_logits_that_do_not_fit_are_named():
     from unsloth.kernels import fast_cross_entropy_loss
-
     logits, labels = torch.zeros(1, 3, 9, device = DEVICE), torch.zeros(1, 3, device = DEVICE).long()
     for options, error, words in (
         ({"class_weight": torch.ones(3)}, ValueError, r"class_weight must be \[9\]"),

@@ -29,7 +29,6 @@ COMBINATIONS = list(
 @pytest.fixture
 def linear_cross_entropy():
     from unsloth.kernels.linear_cross_entropy import linear_cross_entropy
-
     return linear_cross_entropy
 
 

@@ -30,7 +30,6 @@ LLAMA_405B = {
 def read_shape():
     import unsloth  # noqa: F401
     from unsloth.models.fsdp2_model_shape import read_shape
-
     return read_shape
 
 
@@ -127,7 +126,6 @@ def test_the_last_backward_holds_all_gradients(read_shape):
 def test_bad_values_of_a_training_are_named(read_shape, changes, words):
     """Every value that cannot be counted raises an error that names it."""
     from unsloth.models.fsdp2_memory_count import Training
-
     with pytest.raises(ValueError, match = words):
         Training(**{"world": 2, "tokens": 64, **changes})
 

@@ -58,7 +58,6 @@ def test_param_init_fn_fills_a_meta_model(checkpoints):
 def _meta_model(folder, meta):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-
     with torch.device("meta" if meta else "cpu"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
 

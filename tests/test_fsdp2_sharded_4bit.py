@@ -276,7 +276,6 @@ def test_trainer_saves_and_resumes(checkpoints, tmp_path):
 
 def _forward_too_early(folder):
     import torch
-
     model = load(folder)
     model(input_ids = torch.tensor([[5, 6]]))
 
@@ -364,7 +363,6 @@ def test_a_failing_rank_fails_all_with_its_reason(checkpoints, tmp_path, kind, d
 
 def _copy_damaged(folder, broken, damage):
     from safetensors.torch import load_file, save_file
-
     shutil.copytree(folder, broken)
     for path in glob.glob(broken + "/*.safetensors"):
         tensors = load_file(path)

@@ -19,7 +19,6 @@ torch.set_num_threads(1)
 @pytest.fixture
 def linear_cross_entropy():
     from unsloth.kernels.linear_cross_entropy import linear_cross_entropy
-
     return linear_cross_entropy
 
 

@@ -17,14 +17,12 @@ torch.set_num_threads(1)
 @pytest.fixture
 def linear_loss():
     from unsloth.kernels.linear_custom_loss import linear_loss
-
     return linear_loss
 
 
 @pytest.fixture
 def chunk_size():
     from unsloth.kernels import loss_chunk_size
-
     return loss_chunk_size
 
 

@@ -17,7 +17,6 @@ torch.set_num_threads(1)
 @pytest.fixture
 def losses():
     from unsloth.kernels import linear_loss
-
     return linear_loss
 
 

@@ -27,7 +27,6 @@ pytest.importorskip("torch.distributed.fsdp")
 def losses():
     """The module under test, so that each test fails by itself where it is missing."""
     from unsloth.kernels import linear_loss
-
     return linear_loss
 
 
@@ -160,13 +159,11 @@ def dense(hidden, weight, labels):
 
 def chunked(hidden, weight, labels):
     from unsloth.kernels.linear_loss import linear_cross_entropy
-
     return linear_cross_entropy(hidden, weight, labels, chunk_rows = 3)
 
 
 def by_log_probs(hidden, weight, labels):
     from unsloth.kernels.linear_loss import linear_log_probs
-
     return -linear_log_probs(hidden, weight, labels, chunk_rows = 3).log_probs.mean()
 
 
@@ -215,7 +212,6 @@ def check_training(rank, device, loss, tied, shard):
 
 def with_ddp(rank, device):
     from torch.nn.parallel import DistributedDataParallel
-
     for loss in (chunked, by_log_probs):
         for tied in (False, True):
             check_training(rank, device, loss, tied, DistributedDataParallel)
@@ -226,7 +222,6 @@ def _fully(*parts):
 
     def shard(model):
         from torch.distributed.fsdp import fully_shard
-
         for part in parts:
             fully_shard(getattr(model, part))
         return fully_shard(model)

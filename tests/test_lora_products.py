@@ -23,7 +23,6 @@ KINDS = ("LoRA_QKV", "LoRA_W", "LoRA_MLP")
 @pytest.fixture(scope = "module")
 def fast_lora():
     import unsloth  # noqa: F401
-
     return importlib.import_module("unsloth.kernels.fast_lora")
 
 

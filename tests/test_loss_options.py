@@ -156,7 +156,6 @@ class Marked(torch.nn.Module):
         labels = None,
     ):
         from unsloth.loss_options import active_options
-
         if fail:
             raise RuntimeError("out of memory")
         return active_options()
@@ -165,7 +164,6 @@ class Marked(torch.nn.Module):
 @pytest.fixture
 def marked(monkeypatch):
     from unsloth.fused_loss import taking_options
-
     monkeypatch.setattr(Marked, "forward", taking_options(Marked.forward, shifts_itself = True))
     return Marked()
 

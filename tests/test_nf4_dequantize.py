@@ -22,7 +22,6 @@ needs_gpu = pytest.mark.skipif(not GPU, reason = "runs the compiled kernel")
 def nf4():
     """The module under test."""
     import unsloth  # noqa: F401
-
     return importlib.import_module("unsloth.kernels.nf4_dequantize")
 
 
@@ -479,7 +478,6 @@ needs_two_gpus = pytest.mark.skipif(
 def test_second_device(nf4, current):
     """A weight decoded where it lies, whether or not its device is the current one, which stays."""
     from unsloth.kernels import utils
-
     with torch.cuda.device(current):
         packed, state = quantized((64, 64))
         expected = defined(packed, state)

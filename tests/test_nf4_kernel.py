@@ -27,7 +27,6 @@ SHAPES = ((64, 64), (3, 2048 - 1), (33, 77), (5, 7), (1, 1))
 def kernel():
     """The module under test."""
     import unsloth  # noqa: F401
-
     return importlib.import_module("unsloth.kernels.nf4_dequantize_kernel")
 
 

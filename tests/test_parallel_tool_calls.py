@@ -41,7 +41,6 @@ def references():
 def tokenizers():
     """(template name, mode) -> tokenizer."""
     from unsloth.chat_templates import get_chat_template
-
     return {
         (name, mode): get_chat_template(make_llama_tokenizer(), name, parallel_tool_calls = mode)
         for name in REFERENCE_FILE

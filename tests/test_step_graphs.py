@@ -78,7 +78,6 @@ def graphs(value):
 
 def summary(model):
     from unsloth.models.step_graphs import summary
-
     return summary(model)
 
 

@@ -44,7 +44,6 @@ def test_layouts_write_zeros_behind_and_read_back(dtype):
 
 def test_packed_lengths_beyond_the_row():
     from unsloth.models.step_graphs_buckets import documents_of
-
     assert documents_of(torch.tensor([3, 4]), 6) is None
     assert documents_of(torch.tensor([3, 0, 4]), 9) == (3, 4, 2)
 

@@ -30,7 +30,6 @@ SEVERAL = [user("q"), calls(ROME, OSLO), result("1"), result("2"), assistant("Do
 
 def tokenizer_with(name, mode, **options):
     from unsloth.chat_templates import get_chat_template
-
     return get_chat_template(make_llama_tokenizer(), name, parallel_tool_calls = mode, **options)
 
 

@@ -41,7 +41,6 @@ ROME_TEXT = '{"name": "get_weather", "parameters": {"city": "Rome"}}'
 @pytest.fixture(scope = "module")
 def tokenizer():
     from unsloth.chat_templates import get_chat_template
-
     return get_chat_template(make_llama_tokenizer(), "llama-3.1")
 
 

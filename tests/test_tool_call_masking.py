@@ -22,7 +22,6 @@ def tokenizer_with(
     name = "llama-3.1",
 ):
     from unsloth.chat_templates import get_chat_template
-
     return get_chat_template(make_llama_tokenizer(eos_token), name, parallel_tool_calls = mode)
 
 

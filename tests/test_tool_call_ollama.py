@@ -259,7 +259,6 @@ def ollama_text(
 
 def get(name, mode):
     from unsloth.chat_templates import get_chat_template
-
     return get_chat_template(make_llama_tokenizer(), name, parallel_tool_calls = mode)
 
 

@@ -15,7 +15,6 @@ MESSAGES = [user("q"), calls(ROME, OSLO), result("1"), result("2")]
 
 def tokenizer_with(mode):
     from unsloth.chat_templates import get_chat_template
-
     tokenizer = make_llama_tokenizer("<|end_of_text|>")
     return get_chat_template(tokenizer, "llama-3.1", parallel_tool_calls = mode)
 

@@ -32,7 +32,6 @@ def stream_of_calls():
 def tokenizers():
     """(template name, mode) -> tokenizer."""
     from unsloth.chat_templates import get_chat_template
-
     return {
         (name, mode): get_chat_template(make_llama_tokenizer(), name, parallel_tool_calls = mode)
         for name in ("llama-3.1", "llama-3.2")

@@ -13,7 +13,6 @@ from llama_chat import LLAMA_SPECIAL_TOKENS, make_llama_tokenizer, make_tiny_lla
 
 def tokenizer_with(eos_token, name = "llama-3.1"):
     from unsloth.chat_templates import get_chat_template
-
     return get_chat_template(make_llama_tokenizer(eos_token), name)
 
 

@@ -29,14 +29,12 @@ def status():
     ``stock()``. After a late import the first row, "import order", says what that means.
     """
     from .reporting import status as _status
-
     return _status()
 
 
 def stock():
     """Context manager: inside it Unsloth's own functions run. Not for use from several threads."""
     from .patching import stock as _stock
-
     return _stock()
 
 
@@ -61,13 +59,11 @@ def install():
 
 def _home_of(name):
     from .states import home_of
-
     return home_of(name)
 
 
 def _is_hooked(name):
     from .states import hooked_modules
-
     return name in hooked_modules()
 
 
@@ -83,10 +79,8 @@ def _executed(module):
 def _take_old_names():
     """Variables of earlier releases, if one is set."""
     import os
-
     if "UNSLOTH_PATCHES_FULLGRAPH" in os.environ or "UNSLOTH_PATCHES_OFFLOAD" in os.environ:
         from .settings import take_old_names
-
         take_old_names()
 
 

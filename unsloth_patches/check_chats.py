@@ -75,7 +75,6 @@ def read_rows(data: Path) -> Iterator[Any]:
         raise Unreadable(f"{data} is not there; name a jsonl, json or parquet file, or a folder")
     if data.suffix == ".parquet":
         import pyarrow.parquet
-
         for batch in pyarrow.parquet.ParquetFile(data).iter_batches(batch_size = 1000):
             yield from batch.to_pylist()
         return
@@ -101,7 +100,6 @@ def _json_rows(file: TextIO, data: Path) -> Iterator[Any]:
 
 def _saved_dataset(data: Path) -> Iterator[Any]:
     from datasets import load_from_disk
-
     found = load_from_disk(str(data))
     for part in found.values() if isinstance(found, dict) else [found]:
         yield from part
@@ -136,7 +134,6 @@ def _tokenizer(template: str, mode: str, model: Optional[Path]):
 
     if model is not None:
         from transformers import AutoTokenizer
-
         tokenizer = AutoTokenizer.from_pretrained(str(model))
     else:
         from tokenizers import Tokenizer, models

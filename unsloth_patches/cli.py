@@ -98,7 +98,6 @@ def demo(
 ) -> None:
     """Fine-tune a model on tool calls with the patches in, and show what it learned."""
     from .demo import run
-
     raise typer.Exit(run(model, out, steps = steps, seed = seed, prompts = prompts))
 
 
@@ -120,7 +119,6 @@ def plan(
 ) -> None:
     """Would QLoRA on this model train on these GPUs under FSDP2, and with what offload? No GPU needed."""
     from .plan import plan as compute
-
     raise typer.Exit(
         compute(
             model,
@@ -195,7 +193,6 @@ def bench(
         raise typer.Exit(2)
     if name == "all":
         from .bench.every import run_all
-
         raise typer.Exit(run_all(out, quick))
     module = importlib.import_module(f"{__package__}.bench.{BENCHMARKS[name].module}")
     code = module.run(out, quick = quick, **chosen)

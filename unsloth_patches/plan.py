@@ -90,14 +90,12 @@ class _Job:
 
     def training(self, gpus: int) -> Any:
         from .unsloth.models.fsdp2_memory_count import Training
-
         kept = CHECKPOINTING[self.checkpointing]
         return Training(gpus, self.tokens, self.rank, checkpointing = kept)
 
     def on(self, source: Any, gpus: int) -> Any:
         """plan_offload's plan for a model on so many GPUs."""
         from .unsloth.models.fsdp2_offload_plan import plan_offload
-
         return plan_offload(
             source,
             self.training(gpus),
@@ -169,14 +167,12 @@ def _table(job: _Job, model: Optional[Path], gpus: int) -> int:
 def _left_out(model: Path) -> List[str]:
     """What the count leaves out of this model or assumes of it, a line each."""
     from .unsloth.models.fsdp2_model_shape import read_shape
-
     return list(read_shape(model).notes)
 
 
 def _of_options(message: str) -> str:
     """The count's messages name a variable; who runs the command gave options."""
     from .unsloth.models.fsdp2_offload_plan import OFFLOAD_ENV
-
     return message.replace("memory plan: ", "plan: ").replace(OFFLOAD_ENV, "--offload")
 
 

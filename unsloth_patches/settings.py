@@ -54,25 +54,21 @@ def _read_chunk_rows() -> None:
     import torch
 
     from .unsloth.kernels.loss_chunk_size import choose_chunk_rows
-
     choose_chunk_rows(1, 1, 2, torch.device("cpu"))
 
 
 def _read_offload() -> None:
     from .unsloth.models.fsdp2_offload_plan import offload_override
-
     offload_override()
 
 
 def _read_fullgraph() -> None:
     from .unsloth.models.compile_modes import fullgraph_mode
-
     fullgraph_mode()
 
 
 def _read_compile_report() -> None:
     from .unsloth.models.compile_callback import report_switch
-
     report_switch()
 
 

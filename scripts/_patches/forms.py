@@ -76,7 +76,9 @@ def run_form(
     if jobs < 1:
         raise PatchesError(f"{jobs} processes cannot run anything", "--jobs takes 1 or more")
     backends = _choose(project, wanted)
-    if form == "stock":  # what a patch brings that adds test helpers alone needs no change of Unsloth
+    if (
+        form == "stock"
+    ):  # what a patch brings that adds test helpers alone needs no change of Unsloth
         patches = [patch for patch in project.patches if patch.targets or patch.modules]
         changes = {test for patch in patches for test in patch.tests}
         backends = {file: backend for file, backend in backends.items() if file in changes}

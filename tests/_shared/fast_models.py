@@ -139,7 +139,6 @@ class _UnslothCheckpoint:
     @staticmethod
     def apply(function, preserve_rng_state, *arguments):
         from unsloth_zoo.gradient_checkpointing import unsloth_gradient_checkpoint
-
         return unsloth_gradient_checkpoint(function, *arguments)
 
 
@@ -277,7 +276,6 @@ def _base(family):
 
 def _quantize(model):
     import bitsandbytes as bnb
-
     for layer in model.model.layers:
         for name, linear in list(layer.named_modules()):
             if isinstance(linear, torch.nn.Linear):

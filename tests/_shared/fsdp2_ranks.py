@@ -244,7 +244,6 @@ def losses(folder, world, checkpointing):
             parameter.data.copy_(torch.randn(parameter.shape, generator = generator) * 0.02)
     if world > 1:
         from unsloth.models.fsdp2_native import FSDP2Config, shard_model
-
         assert_sharded(model)
         model = shard_model(model, FSDP2Config(param_dtype = "storage"))
     model.train()

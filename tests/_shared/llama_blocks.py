@@ -31,7 +31,6 @@ def torch_kernels(patch):
 def unsloth_checkpoint(*arguments):
     """Unsloth's own reentrant checkpoint."""
     from unsloth_zoo.gradient_checkpointing import unsloth_gradient_checkpoint
-
     return unsloth_gradient_checkpoint(*arguments)
 
 
@@ -179,5 +178,4 @@ def compiled(blocks, backend = "aot_eager"):
 
 def plain_checkpoint():
     import torch.utils.checkpoint as torch_checkpoint
-
     return getattr(torch_checkpoint, "_unsloth_pristine_checkpoint", torch_checkpoint.checkpoint)

@@ -12,7 +12,6 @@ from backend import GPU
 
 def default_data_collator(rows):
     from transformers import default_data_collator
-
     return default_data_collator(rows)
 
 
@@ -82,7 +81,6 @@ def train(
     model, tokenizer = load(checkpoint)
     if GPU:  # where FastLanguageModel trains adapters; new ones leave the losses as they are
         from unsloth import FastLanguageModel
-
         model = FastLanguageModel.get_peft_model(model, r = 4, target_modules = ["q_proj", "v_proj"])
     prepare(model)
     rows = rows or rows_of_tokens()

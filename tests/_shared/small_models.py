@@ -77,7 +77,6 @@ class _UnslothCheckpoint:
     @staticmethod
     def apply(function, preserve_rng_state, *arguments):
         from unsloth_zoo.gradient_checkpointing import unsloth_gradient_checkpoint
-
         return unsloth_gradient_checkpoint(function, *arguments)
 
 

@@ -119,7 +119,6 @@ def _type(case: Case, argument: str, capability: int) -> str:
 
 def _tools() -> Path:
     import triton
-
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 

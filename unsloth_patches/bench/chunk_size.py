@@ -63,7 +63,6 @@ LAUNCH_SECONDS = 6e-6
 def rows_of(shape: Shape, budget_mib: int) -> int:
     """The rows that this budget of logits gives, by the rule that training uses."""
     from unsloth_patches.unsloth.kernels.loss_chunk_size import fit_rows
-
     return min(fit_rows((budget_mib << 20) // (shape.vocab * 2)), shape.active)
 
 

@@ -177,7 +177,6 @@ def _is_ready(worker: Worker) -> bool:
 
 def _free_gpu() -> None:
     import torch
-
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -34,7 +34,6 @@ def _inputs(length: int) -> Tuple:
 
 def _sdpa(query, key, value):
     import torch.nn.functional as F
-
     return F.scaled_dot_product_attention(query, key, value, is_causal = True, enable_gqa = True)
 
 
@@ -67,7 +66,6 @@ def _flex() -> Dict[str, Callable]:
 def _step(attention: Callable, inputs: Tuple) -> Callable[[], None]:
     def step():
         import torch
-
         torch.autograd.grad(attention(*inputs).sum(), inputs)
 
     return step

@@ -11,13 +11,11 @@ LENGTHS = (5, 7, 9, 12)
 
 def _whole(x, scale):
     import torch
-
     return x + torch.nn.functional.silu(x @ x.transpose(1, 2)) @ x * scale
 
 
 def _broken(x, scale):
     import torch
-
     torch._dynamo.graph_break()
     return _whole(x, scale)
 

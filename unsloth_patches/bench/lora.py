@@ -53,7 +53,6 @@ def run(out: Path, quick: bool = False) -> int:
 
 def _random(*shape: int):
     import torch
-
     return torch.randn(*shape, device = "cuda", dtype = torch.bfloat16) * 0.05
 
 

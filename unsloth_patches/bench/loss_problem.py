@@ -88,7 +88,6 @@ class Problem:
 
 def ours(**options) -> Callable:
     from unsloth_patches.unsloth.kernels.linear_cross_entropy import linear_cross_entropy
-
     return lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels, **options)
 
 
@@ -106,14 +105,12 @@ def _zoo() -> Callable:
 
 def _liger() -> Callable:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
     function = LigerFusedLinearCrossEntropyLoss()
     return lambda hidden, weight, labels: function(weight, hidden, labels)
 
 
 def _cce() -> Callable:
     from cut_cross_entropy import linear_cross_entropy
-
     return lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels)
 
 
@@ -127,7 +124,6 @@ def _torch() -> Callable:
 
 def dense(hidden, weight, labels):
     import torch.nn.functional as F
-
     return F.cross_entropy(F.linear(hidden, weight).float(), labels)
 
 

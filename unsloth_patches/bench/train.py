@@ -184,7 +184,6 @@ def _take_turns(workers: Dict[str, Worker], shares: dict, runs: Dict[str, dict])
 
 def _free_gpu() -> None:
     import torch
-
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -195,7 +195,6 @@ def reference(job: Callable[[Path], dict], environment: dict, make: Callable[[Pa
     process's output if it fails.
     """
     from .fsdp2_checkpoint import fast_folder
-
     with tempfile.TemporaryDirectory(prefix = "bench-train-", dir = fast_folder()) as scratch:
         folder = Path(scratch)
         described, log = folder / "job.json", folder / "log.txt"

@@ -55,7 +55,6 @@ class Gpu:
 
     def __init__(self):
         import torch
-
         self.cuda = torch.cuda if torch.cuda.is_available() else None
 
     def drain(self) -> None:
@@ -98,7 +97,6 @@ def _trainable(model):
 def restore(model, adapters: dict) -> None:
     """The adapters as they were at the start, so that every share trains from the same point."""
     import torch
-
     with torch.no_grad():
         for name, parameter in _trainable(model):
             parameter.copy_(adapters[name])
@@ -233,7 +231,6 @@ def _patches() -> dict:
     calls = {}
     if states.get("loss-options") == "applied":
         from unsloth_patches.unsloth.fused_loss import calls as count
-
         calls = count()
     return {"states": states, "loss_calls": calls}
 

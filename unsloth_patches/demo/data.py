@@ -107,10 +107,7 @@ def _fill(tool: str, held_out: bool, rng: random.Random) -> Tuple[Dict[str, Any]
 
 
 def _ask(
-    tool: str,
-    phrases: Dict[str, Tuple[str, ...]],
-    held_out: bool,
-    rng: random.Random,
+    tool: str, phrases: Dict[str, Tuple[str, ...]], held_out: bool, rng: random.Random
 ) -> Tuple[str, Call]:
     slots, arguments = _fill(tool, held_out, rng)
     slots["day"] = slots.get("day", "").capitalize()

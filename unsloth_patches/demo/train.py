@@ -105,7 +105,6 @@ def load(folder: Path, recipe: Recipe):
 
 def _in_float32(recipe: Recipe) -> bool:
     import torch
-
     return recipe.from_scratch and not torch.cuda.is_available()
 
 

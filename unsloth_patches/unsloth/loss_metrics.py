@@ -76,7 +76,6 @@ def log_token_metrics(model: Any) -> TokenMetrics:
 
 def _install() -> None:
     from transformers import Trainer
-
     if not getattr(Trainer.log, "_tells_token_metrics", False):
         Trainer.log = _telling_token_metrics(Trainer.log)
 

@@ -32,10 +32,7 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _transform(
-    x, bias_ptr, columns, mask, logit_scale, softcap, HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
+def _transform(x, bias_ptr, columns, mask, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):  # fmt: skip
     HALF: tl.constexpr = x.dtype != tl.float32
     x = x.to(tl.float32)
     if HAS_BIAS:
@@ -55,10 +52,7 @@ def _transform(
 
 
 @triton.jit
-def _read(
-    logits_ptr, columns, VOCAB, COLUMNS, bias_ptr, logit_scale, softcap, HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
+def _read(logits_ptr, columns, VOCAB, COLUMNS, bias_ptr, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TAIL: tl.constexpr):  # fmt: skip
     # Transformed logits of a block. Only a row's last block is masked: columns behind the
     # vocabulary read as -inf there, those below COLUMNS from the row's padding, so that loads
     # stay vectors.
@@ -90,10 +84,7 @@ def _class_weights(weight_ptr, columns, VOCAB, HAS_WEIGHT: tl.constexpr, TAIL: t
 
 
 @triton.jit
-def _sum_exponentials(
-    x, columns, start, index, top, total, linear, weight_ptr, VOCAB, HAS_WEIGHT: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
+def _sum_exponentials(x, columns, start, index, top, total, linear, weight_ptr, VOCAB, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):  # fmt: skip
     # Each lane's running maximum (in units of log 2), sum of exp2 below it without the label,
     # and weighted sum of logits.
     if HAS_SMOOTHING:
@@ -110,10 +101,7 @@ def _sum_exponentials(
 
 
 @triton.jit
-def _gradient(
-    gradient, x, weight, soft_each, scale, logit_scale, softcap, HAS_FACTOR: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
+def _gradient(gradient, x, weight, soft_each, scale, logit_scale, softcap, HAS_FACTOR: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):  # fmt: skip
     # From the hard label's gradient by the transformed logits x to all of it by the raw logits.
     if HAS_SMOOTHING:
         gradient -= soft_each * weight
@@ -128,14 +116,7 @@ def _gradient(
 
 
 @triton.jit
-def _cross_entropy_kernel(
-    logits_ptr, logits_stride, grads_ptr, grads_stride, labels_ptr, losses_ptr, row_scale_ptr,
-    bias_ptr, weight_ptr, weight_sum_ptr, ignore_index, smoothing, logit_scale, softcap, z_loss,
-    VOCAB, COLUMNS, HAS_GRADS: tl.constexpr, NARROW: tl.constexpr, HAS_ROW_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_Z_LOSS: tl.constexpr,
-    HAS_FACTOR: tl.constexpr, FROM_END: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+def _cross_entropy_kernel(logits_ptr, logits_stride, grads_ptr, grads_stride, labels_ptr, losses_ptr, row_scale_ptr, bias_ptr, weight_ptr, weight_sum_ptr, ignore_index, smoothing, logit_scale, softcap, z_loss, VOCAB, COLUMNS, HAS_GRADS: tl.constexpr, NARROW: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_Z_LOSS: tl.constexpr, HAS_FACTOR: tl.constexpr, FROM_END: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     # One program a row. Each lane owns WIDTH neighbouring columns of a block and keeps its own
     # running maximum and sum, so nothing is exchanged between threads until the row's end.
     row = tl.program_id(0).to(tl.int64)

@@ -96,12 +96,7 @@ if triton is not None:
         return tl.where(x > -0.01, series, 1.0 - tl.exp(x))
 
     @triton.jit
-    def _log_probs_kernel(
-        logits_ptr, logits_stride, targets_ptr, values_ptr, top1_ptr, bias_ptr, rows, logit_scale,
-        softcap, inverse_temperature, VOCAB, COLUMNS, HAS_BIAS: tl.constexpr,
-        HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr,
-        WIDTH: tl.constexpr,
-    ):  # fmt: skip
+    def _log_probs_kernel(logits_ptr, logits_stride, targets_ptr, values_ptr, top1_ptr, bias_ptr, rows, logit_scale, softcap, inverse_temperature, VOCAB, COLUMNS, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * logits_stride
         target_id = tl.load(targets_ptr + row)
@@ -158,12 +153,7 @@ if triton is not None:
         tl.store(top1_ptr + row, top1.to(tl.int64))
 
     @triton.jit
-    def _log_probs_gradient_kernel(
-        logits_ptr, logits_stride, grads_ptr, grads_stride, targets_ptr, values_ptr, upstream_ptr,
-        bias_ptr, rows, logit_scale, softcap, inverse_temperature, VOCAB, COLUMNS,
-        HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-        NARROW: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
-    ):  # fmt: skip
+    def _log_probs_gradient_kernel(logits_ptr, logits_stride, grads_ptr, grads_stride, targets_ptr, values_ptr, upstream_ptr, bias_ptr, rows, logit_scale, softcap, inverse_temperature, VOCAB, COLUMNS, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, NARROW: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * logits_stride
         grads_ptr += row * grads_stride

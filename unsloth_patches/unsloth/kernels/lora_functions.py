@@ -112,12 +112,7 @@ def _mlp_forward(
 
 
 def _down_(
-    out: torch.Tensor,
-    h: torch.Tensor,
-    W: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    S: float,
+    out: torch.Tensor, h: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, S: float
 ) -> None:
     lora_products._products_(out, h @ A.t(), B.t(), S, 0.0, h, W.t())
 

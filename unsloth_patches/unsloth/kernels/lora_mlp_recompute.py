@@ -75,12 +75,7 @@ def define_inplace_operator(name: str, function: Callable) -> Any:
 
 
 def _down_(
-    out: torch.Tensor,
-    h: torch.Tensor,
-    W: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    S: float,
+    out: torch.Tensor, h: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, S: float
 ) -> None:
     """out = h W^T + S (h A^T) B^T, in the order of ``matmul_lora``."""
     torch.mm(h, W.t(), out = out)

@@ -42,10 +42,7 @@ class HeadInputs:
 
 
 def prepare_head(
-    name: str,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Optional[torch.Tensor],
+    name: str, hidden: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]
 ) -> HeadInputs:
     """Checks a head's tensors, and casts them as ``torch.autocast`` would for a linear layer.
 
@@ -159,11 +156,7 @@ def project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> No
 
 
 def multiply_(
-    out: torch.Tensor,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    alpha: float,
-    accumulate: bool,
+    out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, alpha: float, accumulate: bool
 ) -> None:
     """out = alpha * left @ right, plus out where ``accumulate``; otherwise out is not read."""
     beta = 1 if accumulate else 0

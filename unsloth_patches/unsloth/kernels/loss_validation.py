@@ -90,11 +90,7 @@ def check_dtype(name: str, label: str, dtype: Optional[torch.dtype], default: to
 
 
 def flat_labels(
-    name: str,
-    labels: torch.Tensor,
-    head: HeadInputs,
-    ignore_index: int,
-    shift: bool,
+    name: str, labels: torch.Tensor, head: HeadInputs, ignore_index: int, shift: bool
 ) -> torch.Tensor:
     """labels as int64 [rows], shifted by one where ``shift``; raises unless there is one a row."""
     if labels.dtype == torch.bool or labels.is_complex():
@@ -112,11 +108,7 @@ def flat_labels(
 
 
 def flat_weights(
-    name: str,
-    weights,
-    labels: torch.Tensor,
-    head: HeadInputs,
-    shift: bool,
+    name: str, weights, labels: torch.Tensor, head: HeadInputs, shift: bool
 ) -> torch.Tensor:
     """loss_weights as [rows] in the losses' dtype, shifted with the labels."""
     if not isinstance(weights, torch.Tensor) or not weights.is_floating_point():

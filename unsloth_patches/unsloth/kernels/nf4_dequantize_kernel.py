@@ -252,12 +252,7 @@ class Launch:
     """
 
     def __init__(
-        self,
-        quant_type: str,
-        blocksize: int,
-        blocksize2: int,
-        numel: int,
-        index: Optional[int],
+        self, quant_type: str, blocksize: int, blocksize2: int, numel: int, index: Optional[int]
     ):
         capability = (0, 0) if index is None else torch.cuda.get_device_capability(index)
         if index is not None and capability < (7, 0):
@@ -285,11 +280,7 @@ class Launch:
         self.launch, self.relaunch = launch, relaunch
 
     def run(
-        self,
-        W: torch.Tensor,
-        address: int,
-        scales: Tuple[torch.Tensor, ...],
-        out: torch.Tensor,
+        self, W: torch.Tensor, address: int, scales: Tuple[torch.Tensor, ...], out: torch.Tensor
     ) -> None:
         """Decodes W, which lies at ``address``, with (absmax, code2, absmax2, offset) into out."""
         out_address = out.data_ptr()

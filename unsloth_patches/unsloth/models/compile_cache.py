@@ -175,7 +175,6 @@ def _finish() -> None:
 @functools.lru_cache(maxsize = None)
 def _callback_class() -> type:
     from transformers import TrainerCallback
-
     class CompileCacheCallback(TrainerCallback):
         """Refuses a folder that cannot be used before the first step; saves after the last."""
 

@@ -64,7 +64,6 @@ def watch() -> bool:
 
 def _device() -> int:
     import torch
-
     return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 

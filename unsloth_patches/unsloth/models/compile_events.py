@@ -152,13 +152,11 @@ class Compilation:
 
 def _total_graphs() -> int:
     from torch._dynamo.utils import counters
-
     return counters["stats"]["unique_graphs"] if "stats" in counters else 0
 
 
 def _total_breaks() -> int:
     from torch._dynamo.utils import counters
-
     return sum(counters["graph_break"].values()) if "graph_break" in counters else 0
 
 

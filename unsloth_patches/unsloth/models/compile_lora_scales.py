@@ -99,7 +99,6 @@ def share_graph_between_lora_scales(stock: Callable) -> Callable:
         wrapped = stock(model)
         try:
             from unsloth.models._block_compile import _MARK, _layers
-
             layers = [layer for layer, _ in _layers(model)]
             # Not `wrapped`: it names only the classes that this call wrapped, none for a second model.
             scales_as_inputs([x for x in layers if getattr(type(x).forward, _MARK, False)])

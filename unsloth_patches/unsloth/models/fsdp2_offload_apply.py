@@ -121,7 +121,6 @@ def _lora(model: torch.nn.Module) -> Tuple[int, Tuple[str, ...]]:
 
 def _say(text: str) -> None:
     import torch.distributed as dist
-
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"Unsloth: {text}")
 

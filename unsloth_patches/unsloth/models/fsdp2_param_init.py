@@ -119,11 +119,7 @@ def _let_bytes_be_sharded() -> None:
 
 
 def _install_rows(
-    fsdp_param: Any,
-    reader: ShardReader,
-    key: str,
-    device: torch.device,
-    dtype: torch.dtype,
+    fsdp_param: Any, reader: ShardReader, key: str, device: torch.device, dtype: torch.dtype
 ) -> None:
     old = fsdp_param.sharded_param
     size = fsdp_param.padded_sharded_param_size[0]

@@ -144,11 +144,7 @@ def _read_flat(key: str, reader: ShardReader, layout: RowLayout, columns: int) -
 
 
 def _read_packed(
-    key: str,
-    reader: ShardReader,
-    layout: RowLayout,
-    shape: torch.Size,
-    device: torch.device,
+    key: str, reader: ShardReader, layout: RowLayout, shape: torch.Size, device: torch.device
 ) -> WeightShard:
     """Slices of a pre-quantized weight: no arithmetic, so no other rank either."""
     values = unpack_tensor_to_dict(reader.whole(packed_key(key, reader)))

@@ -160,7 +160,6 @@ def sharded_4bit_loading(mesh: Any = None) -> Iterator[None]:
         return
     if mesh is None:
         from unsloth.models.fsdp2_load import _default_load_mesh
-
         mesh = _default_load_mesh()
     if mesh.ndim > 2:
         raise ValueError(

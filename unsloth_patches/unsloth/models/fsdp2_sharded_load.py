@@ -132,7 +132,6 @@ def fill_sharded(
 
 def _shown(jobs: List[_Job]) -> Any:
     from tqdm.auto import tqdm
-
     return tqdm(jobs, desc = "Loading this rank's 4-bit shards", disable = dist.get_rank() != 0)
 
 
@@ -174,9 +173,7 @@ def _find_jobs(model: torch.nn.Module, reader: ShardReader, renamings: Sequence[
 
 
 def _renamed(
-    model: torch.nn.Module,
-    reader: ShardReader,
-    renamings: Sequence[Any],
+    model: torch.nn.Module, reader: ShardReader, renamings: Sequence[Any]
 ) -> Dict[str, str]:
     """Model name -> checkpoint name, where transformers renames."""
     prefix = getattr(model, "base_model_prefix", "")

@@ -347,7 +347,6 @@ def set_shard(module: Linear4bit, shard: WeightShard) -> None:
 def fsdp_params(model: torch.nn.Module) -> Iterator[Any]:
     """torch's FSDPParam objects below ``model``."""
     from torch.distributed.fsdp import FSDPModule
-
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue

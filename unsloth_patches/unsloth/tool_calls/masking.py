@@ -127,10 +127,7 @@ class LastRun:
         return [-100] * kept + labels[kept:]
 
     def _first_of_last_run(
-        self,
-        ids: List[int],
-        turns: List[Tuple[str, int, int]],
-        last: int,
+        self, ids: List[int], turns: List[Tuple[str, int, int]], last: int
     ) -> int:
         first = position = last
         while position >= 0 and turns[position][0] in ("assistant", "ipython"):

@@ -72,8 +72,7 @@ def plain(value: Any) -> Any:
 
 
 def read_messages(
-    conversation: Any,
-    roles: Mapping[str, str] = ROLES,
+    conversation: Any, roles: Mapping[str, str] = ROLES
 ) -> Tuple[List[Dict[str, Any]], List[int]]:
     """OpenAI's messages, and for each the index of the message that it was read from.
 

@@ -121,10 +121,7 @@ class Turn(NamedTuple):
 
 
 def one_call_a_message(
-    turn: Turn,
-    results: Sequence[Optional[Dict[str, Any]]],
-    builtin_tools: Sequence[str],
-    warn,
+    turn: Turn, results: Sequence[Optional[Dict[str, Any]]], builtin_tools: Sequence[str], warn
 ) -> List[Dict[str, Any]]:
     """The message and its results, as Meta's templates render them: one call a message."""
     if len(turn.calls) > 1:

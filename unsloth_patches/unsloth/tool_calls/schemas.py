@@ -97,7 +97,6 @@ class Schemas:
 def _named_schema(tool: Any):
     if callable(tool):
         from transformers.utils import get_json_schema
-
         tool = get_json_schema(tool)
     if not isinstance(tool, Mapping):
         return str(tool), None
