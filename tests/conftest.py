@@ -62,6 +62,17 @@ def pytest_runtest_teardown(item, nextitem):
     _check_home()
 
 
+def pytest_runtest_logreport(report):
+    if report.failed:
+        _FAILED.add(report.nodeid.partition("::")[0])
+
+
+def pytest_runtest_setup(item):
+    """On stock Unsloth one failing test of a file is all that is asked for; minutes are saved."""
+    if FORM == "stock" and item.nodeid.partition("::")[0] in _FAILED:
+        pytest.skip("this file has failed on stock Unsloth already, as it should")
+
+
 def _backends():
     if FORM != "import":
         return {}  # scripts/patches.py has sorted the files already
@@ -85,3 +96,4 @@ def pytest_collectstart(collector):
 
 
 _SEEN = pytest.StashKey()
+_FAILED = set()

@@ -78,8 +78,8 @@ def read_rows(data: Path) -> Iterator[Any]:
         for batch in pyarrow.parquet.ParquetFile(data).iter_batches(batch_size = 1000):
             yield from batch.to_pylist()
         return
-    with open(data, encoding = "utf-8") as file:
-        yield from _json_rows(file, data)
+    with open(data, encoding = "utf-8") as text:
+        yield from _json_rows(text, data)
 
 
 def _json_rows(file: TextIO, data: Path) -> Iterator[Any]:
@@ -176,8 +176,12 @@ def check(
             own = prepare_tools(_schemas(row, tools))
             given = messages
             if not (type(messages) is list and is_clean(messages, (), checks.mode == "join")):
-                options = {"tools": own, "warn": lambda where, notice: notices.append(notice)}
-                given = prepare_conversation(messages, arrange = checks.arrange, **options)
+                given = prepare_conversation(
+                    messages,
+                    tools = own,
+                    arrange = checks.arrange,
+                    warn = lambda where, notice: notices.append(notice),
+                )
                 messages = prepare_conversation(messages, tools = own, arrange = keep)
             text = render(tokenizer, given, tools = own, tokenize = False)
         except Exception as error:
@@ -236,10 +240,11 @@ def run(
         console.print(f"[red]check-chats:[/] {error}", highlight = False, soft_wrap = True)
         return MISUSE
     report, out = Report(), None
+    kept: List[Any] = []
     try:
         out = open(fix, "w", encoding = "utf-8") if fix else None
         rows = track(
-            _keep_rows(data, kept := []),
+            _keep_rows(data, kept),
             "checking",
             console = console,
             disable = not console.is_terminal,

@@ -201,7 +201,7 @@ def fingerprint_live(function: Any) -> str:
     or where it cannot be told which of several it is."""
     try:
         target = inspect.unwrap(function)
-        tree = _parsed(inspect.getsourcefile(target))
+        tree = _parsed(inspect.getsourcefile(target) or "")
     except (TypeError, OSError, SyntaxError, ValueError):
         return ""
     nodes = [
@@ -211,7 +211,7 @@ def fingerprint_live(function: Any) -> str:
     ]
     lines = _first_lines(target)
     if lines:
-        nodes = [node for node in nodes if _first_line(node) <= lines[0] <= node.end_lineno]
+        nodes = [node for node in nodes if _first_line(node) <= lines[0] <= (node.end_lineno or 0)]
         if not isinstance(target, type):
             nodes = [node for node in nodes if _first_line(node) == lines[0]]
     prints = {fingerprint_node(node) for node in nodes}

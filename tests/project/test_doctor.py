@@ -167,20 +167,13 @@ def test_every_switch_belongs_to_a_patch():
     assert {switch.patch for switch in SWITCHES.values()} <= {patch.name for patch in PATCHES}
 
 
-def renamed(variable, module):
-    """A case that waits for ``module`` to read the variable by its new name."""
-    source = (ROOT / "unsloth_patches" / "unsloth" / "models" / module).read_text(encoding = "utf-8")
-    waits = pytest.mark.xfail(f'"{variable}"' not in source, reason = "read by its old name")
-    return lambda *values: pytest.param(variable, *values, marks = waits)
-
-
 @pytest.mark.parametrize(
     "variable, bad, good",
     [
         ("UNSLOTH_LOSS_CHUNK_ROWS", "many", "512"),
         ("UNSLOTH_LOSS_CHUNK_ROWS", "0", "1"),
-        renamed("UNSLOTH_FSDP2_OFFLOAD", "fsdp2_offload_plan.py")("blocks:0", "blocks:3"),
-        renamed("UNSLOTH_FULLGRAPH", "compile_modes.py")("maybe", "auto"),
+        ("UNSLOTH_FSDP2_OFFLOAD", "blocks:0", "blocks:3"),
+        ("UNSLOTH_FULLGRAPH", "maybe", "auto"),
         ("UNSLOTH_COMPILE_REPORT", "2", "0"),
     ],
 )

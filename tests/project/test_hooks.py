@@ -918,10 +918,6 @@ def test_a_late_import_of_the_installed_unsloth_blames_nothing_else():
     python(code, ROOT, {"CUDA_VISIBLE_DEVICES": ""})
 
 
-_MODES = (ROOT / "unsloth_patches/unsloth/models/compile_modes.py").read_text(encoding = "utf-8")
-
-
-@pytest.mark.xfail('"UNSLOTH_FULLGRAPH"' not in _MODES, reason = "read by its old name")
 @needs_unsloth
 def test_a_mistyped_switch_is_told_at_import():
     """On a machine without a GPU nothing reads it later. It is said, and stops nothing."""

@@ -10,13 +10,6 @@ from fake_unsloth import ROOT
 
 PACKAGE = "unsloth_patches"
 LANDS = f"{PACKAGE}.unsloth"
-# Circles that others are cutting: delete a line when its circle is gone. The list only gets shorter.
-KNOWN_CIRCLES = [
-    {"registry", "upstream_source"},  # goes with registry.main()
-    {"unsloth.kernels.cross_entropy_kernel", "unsloth.kernels.cross_entropy_rows"},
-    {"unsloth.fused_loss", "unsloth.loss_options"},
-    {"unsloth.kernels.linear_cross_entropy", "unsloth.kernels.linear_loss"},
-]
 
 
 def modules(root):
@@ -80,10 +73,8 @@ def edges():
 
 
 def test_no_circle(edges):
-    """None beside the known ones, in which no other module may join."""
-    known = [{f"{PACKAGE}.{name}" for name in group} for group in KNOWN_CIRCLES]
-    found = circles(edges)
-    assert [sorted(group) for group in found if not any(group <= each for each in known)] == []
+    """Function-level imports included."""
+    assert [sorted(group) for group in circles(edges)] == []
 
 
 def test_what_lands_imports_nothing_of_the_rest(edges):
@@ -101,8 +92,7 @@ def test_imports_run_one_way(edges):
     layers = ["cli", "doctor", "reporting", "patching", "states", "upstream_source", "registry"]
     for above, name in enumerate(layers):
         for higher in layers[:above]:
-            if {name, higher} not in KNOWN_CIRCLES:
-                assert f"{PACKAGE}.{higher}" not in edges[f"{PACKAGE}.{name}"], (name, higher)
+            assert f"{PACKAGE}.{higher}" not in edges[f"{PACKAGE}.{name}"], (name, higher)
     for name, targets in edges.items():
         if f"{PACKAGE}.cli" in targets:
             assert name == f"{PACKAGE}.__main__"

@@ -232,7 +232,7 @@ def run(out: Path, quick: bool = False) -> int:
     results["summary"] = summarize(results["single"])
     print_tables(results)
 
-    name = torch.cuda.get_device_name().split()[-1].lower()
+    name = harness.gpu_slug(torch.cuda.get_device_name())
     command = "python -m unsloth_patches bench dequant" + (" --quick" if quick else "")
     harness.save_json(Path(out) / f"dequant_{name}.json", results, command)
     plot(results, Path(out) / f"dequant_{name}.png", torch.cuda.get_device_name())

@@ -202,7 +202,7 @@ class _LeanGather:
         return self._inputs[1]
 
     def init_all_gather_outputs(self, numels, dtypes, world_size, device, *args, **kwargs):
-        if self.all_gather_outputs:
+        if self.all_gather_outputs:  # type: ignore[has-type]
             return
         sizes = [numel * world_size * dtype.itemsize for numel, dtype in zip(numels, dtypes)]
         padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
