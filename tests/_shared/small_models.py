@@ -9,75 +9,17 @@ from types import SimpleNamespace
 import torch
 import torch.utils.checkpoint
 from backend import DEVICE
+from fast_models import (
+    PROJECTIONS,
+    _build_rope_cache,
+    _norm,
+    _norm_and_rope,
+    _rope,
+    _UnslothCheckpoint,
+)
 from torch.nn import functional as F
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCABULARY, LONGEST, RANK = 96, 1024, 4
-
-
-def _norm(
-    module,
-    X,
-    gemma = False,
-    save_output = False,
-    reuse_grad = False,
-):
-    x = X.float()
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim = True) + module.variance_epsilon)
-    return module.weight * x.to(X.dtype)
-
-
-def _rotate(x, cos, sin):
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat((-b, a), -1) * sin
-
-
-def _rope(
-    Q,
-    K,
-    cos,
-    sin,
-    position_ids = None,
-):
-    if position_ids is None:
-        cos, sin = cos[: Q.shape[-2]], sin[: Q.shape[-2]]
-    else:
-        cos, sin = cos[position_ids].unsqueeze(1), sin[position_ids].unsqueeze(1)
-    return _rotate(Q, cos, sin), _rotate(K, cos, sin)
-
-
-def _norm_and_rope(
-    q_norm,
-    k_norm,
-    Q,
-    K,
-    cos,
-    sin,
-    position_ids = None,
-):
-    Q, K = _norm(q_norm, Q).transpose(1, 2), _norm(k_norm, K).transpose(1, 2)
-    return _rope(Q, K, cos, sin, position_ids)
-
-
-def _build_rope_cache(self, device_index):
-    size = self.current_rope_size
-    self._set_cos_sin_cache(
-        seq_len = self._rope_cache_rows(),
-        device = torch.device("cpu", 0),
-        dtype = self._rope_cache_dtype,
-    )
-    self.current_rope_size = size
-    self._rope_cache_versions[0] = self._rope_cache_version
-    self._mark_rope_build(0)
-
-
-class _UnslothCheckpoint:
-    """What stands behind torch's checkpoint once a model was loaded for checkpointing."""
-
-    @staticmethod
-    def apply(function, preserve_rng_state, *arguments):
-        from unsloth_zoo.gradient_checkpointing import unsloth_gradient_checkpoint
-        return unsloth_gradient_checkpoint(function, *arguments)
 
 
 def _fast_inner_training_loop(self, *args, **kwargs):
