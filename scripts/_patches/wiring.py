@@ -207,7 +207,11 @@ def _method(owner: ast.ClassDef, name: str, decorator: str, lines: List[str]) ->
     # Inherited, and in Unsloth those are static: `from_pretrained` and its like.
     first = owner.body[0]
     base = ast.unparse(owner.bases[0]) if owner.bases else "object"
-    new = _assignment(name, f"staticmethod({decorator}", f"{base}.{name})", first.col_offset)
+    earlier = [node for node in owner.body if name in _bound(node)]  # by a patch before this one
+    stock = f"{name}.__func__" if earlier else f"{base}.{name}"
+    new = _assignment(name, f"staticmethod({decorator}", f"{stock})", first.col_offset)
+    if earlier:
+        return earlier[-1].end_lineno, new
     if isinstance(first, ast.Pass) and len(owner.body) == 1:
         lines[first.lineno - 1] = "\n".join(new)
         return first.lineno, []

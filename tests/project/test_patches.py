@@ -5,6 +5,7 @@
 The real series is checked by `python scripts/patches.py check`, which pre-commit and CI run.
 """
 
+import ast
 import shutil
 
 import pytest
@@ -317,3 +318,19 @@ def test_rebase_names_the_fingerprint(root, cache, tmp_path):
 def test_rebase_on_the_pinned_release(root, cache, tmp_path):
     (outcome,) = rebase.rebase(Project(root), "1.0", tmp_path / "scratch")
     assert (outcome.state, outcome.notes) == (rebase.CLEAN, [])
+
+
+def test_two_patches_wrap_an_inherited_method():
+    """The second wraps what the first put into the class body, not what is inherited."""
+    from _patches import wiring
+
+    lines = "class A(B):\n    pass\n".splitlines()
+    for decorator in ("first", "second"):
+        owner = ast.parse("\n".join(lines)).body[0]
+        place, new = wiring._method(owner, "load", decorator, lines)
+        lines[place:place] = new
+        lines = "\n".join(lines).splitlines()
+    assert lines[1:] == [
+        "    load = staticmethod(first(B.load))",
+        "    load = staticmethod(second(load.__func__))",
+    ]
