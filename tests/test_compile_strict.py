@@ -133,7 +133,7 @@ def test_calls_around_the_region_are_counted_by_reason(toy, monkeypatch):
     layer = torch.nn.Module()
     assert "packed batch (packed_seq_lengths)" in _why_outside(layer, {"packed_seq_lengths": 1})
     assert _why_outside(layer, {"past_key_values": 1}) == "called with a key-value cache"
-    assert _why_outside(layer, {}) == "upstream ran its stock forward"
+    assert _why_outside(layer, {}) == "Unsloth ran the uncompiled forward"
     layer.__dict__["_unsloth_forced_float32"] = True
     assert _why_outside(layer, {}) == "float32 is forced for this model"
     monkeypatch.setenv("UNSLOTH_COMPILE_DISABLE", "partial")

@@ -145,7 +145,7 @@ def layers_by_state(model: torch.nn.Module, region: BlockRegion) -> Dict[str, in
 
 
 def _why_outside(layer: torch.nn.Module, kwargs: Dict[str, Any]) -> Optional[str]:
-    """Why upstream sent a training call around the compiled region; None for a demoted layer."""
+    """Why block compile sent a training call around the compiled region; None for a demoted layer."""
     if layer.__dict__.get(_MODE_OF_LAYER) == _EAGER:
         return None
     if os.environ.get("UNSLOTH_BLOCK_COMPILE", "1") == "0":
@@ -159,12 +159,12 @@ def _why_outside(layer: torch.nn.Module, kwargs: Dict[str, Any]) -> Optional[str
         return "float32 is forced for this model"
     if any(kwargs.get(name) is not None for name in ("past_key_values", "past_key_value")):
         return "called with a key-value cache"
-    return "upstream ran its stock forward"
+    return "Unsloth ran the uncompiled forward"
 
 
 def enforce_full_graphs(stock: Callable) -> Callable:
     """``_wrap`` of ``models/_block_compile.py``: the region is watched, in strict mode with
-    ``fullgraph = True``; with mode ``off`` as upstream does it.
+    ``fullgraph = True``; with mode ``off`` as without this decorator.
     """
 
     @functools.wraps(stock)

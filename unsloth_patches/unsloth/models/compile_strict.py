@@ -35,7 +35,7 @@ class FullgraphCallback(TrainerCallback):
         if fullgraph_mode() == "strict" and loss_state().startswith("demoted"):
             raise FullgraphError(
                 f"Unsloth: the fused loss is not one compiled graph, and {VARIABLE}=strict; "
-                "upstream fell back to its eager loss. UNSLOTH_COMPILE_DEBUG=1 shows the error."
+                "Unsloth fell back to its eager loss. UNSLOTH_COMPILE_DEBUG=1 shows the error."
             )
 
 
@@ -61,7 +61,7 @@ def require_compiled_blocks(model: Optional[torch.nn.Module]) -> None:
 
 
 def loss_state() -> str:
-    """How the loss ran: by hand-written kernels, compiled by upstream, or demoted by it."""
+    """How the loss ran: by hand-written kernels, compiled by unsloth_zoo, or demoted by it."""
     calls = _fused_loss_calls()
     if calls and not any(name.startswith("stock") for name in calls):
         return "hand-written kernels, nothing to compile"

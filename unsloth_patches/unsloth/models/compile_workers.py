@@ -43,9 +43,12 @@ def start_compile_workers() -> bool:
     from torch._inductor import async_compile
 
     warm = getattr(async_compile, "maybe_warm_pool", None)  # PyTorch 2.6 and newer
-    if warm is None or async_compile.get_compile_threads() <= 1:
+    try:
+        if warm is None or async_compile.get_compile_threads() <= 1:
+            return False
+        warm()
+    except Exception:  # then they start when something compiles, as without this
         return False
-    warm()
     return True
 
 

@@ -70,8 +70,11 @@ def _free_on_host() -> List[int]:
                 found.append(int(line.split()[1]) * 1024)
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding = "utf-8").strip()
         if limit.isdigit():
-            used = Path("/sys/fs/cgroup/memory.current").read_text(encoding = "utf-8")
-            found.append(int(limit) - int(used))
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding = "utf-8"))
+            for line in Path("/sys/fs/cgroup/memory.stat").read_text(encoding = "utf-8").splitlines():
+                if line.startswith("inactive_file "):
+                    used -= int(line.split()[1])  # cached files, which the kernel gives back
+            found.append(int(limit) - used)
     except OSError:
         pass  # no such file on this system; what was read so far stands
     return found

@@ -331,13 +331,13 @@ def _lay_out(hidden: torch.Tensor, kwargs: dict) -> Tuple[str, Any]:
     if bucket < longest:
         return "rows longer than the rope tables", None
     padded = bucket * (len(documents) or batch)
-    if documents:
-        # Packed rows are replayed; compiling blocks for the few that are not would not repay.
-        os.environ.setdefault("UNSLOTH_BLOCK_COMPILE_PACKED", "0")
     if not documents:
         return "", PaddedRows(batch, tokens, bucket)
     if padded > MAX_PADDING * tokens and padded > 2 * SHORT:
         return "packed documents of too different lengths", None
+    if mode() == "1" and padded <= MAX_TOKENS:
+        # Replayed from the second batch on; compiling blocks for the first would not repay.
+        os.environ.setdefault("UNSLOTH_BLOCK_COMPILE_PACKED", "0")
     return "", SeparatedDocuments(documents, bucket, hidden.device)
 
 

@@ -74,7 +74,7 @@ def _quantization(weight: torch.Tensor) -> Iterator[Tuple[Any, str]]:
     """(object, attribute) of the tensors that a 4-bit weight is decoded with."""
     state = getattr(weight, "quant_state", None)
     while state is not None:
-        for name in ("absmax", "code"):
+        for name in ("absmax", "code", "offset"):
             if isinstance(getattr(state, name, None), torch.Tensor):
                 yield state, name
         state = getattr(state, "state2", None)

@@ -117,7 +117,14 @@ def _plain(hidden_states: Any, args: tuple, kwargs: dict) -> bool:
 def _row(attention: Any, hidden_states: torch.Tensor, kwargs: dict) -> Optional[PackedRow]:
     lengths = kwargs[LENGTHS]
     total, device = hidden_states.shape[1], hidden_states.device
-    key = (lengths._version, total, device, hidden_states.dtype, torch.is_autocast_enabled())
+    key = (
+        lengths._version,
+        total,
+        device,
+        hidden_states.dtype,
+        torch.is_autocast_enabled(),
+        id(attention.config),  # another model's heads, whose attention may be another
+    )
     if _last.get("lengths") is lengths and _last["key"] == key:
         return _last["row"]
     row = None
