@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Llama 3.1, 3.2 and 3.3 chat templates render bit for bit as Meta publishes them.
 
 The reference is the text of Meta's templates in TRL, rendered by transformers' apply_chat_template.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """A compiled block's two runs under gradient checkpointing share one graph.
 
 Without a GPU, torch forms stand for the Triton kernels of norm and activation.

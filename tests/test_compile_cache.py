@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Compiled code kept in a folder: a later run finds it; what cannot be trusted is left alone."""
 
 import importlib.util

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """LoRA scales that differ between layers cost no graph; each counts from the next call on."""
 
 import pytest

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """What was compiled is reported: graphs, breaks, recompilations and demotions with their reasons.
 
 Without a GPU, blocks are compiled with aot_eager.

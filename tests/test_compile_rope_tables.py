@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """A batch as long as a head is wide, whose length the RoPE tables' width equals, needs no other graph."""
 
 from backend import require

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """UNSLOTH_FULLGRAPH=strict: whatever keeps a decoder block from being one graph stops the run.
 
 Without a GPU, blocks are compiled with aot_eager.

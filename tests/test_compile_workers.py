@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Inductor's compile workers start with the load of a model, where something will be compiled."""
 
 import pytest

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """The kernel behind every cross entropy, and fast_cross_entropy_loss with the options of nn.CrossEntropyLoss."""
 
 import pytest

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """linear_cross_entropy on the Triton kernel against torch.nn.CrossEntropyLoss."""
 
 import itertools

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """An undecided 4-bit load under native FSDP2 is sharded exactly where the whole model does not fit."""
 
 import os

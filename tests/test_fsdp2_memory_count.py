@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """What QLoRA training holds on a GPU, counted from a model's sizes; what cannot be counted is
 refused.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """A model that is sharded over its ranks trains alike with what the plan moves to host memory."""
 
 import os

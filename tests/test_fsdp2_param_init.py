@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """A meta 4-bit model, wrapped by its caller: each rank fills in its slices of the checkpoint."""
 
 import glob

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """A 4-bit model under native FSDP2 of which no rank ever holds more than its shard."""
 
 import glob

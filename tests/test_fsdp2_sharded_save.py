@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Saves of a model of sharded 4-bit weights see whole weights with whole quantization states."""
 
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Unsloth's fused loss on linear_cross_entropy, and where the stock loss stays."""
 
 import pytest

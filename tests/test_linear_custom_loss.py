@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Any loss of a head that treats rows by themselves, computed in chunks."""
 
 import pytest

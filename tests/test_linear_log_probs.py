@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Log-probabilities of a head in chunks, the losses on them, and what all chunked losses share."""
 
 import pytest

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """The chunked losses on two ranks: DDP, a sharded head, and models that fully_shard has sharded.
 
 Two gloo processes on the CPU, or two NCCL ones where there are two GPUs. Those on the CPU are forked,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Fused LoRA with fewer passes: the same mathematics, no less exact, and fewer products.
 
 Every function is checked through the class that fast_lora.py calls: LoRA_QKV, LoRA_W, LoRA_MLP.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Token accuracy and entropy in SFTTrainer's log, beside those of transformers' own logits."""
 
 import pytest

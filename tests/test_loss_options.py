@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Loss options reach the losses of the models that run Unsloth's own forwards."""
 
 import pytest

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """dequantize_4bit and fast_dequantize on the 4-bit kernel: what is served, refused and kept."""
 
 import copy

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """The 4-bit decode kernel: bit for bit what the format says, in one launch, for every format and size.
 
 Without a GPU it runs in Triton's interpreter; with one, the same tests run on it, against

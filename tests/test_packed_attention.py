@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Packed rows of any lengths are compiled, to one graph, and documents do not see each other."""
 
 import contextlib

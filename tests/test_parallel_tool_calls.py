@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """get_chat_template(..., parallel_tool_calls = "error" | "split" | "join") for Llama 3.1, 3.2 and
 3.3.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """A test file gets the backend that it asks for, or is skipped with the reason; never the wrong one."""
 
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Decoder blocks replayed as graphs train as they do without: losses and gradients beside a twin's.
 
 Without a GPU a tape of the operations stands for the graphs (``graph_tape.py``): it keeps addresses,

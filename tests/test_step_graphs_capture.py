@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """What step graphs are made of: lengths, layouts, and blocks that run forward and backward by hand."""
 
 import pytest

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """SwiGLU's backward inside compiled blocks: exact as the eager kernel, with one buffer less."""
 
 import logging

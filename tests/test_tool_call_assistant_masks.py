@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """assistant_only_loss: the same bytes, and exactly what train_on_responses_only trains."""
 
 import importlib

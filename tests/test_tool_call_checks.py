@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Conversations with tool calls are read, checked and tidied before a Llama 3.x template renders them.
 
 What is put right, what is refused, what is rendered with a notice, and what UNSLOTH_TOOL_CHECKS changes.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Datasets of tool conversations: ShareGPT's roles and OpenAI's messages, through Arrow and as streams."""
 
 import importlib

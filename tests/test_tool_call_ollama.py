@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """The exported Ollama modelfile renders tool conversations as the chat template does.
 
 Ollama's TEMPLATE is a Go text/template; the few constructs that the modelfile uses are evaluated

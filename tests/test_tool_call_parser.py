@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """What Llama 3.x models write for tool calls is read as those calls, or comes back as text with the reason."""
 
 import importlib

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """A saved tokenizer renders and checks tool calls after a reload as it did in training."""
 
 import importlib

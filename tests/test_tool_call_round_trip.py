@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """What the Llama 3.x templates render for tool calls is read back: parse(render(x)) == x."""
 
 import importlib

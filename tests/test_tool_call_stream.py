@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Tool calls are handed out while a reply is written: each once, when complete, in linear time."""
 
 import importlib

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Which of Unsloth's backends a test file needs. It is chosen once, when Unsloth is imported.
 
     cpu          Unsloth's CPU backend: no Triton kernel, no model classes of its own

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Small Llama, Mistral, Qwen2 and Qwen3 models on Unsloth's fast path, blocks compiled, and training steps.
 
 Without a GPU the blocks are traced with PyTorch stand-ins for the Triton kernels, whose launches

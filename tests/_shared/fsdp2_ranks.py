@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Ranks of a process group (gloo on the CPU), forked by a test, and the tiny Llama that they train.
 
 Forked from a process that has imported Unsloth and done nothing else with torch: a fork after a

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """A stand-in for CUDA graphs on the CPU: records the operations of a call with their tensors, and
 replays them into the same memory.
 

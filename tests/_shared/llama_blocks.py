@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """A few Llama decoder blocks with LoRA on their MLP, as Unsloth leaves them, and training steps of them."""
 
 import contextlib

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """A tokenizer with Llama's special tokens, Meta's templates, and conversations to render with them."""
 
 import importlib.util

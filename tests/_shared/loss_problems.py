@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Heads, hidden states and labels for tests of losses, and the comparison with a dense reference."""
 
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """A tiny Llama trained by SFTTrainer for a few steps, and what transformers' own logits say of it."""
 
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """bitsandbytes 4-bit weights for tests, and what they decode to."""
 
 import torch

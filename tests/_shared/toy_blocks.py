@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """A toy model whose decoder blocks go through Unsloth's block compile, by aot_eager, and its Trainer."""
 
 import logging

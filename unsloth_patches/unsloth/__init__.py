@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """What lands in Unsloth: ``X.py`` here is ``unsloth/X.py`` of the fork, byte for byte."""

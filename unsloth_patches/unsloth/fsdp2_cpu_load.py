@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """The CPU backend's ``from_pretrained`` under FSDP2 (gloo ranks: tests, and machines without GPUs).
 
 Apart from ``models/``, because importing that package loads Unsloth's GPU stack, which the CPU

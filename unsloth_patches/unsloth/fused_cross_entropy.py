@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """The fused loss of Unsloth's forwards on ``kernels.linear_cross_entropy``.
 
 What that does not serve goes to the stock function; `calls` counts both.

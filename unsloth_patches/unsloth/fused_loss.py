@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Loss options of a model reach the loss that its forward computes.
 
 The forwards are wrapped: options among a call's keyword arguments, or set once with

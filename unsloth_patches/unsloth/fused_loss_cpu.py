@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """The CPU backend's causal language model loss on ``kernels.linear_cross_entropy``, with options."""
 
 from typing import Any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Llama 3.1, 3.2 and 3.3 chat templates that render as Meta publishes them.
 
 Meta publishes one template for Llama 3.1 and 3.3 and another for Llama 3.2. Both are derived here

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """A model's loss options in transformers' and TRL's trainers: counted, honoured in evaluation, or refused.
 
 Put in with the first `set_loss_options`; a trainer whose model has no options runs as it did.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """What a model's loss does beyond plain cross entropy, and how the loss gets to know it."""
 
 from dataclasses import dataclass, fields, replace

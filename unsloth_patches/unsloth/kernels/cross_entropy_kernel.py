@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """The Triton kernel behind ``cross_entropy_rows``: two passes over a row, gradients in place."""
 
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Cross entropy of a block of logits: losses out, and the logits overwritten by their gradients.
 
 One row of the loss, with x the logits after bias, scale and soft cap, y the label, w the class

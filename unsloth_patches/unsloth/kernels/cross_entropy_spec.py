@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """What a row's cross entropy is made of, and how rows of logits lie in memory."""
 
 from dataclasses import dataclass

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """The arithmetic of ``cross_entropy_rows`` in plain torch, and what logits become before a loss."""
 
 from typing import Optional

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Cross entropy of logits that are there anyway, with the options of nn.CrossEntropyLoss."""
 
 from dataclasses import replace

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """nn.CrossEntropyLoss of ``hidden @ weight.T + bias`` without the logits ever being whole."""
 
 from dataclasses import dataclass, replace

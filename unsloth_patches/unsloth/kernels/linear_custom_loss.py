@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Any differentiable loss of ``hidden @ weight.T`` that treats every row by itself, in chunks."""
 
 from dataclasses import dataclass

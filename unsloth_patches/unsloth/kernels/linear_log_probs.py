@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Per-token statistics of ``hidden @ weight.T + bias``, for losses that couple rows.
 
 GRPO, DPO and KL penalties are functions of log-probabilities of whole sequences, so their

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Losses of ``hidden @ weight.T`` that never hold all the logits.
 
 linear_cross_entropy   nn.CrossEntropyLoss in every combination, and what training adds to it

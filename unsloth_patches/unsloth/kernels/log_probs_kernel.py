@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Log-probability, logsumexp, entropy and most likely class of rows of logits, and their gradients.
 
 With x the transformed logits, p their softmax, y the target and H the entropy:

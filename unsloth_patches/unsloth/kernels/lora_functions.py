@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Fused LoRA for Q, K, V, for O and for the MLP on the products of ``lora_products.py``.
 
 They stand where Unsloth's LoRA_QKV, LoRA_W and LoRA_MLP stood, and hand over to those whatever has

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """The SwiGLU MLP with LoRA for a caller that needs its graph, not its output.
 
 Gradient checkpointing runs a block a second time to rebuild what the backward pass reads. The MLP

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """The products of LoRA projections, in an order that passes over the activations less often.
 
 A projection is ``Y = X W^T + S (X A^T) B^T``. X, Y and their gradients have thousands of rows and

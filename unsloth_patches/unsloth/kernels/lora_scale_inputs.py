@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """LoRA scales that enter a compiled block as tensors; models/compile_lora_scales.py makes them.
 
 Apart from it, because unsloth.kernels must not need unsloth.models to be imported.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Which losses ran, and whether the function that one stands in for is the one that it knows."""
 
 from typing import Dict

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """How many rows of logits a chunked loss holds at once.
 
 More rows make the matrix products more efficient up to a point; memory grows with every row. The

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """What the chunked losses share: checked inputs, blocks of logits, the head's gradients.
 
 A loss of ``hidden @ weight.T`` is computed a few hundred to a few thousand rows at a time. One

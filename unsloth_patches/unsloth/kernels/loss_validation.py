@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Checks of a chunked loss's arguments, before anything is computed: each error names the value."""
 
 from typing import Iterable, Optional, Tuple

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Triton functions that decode bitsandbytes' 4-bit words: NF4 and FP4, bit for bit.
 
     out[j] = T(CODE[nibble j] * scale)        (high nibble of a byte first)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Dequantize any bitsandbytes 4-bit weight in one Triton launch.
 
 ``dequantize_4bit`` is bit-identical to ``bitsandbytes.functional.dequantize_4bit`` on CUDA, which

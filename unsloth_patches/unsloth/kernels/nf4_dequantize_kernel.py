@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """The Triton kernel that decodes a bitsandbytes 4-bit weight in one launch, and that launch.
 
     scale[k] = code2[absmax[k]] * absmax2[k // blocksize2] + offset      (double quantized)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Losses whose gradients are computed once say so, where autograd would differentiate zeros."""
 
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """SwiGLU's backward in a compiled block, with one buffer less.
 
 Traced, Inductor fuses the backward into one kernel that reads dY W, e and g and writes h, df and

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Tell a decoder block's MLP when its output is not read.
 
 Reentrant gradient checkpointing runs a block twice: without grad for its output, and in the

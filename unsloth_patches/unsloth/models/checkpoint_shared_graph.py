@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Compile a checkpointed block once, not once for each of its two runs.
 
 Reentrant gradient checkpointing runs a block without grad for its output, and again with grad for

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Keep what torch.compile made in a folder, so that a later run's first step need not compile.
 
 ``UNSLOTH_COMPILE_CACHE_DIR=folder`` loads it when a model is set up for LoRA training, before

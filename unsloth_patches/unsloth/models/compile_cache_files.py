@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """The files of a compile cache: whole or absent, of one environment, from nobody else.
 
 ``<environment>-<content>.compiled``: a line of JSON with the environment, the artifacts' names,

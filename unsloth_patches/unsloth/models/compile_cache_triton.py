@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Triton's own kernels in a compile cache.
 
 ``torch.compiler.save_cache_artifacts`` holds the kernels that Inductor wrote. Those that Python

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """The compile report in SFTTrainer: recorded in silence, one table and one JSON file at the end.
 
 UNSLOTH_COMPILE_REPORT=0 leaves it out, and so does UNSLOTH_FULLGRAPH=off.

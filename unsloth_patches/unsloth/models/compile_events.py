@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Collects what torch.compile did: compilations, recompilations, graph breaks, and their reasons.
 
 Sources, all read and none changed for others: Dynamo's compilation metrics (it keeps only the last

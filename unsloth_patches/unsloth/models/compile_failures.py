@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Where and why torch.compile gave up, in one line each, from what torch says about it."""
 
 from __future__ import annotations

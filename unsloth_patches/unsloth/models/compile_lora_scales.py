@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Keep one graph a block where only a LoRA scale differs.
 
 Dynamo compiles a Python float into the graph and guards on its value. Layers whose LoRA scales

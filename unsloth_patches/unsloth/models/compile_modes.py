@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """UNSLOTH_FULLGRAPH = auto | strict | off: how strictly decoder blocks have to compile.
 
 auto (the default): Unsloth's own behaviour; a block that does not compile runs eagerly, and the

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """CompileReport: what of a training run was compiled, what was not and why, and what it cost."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Keep the graphs of a block when a batch is as long as a head is wide.
 
 Block compile marks lengths as dynamic by comparing a tensor's sizes with the batch's length. The cos

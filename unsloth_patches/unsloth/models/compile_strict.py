@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Strict mode in a Trainer: what is not one compiled graph stops it before a weight changes."""
 
 from __future__ import annotations

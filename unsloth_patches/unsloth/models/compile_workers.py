@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Start Inductor's compile workers while the model loads, so that they are there when it compiles.
 
 Inductor compiles Triton kernels in worker processes, side by side. It starts them when the first

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Change what ``torch.compile`` makes of a decoder block while block compile sets its class up."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Whether a 4-bit load under native FSDP2 is sharded, decided from the memory that is there.
 
 ``UNSLOTH_FSDP2_SHARDED_LOAD`` = auto (default) | 1 | 0. With auto, every rank counts the training

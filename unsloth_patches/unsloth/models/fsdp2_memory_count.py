@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Bytes that QLoRA training holds on one GPU, counted from a model's sizes.
 
 The peak is the largest of these phases, each a sum of what lives then:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """The sizes of a dense Llama-like decoder, read from a model, a config, a dict or a file."""
 
 from __future__ import annotations

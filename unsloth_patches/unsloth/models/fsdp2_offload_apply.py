@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Put an offload plan into effect on a model that native FSDP2 has sharded.
 
 Only frozen parameters move: their shards to (pinned) host memory, from where every gather copies

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """CPU offload under FSDP2, decided from the memory that is there: the least that fits.
 
     job = Training(world = 8, tokens = 4096)

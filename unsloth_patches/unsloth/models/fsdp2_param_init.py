@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Fill a meta 4-bit model that the caller wraps with ``fully_shard``, as FSDP1's ``param_init_fn``
 did.
 """

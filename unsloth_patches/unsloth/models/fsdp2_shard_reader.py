@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """One rank's part of a weight, read from safetensors files: 16-bit, or quantized by bitsandbytes."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """QLoRA under native FSDP2 without a whole model on any rank.
 
 Under ``UNSLOTH_FSDP2=1 UNSLOTH_FSDP2_SHARDED_LOAD=1 torchrun ...``, a 4-bit ``from_pretrained`` of

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Read a checkpoint into a 4-bit model of which every rank keeps, and reads, its shard only.
 
 Sources are safetensors files, in 16 bits (quantized on the fly) or pre-quantized by bitsandbytes.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """One rank's shard of a bitsandbytes 4-bit weight, QuantState included, and its life under FSDP2.
 
 A weight is cut on rows of 256 quantization blocks (256 x 64 = 16,384 weights): a row is one block

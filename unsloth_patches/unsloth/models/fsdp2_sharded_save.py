@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Saving a model of sharded 4-bit weights: rank 0 sees whole weights with whole QuantStates
 meanwhile.
 """

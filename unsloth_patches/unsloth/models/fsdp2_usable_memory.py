@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """How many bytes training may still fill, on this rank's GPU and on its host."""
 
 from __future__ import annotations

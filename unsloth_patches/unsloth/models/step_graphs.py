@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Replay a model's decoder blocks as CUDA graphs while it trains.
 
 With short sequences the GPU waits for Python: a step of small batches launches thousands of kernels.

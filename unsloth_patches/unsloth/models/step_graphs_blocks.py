@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Run a stack of decoder blocks forward, and backward by hand, block by block.
 
 What a step graph records. Each block is checkpointed or kept on its own: a kept block holds what its

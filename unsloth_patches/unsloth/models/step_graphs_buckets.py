@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """The shapes that step graphs are captured at, and how a batch is laid out in one of them.
 
 A graph's shapes are fixed, so a batch's rows are padded on the right to the next length of a grid.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """One captured bucket: fixed buffers, and two CUDA graphs that read and write them.
 
 All buckets share a memory pool, so what a forward graph leaves there for its backward graph lives

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """What captured graphs of decoder blocks depend on beside their inputs, and whether it still holds.
 
 A graph reads addresses and has taken every branch: weights that moved, other adapters, another

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Tool calls of Llama 3.1, 3.2 and 3.3: read out of what a model wrote, and stopped after.
 
 ::

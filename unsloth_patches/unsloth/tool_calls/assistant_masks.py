@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Llama 3.x templates that mark what the assistant writes, for TRL's ``assistant_only_loss``.
 
 The same bytes are rendered; ``{% generation %}`` stands around answers and calls with their end tokens.

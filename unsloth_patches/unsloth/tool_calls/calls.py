@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """One tool call, checked: a name and a dict of arguments that a Llama 3.x template can write.
 
 What cannot be written raises ToolCallError; what is unusual is told to ``warn(where, notice)``.

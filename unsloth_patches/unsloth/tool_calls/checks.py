@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Tokenizers that read, check and tidy conversations before a Llama 3.x template renders them.
 
 ``UNSLOTH_TOOL_CHECKS`` says what happens to a conversation that cannot be rendered faithfully:

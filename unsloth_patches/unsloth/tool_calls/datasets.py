@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """ShareGPT- and OpenAI-style conversations with tool calls, in one form that Arrow keeps as it is.
 
 Arrow gives every row the union of all keys, so two calls of different tools would each get the

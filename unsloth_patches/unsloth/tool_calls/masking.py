@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Training on the last response alone, where split tool calls make it several turns."""
 
 from __future__ import annotations

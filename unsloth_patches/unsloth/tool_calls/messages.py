@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Checks and tidies a conversation with tool calls before a Llama 3.x chat template renders it.
 
 The templates print what they get: a JSON text as arguments is quoted a second time, text beside a

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """The Ollama modelfile of Llama 3.1, 3.2 and 3.3: what the chat templates render, in Go's language."""
 
 from __future__ import annotations

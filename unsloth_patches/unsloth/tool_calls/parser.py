@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Tool calls out of what a Llama 3.x model wrote: whole replies, and streams.
 
 Grammar of an assistant turn that calls tools, which the chat templates write and this reads::

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Conversations as people have them, read into OpenAI's messages.
 
 Read are: dumps of OpenAI's APIs (chat completions with ``tool_calls`` or ``function_call``, items of

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Checks and mode of a tokenizer that was saved with a Llama 3.x template, when it is loaded again."""
 
 from __future__ import annotations

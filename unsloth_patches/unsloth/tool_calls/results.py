@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """The calls of one assistant message and the results that follow it: paired and ordered."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Tools and the JSON schemas of their parameters, and what Arrow fills into both.
 
 In an Arrow table every row has the union of all keys, with None for those it had not. A tool's

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """At which tokens a model stops: the end tokens that its chat template writes."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Tool calls out of a reply that is still being written, in time linear in its length."""
 
 from __future__ import annotations

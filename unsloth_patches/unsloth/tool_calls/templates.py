@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Texts that render tool calls of Llama 3.x: the joined chat template, and transformers' response
 template that reads it back.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 the unsloth_patches authors
+# Copyright 2026 the contributors
 """Compile decoder blocks for packed rows too: packing, and SFTTrainer's padding-free batches.
 
 Unsloth's fast forward pass reads the documents' lengths on the host inside the attention, which
