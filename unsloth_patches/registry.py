@@ -732,6 +732,14 @@ PATCHES: Tuple[Patch, ...] = (
         after = ("fsdp2-sharded-4bit", "compile-workers"),
     ),
     Patch(
+        name = "compile-cache-files",
+        title = "Keep compiled code in files that nobody else can have written",
+        targets = (),
+        modules = ("models/compile_cache_files.py", "models/compile_cache_triton.py"),
+        tests = {"tests/test_compile_cache_files.py": "cpu"},
+        requires = ("test-backends",),
+    ),
+    Patch(
         name = "compile-cache",
         title = "Keep compiled blocks in a folder for the next run's first step",
         targets = (
@@ -741,13 +749,9 @@ PATCHES: Tuple[Patch, ...] = (
                 fingerprints = frozenset({"cbe892e347d670cf"}),
             ),
         ),
-        modules = (
-            "models/compile_cache.py",
-            "models/compile_cache_files.py",
-            "models/compile_cache_triton.py",
-        ),
+        modules = ("models/compile_cache.py",),
         tests = {"tests/test_compile_cache.py": "cpu"},
-        requires = ("test-backends",),
+        requires = ("compile-cache-files",),
         since = "2026.10.9",
     ),
     Patch(

@@ -20,6 +20,8 @@ import uuid
 from pathlib import Path
 from typing import Any, Dict, FrozenSet, Iterator, Set, Tuple
 
+import torch
+
 __all__ = ["pack", "unpack", "used", "watch"]
 
 _used: Set[Path] = set()  # Triton's entries: a folder each, named by a hash of all that went in
@@ -58,13 +60,9 @@ def watch() -> bool:
 
     knobs.cache.manager_class = NotingCacheManager
     if "TRITON_CACHE_DIR" not in os.environ:
-        os.environ["TRITON_CACHE_DIR"] = triton_cache_dir(_device())
+        device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+        os.environ["TRITON_CACHE_DIR"] = triton_cache_dir(device)
     return True
-
-
-def _device() -> int:
-    import torch
-    return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
 def _files(entry: Path) -> Iterator[Path]:
