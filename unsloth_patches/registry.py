@@ -755,6 +755,15 @@ PATCHES: Tuple[Patch, ...] = (
         since = "2026.10.9",
     ),
     Patch(
+        name = "compile-events",
+        title = "Record what torch.compile did, with the reason of every break and recompilation",
+        targets = (),
+        modules = ("models/compile_events.py", "models/compile_failures.py"),
+        tests = {"tests/test_compile_events.py": "interpreter"},
+        shared = ("toy_blocks.py",),
+        requires = ("test-backends",),
+    ),
+    Patch(
         name = "compile-strict",
         title = "Enforce full graphs where they are asked for",
         targets = (
@@ -769,19 +778,23 @@ PATCHES: Tuple[Patch, ...] = (
                 fingerprints = frozenset({"cbc126cbc4a01683", "f543f55889f17d6c"}),
             ),
         ),
-        modules = (
-            "models/compile_failures.py",
-            "models/compile_modes.py",
-            "models/compile_strict.py",
-        ),
+        modules = ("models/compile_modes.py", "models/compile_strict.py"),
         tests = {"tests/test_compile_strict.py": "interpreter"},
-        shared = ("toy_blocks.py",),
-        requires = ("test-backends", "checkpoint-shared-graph"),
+        requires = ("compile-events", "checkpoint-shared-graph"),
         since = "2026.10.9",
     ),
     Patch(
         name = "compile-report",
-        title = "Report what was compiled, what was not and why",
+        title = "Sum up what was compiled, what was not and why",
+        targets = (),
+        modules = ("models/compile_report.py", "models/compile_table.py"),
+        tests = {"tests/test_compile_report.py": "interpreter"},
+        requires = ("compile-strict",),
+        since = "2026.10.9",
+    ),
+    Patch(
+        name = "compile-report-trainer",
+        title = "Print and save the compile report at the end of an SFTTrainer's training",
         targets = (
             Target(
                 attribute = "unsloth.trainer:_backwards_compatible_trainer",
@@ -789,14 +802,9 @@ PATCHES: Tuple[Patch, ...] = (
                 fingerprints = frozenset({"cbc126cbc4a01683", "f543f55889f17d6c"}),
             ),
         ),
-        modules = (
-            "models/compile_callback.py",
-            "models/compile_events.py",
-            "models/compile_report.py",
-            "models/compile_table.py",
-        ),
-        tests = {"tests/test_compile_report.py": "interpreter"},
-        requires = ("test-backends", "checkpoint-shared-graph", "compile-strict"),
+        modules = ("models/compile_callback.py",),
+        tests = {"tests/test_compile_report_trainer.py": "interpreter"},
+        requires = ("compile-report",),
         since = "2026.10.9",
     ),
     Patch(
