@@ -470,6 +470,37 @@ def test_hsdp_mesh(checkpoints):
     assert all(same for _, same in run_ranks(_hsdp, 4, checkpoints("packed")))
 
 
+def _load_that_is_not_sharded(folder, variable):
+    """Whole packed bytes on this rank, and what was printed; no variable: as with transformers 4."""
+    import contextlib
+    import io
+
+    import torch
+    import unsloth.models.fsdp2_sharded_4bit as loading
+
+    if variable:
+        os.environ[variable[0]] = variable[1]
+    else:
+        loading.loading_step = lambda: None
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        model = load(folder)
+    held = sum(p.numel() for p in model.parameters() if p.dtype == torch.uint8)
+    whole = load_whole(folder)
+    full = sum(p.numel() for p in whole.parameters() if p.dtype == torch.uint8)
+    return held == full > 0, said.getvalue()
+
+
+@pytest.mark.parametrize("variable", [(), ("UNSLOTH_FSDP2_LAYOUT", "fit")])
+def test_what_is_not_sharded_is_loaded_whole(checkpoints, variable):
+    """UNSLOTH_FSDP2_SHARDED_LOAD=1 where the layout wants whole weights, or transformers is too old
+    to shard them: the load succeeds. Stock's own sharding would refuse 4-bit weights.
+    """
+    for _, (whole, said) in run_ranks(_load_that_is_not_sharded, 2, checkpoints("bf16"), variable):
+        assert whole
+        assert ("every rank loads the whole 4-bit model" in said) == (not variable)
+
+
 def _offloaded(folder):
     import torch
     from unsloth.models.fsdp2_native import FSDP2Config, shard_model

@@ -82,10 +82,14 @@ def shard_4bit_loads(stock: Callable) -> Callable:
             if _mesh.get() is not None:
                 return loader(*args, **kwargs)
             with outermost_loader() as outermost:
-                if not outermost or not _is_sharded(loader, args, kwargs):
-                    return whole(*args, **kwargs)
-                with sharded_4bit_loading():
+                if not outermost:
                     return loader(*args, **kwargs)
+                if _is_sharded(loader, args, kwargs):
+                    with sharded_4bit_loading():
+                        return loader(*args, **kwargs)
+                # Stock would try to shard 4-bit weights, too, and refuse them.
+                plain = loader if loads_4bit(loader, args, kwargs) else whole
+                return plain(*args, **kwargs)
 
         return wrapper
 
