@@ -562,7 +562,7 @@ def test_auto_captures_only_where_the_host_is_waited_for(llama, recorders):
 
 
 def test_the_variable_takes_three_values(llama):
-    with graphs("yes"), pytest.raises(ValueError, match = "'yes' is none of auto, 1 and 0"):
+    with graphs("yes"), pytest.raises(ValueError, match = "'yes': choose auto, 1 or 0"):
         step(llama, batch(2, 40))
     with graphs("0"):
         step(llama, batch(2, 40))

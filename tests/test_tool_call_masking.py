@@ -134,7 +134,6 @@ def test_masking_returns_tensors_for_tensors():
 def test_hosts_without_torch():
     """There chat_templates has None, and importing it has to go on; another function is refused."""
     masking = importlib.import_module("unsloth.tool_calls.masking")
-    assert masking.keep_every_call_of_last_response(None) is None
     with pytest.raises(NotImplementedError, match = "parameters"):
         masking.keep_every_call_of_last_response(lambda other: None)
 

@@ -10,6 +10,7 @@ patches that need them. No exception leaves this module.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import sys
@@ -33,7 +34,6 @@ from .states import (
     misfit,
     modules_of,
     records,
-    say,
 )
 from .upstream_source import is_upstreamed, on_cpu_backend
 
@@ -146,6 +146,8 @@ def _replace(record: Record, target: Target, module: types.ModuleType, late: boo
     stock = vars(owner).get(leaf, getattr(owner, leaf))
     is_method = isinstance(stock, (staticmethod, classmethod))
     function = stock.__func__ if is_method else stock
+    if stock is None:  # Unsloth's own words for what this host lacks, say torch
+        return
     _check_live(target, function, module, chained = _is_ours(stock))
     if late:
         _check_not_held(target, stock)
@@ -238,13 +240,27 @@ def _restore(record: Record) -> None:
         setattr(done.owner, done.leaf, done.stock)
         _swap({id(done.new): (done.new, done.stock)})
         done.taken_out = False  # stock() must not bring it back
-        # What a replacement has changed elsewhere since then, it knows itself how to take back.
-        function = getattr(done.new, "__func__", done.new)  # of a staticmethod
-        try:
-            getattr(function, "_undo_replacement", lambda: None)()
-        except Exception as error:  # the other functions have to come back all the same
-            say(f"{record.patch.name} could not take back all that it had changed: {error!r}")
+    for place in record.patch.wraps_later if record.replaced else ():
+        _unwrap(place)
     record.replaced = []
+
+
+def _unwrap(place: str) -> None:
+    """Take our wraps off a function; one over which another library's wrap lies stays."""
+    module, _, name = place.partition(":")
+    *path, leaf = name.split(".")
+    owner = functools.reduce(
+        lambda owner, part: getattr(owner, part, None), path, sys.modules.get(module)
+    )
+    function = getattr(owner, leaf, None)
+    while _defined_by_us(function):
+        function = function.__wrapped__
+        setattr(owner, leaf, function)
+
+
+def _defined_by_us(function: Any) -> bool:
+    home = getattr(function, "__globals__", {}).get("__name__", "")
+    return home.startswith(f"{HOME}.") and hasattr(function, "__wrapped__")
 
 
 def restore_all() -> None:

@@ -67,6 +67,8 @@ class Patch:
     requires: names of patches that have to be in before this one; they stand earlier in ``PATCHES``.
     after: names of patches that decorate the same function: in the git form it stands on them, so that
         no hunks meet; at import it does without them.
+    wraps_later: functions, ``"package.module:name"``, that its replacements wrap (``functools.wraps``) once
+        they run; ``undo()`` takes those wraps off.
     since: the oldest release that has what it builds on; with an older one it is skipped.
     """
 
@@ -78,6 +80,7 @@ class Patch:
     shared: Tuple[str, ...] = ()
     requires: Tuple[str, ...] = ()
     after: Tuple[str, ...] = ()
+    wraps_later: Tuple[str, ...] = ()
     since: str = ""
 
     @property
@@ -413,6 +416,7 @@ PATCHES: Tuple[Patch, ...] = (
         modules = ("fused_loss_cpu.py",),
         tests = {"tests/test_loss_options_sft.py": "cpu"},
         shared = ("loss_trainer.py",),
+        wraps_later = ("transformers.trainer:Trainer.compute_loss",),
         requires = ("loss-options",),
     ),
     Patch(

@@ -25,6 +25,8 @@ FAKE_UNSLOTH = {
             @staticmethod
             def scale(x):
                 return ("stock", x)
+
+        nothing = None  # what this host lacks
         """,
     "unsloth/user.py": "from .kernels.utils import fast\ndef use(x):\n    return fast(x)\n",
     "unsloth/late.py": "def slow(x):\n    return ('stock', x)\n",
@@ -40,12 +42,12 @@ REPLACEMENTS = """
         return lambda x: ("patched", stock(x))
 
     def replace_reaching(stock):
-        # Changes another library, but only once it is called.
-        import decimal
+        # Wraps a function of another library, but only once it is called.
+        import functools, textwrap
         def fast(x):
-            decimal.touched = True
+            inner = textwrap.TextWrapper.fill
+            textwrap.TextWrapper.fill = functools.wraps(inner)(lambda *args: inner(*args))
             return ("patched", stock(x))
-        fast._undo_replacement = lambda: delattr(decimal, "touched")
         return fast
 
     def replace_scale(stock):

@@ -453,15 +453,42 @@ def test_late_a_stand_in_of_the_cpu_backend_is_no_module_that_lacks_a_function(f
     python(LATE + textwrap.dedent(PREAMBLE) + textwrap.dedent(body), fake)
 
 
-def test_undo_takes_back_what_a_replacement_changed_elsewhere(fake):
+def test_undo_takes_off_what_a_replacement_wrapped_elsewhere(fake):
+    """All of our wraps, and none over which somebody else's lies by now."""
     run(
         """
-        import decimal
-        catalogue(Patch("fast", "t", (T("unsloth.kernels.utils:fast", "replace_reaching"),)))
+        from textwrap import TextWrapper
+        reaching = (T("unsloth.kernels.utils:fast", "replace_reaching"),)
+        places = ("textwrap:TextWrapper.fill", "textwrap:Nobody.fill", "nowhere:fill")
+        catalogue(Patch("fast", "t", reaching, wraps_later = places))
         import unsloth
-        assert unsloth.fast(1) == ("patched", ("stock", 1)) and decimal.touched
+        stock = TextWrapper.fill
+        assert unsloth.fast(1) == unsloth.fast(1) == ("patched", ("stock", 1))
+        assert TextWrapper.fill is not stock
         unsloth_patches.undo()
-        assert unsloth.fast(1) == ("stock", 1) and not hasattr(decimal, "touched")
+        assert unsloth.fast(1) == ("stock", 1) and TextWrapper.fill is stock
+        unsloth_patches.install()
+        unsloth.fast(1)
+        ours = TextWrapper.fill
+        TextWrapper.fill = theirs = lambda *args: ours(*args)
+        unsloth_patches.undo()
+        assert unsloth.fast(1) == ("stock", 1) and TextWrapper.fill is theirs
+        """,
+        fake,
+    )
+
+
+def test_what_unsloth_lacks_on_this_host_stays_none(fake):
+    """Without torch some names of Unsloth are None; the rest of the patch is in."""
+    run(
+        """
+        catalogue(Patch("both", "t", (
+            T("unsloth.kernels.utils:fast", "replace_fast"),
+            T("unsloth.kernels.utils:nothing", "replace_raising"),
+        )))
+        import unsloth
+        assert states() == {"both": "applied"} and unsloth.kernels.utils.nothing is None
+        assert unsloth.fast(1) == ("patched", ("stock", 1))
         """,
         fake,
     )

@@ -387,39 +387,6 @@ def test_what_this_release_lacks_is_not_waited_for(fake):
 # --- something raises, then use again ----------------------------------------------------------
 
 
-def test_undo_restores_everything_though_a_replacement_cannot(fake):
-    """What a replacement's own undo raises is told; every function comes back, and install() works."""
-    done = run(
-        """
-        repl = importlib.import_module("unsloth_patches.unsloth.repl")
-        def replace_stubborn(stock):
-            def fast(x):
-                return ("patched", stock(x))
-            def undo():
-                raise OSError("it is stuck")
-            fast._undo_replacement = undo
-            return fast
-        repl.replace_stubborn = replace_stubborn
-        stubborn = Patch("stubborn", "t", (
-            T("unsloth.kernels.utils:fast", "replace_stubborn"),
-            T("unsloth.kernels.utils:Layer.scale", "replace_stubborn"),
-        ))
-        catalogue(Patch("use", "t", (T("unsloth.user:use", "replace_slow"),)), stubborn)
-        import unsloth
-        assert unsloth.fast(1)[0] == unsloth.user.use(1)[0] == "patched"
-        unsloth_patches.undo()
-        assert unsloth.fast(1) == unsloth.user.use(1) == ("stock", 1)
-        assert unsloth.kernels.utils.Layer.scale(1) == ("stock", 1)
-        assert set(states().values()) == {"off"}
-        catalogue(FAST)
-        unsloth_patches.install()
-        assert unsloth.fast(1) == ("patched", ("stock", 1))
-        """,
-        fake,
-    )
-    assert done.stderr.count("stubborn could not take back all that it had changed") == 2
-
-
 def test_stock_after_an_exception_is_whole(fake):
     """Raised in the body, in a nested block, by an import inside: everything is back, and works again."""
     write(fake, {"unsloth/broken.py": "raise KeyError('broken')\n"})

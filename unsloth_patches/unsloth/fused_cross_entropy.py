@@ -40,8 +40,6 @@ _OUR_KEYWORDS = _REFUSED_BY_STOCK + (
     "chunk_rows",
     "logits_dtype",
 )
-# Whether this module is a part of Unsloth itself, rather than put in by import hooks.
-_IN_UNSLOTH = __name__.partition(".")[0] == "unsloth"
 # Settings of the stock loss's own chunking: who sets one gets the stock loss.
 _STOCK_SETTINGS = ("UNSLOTH_CE_LOSS_TARGET_GB", "UNSLOTH_CE_LOSS_N_CHUNKS")
 
@@ -49,9 +47,8 @@ _STOCK_SETTINGS = ("UNSLOTH_CE_LOSS_TARGET_GB", "UNSLOTH_CE_LOSS_N_CHUNKS")
 def unless_zoo_is_unknown(decorator):
     """For decorators of functions of unsloth_zoo, whose release is chosen apart from Unsloth's.
 
-    Import hooks skip the whole patch where one raises NotImplementedError. As a line of Unsloth's own
-    source it must not break ``import unsloth``: there the stock function stays, with a warning, and
-    loss options that it would drop in silence are refused.
+    Where one raises NotImplementedError, ``import unsloth`` must not break: the stock function stays,
+    with a warning, and loss options that it would drop in silence are refused.
     """
 
     @functools.wraps(decorator)
@@ -59,8 +56,6 @@ def unless_zoo_is_unknown(decorator):
         try:
             return decorator(stock)
         except NotImplementedError as error:
-            if not _IN_UNSLOTH:
-                raise
             reason = f"this unsloth_zoo is not known: {error}"
             warnings.warn(f"Unsloth: its own loss stays in place of the fused one; {reason}.")
             return _stock_alone(stock, reason)

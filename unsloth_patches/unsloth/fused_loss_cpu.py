@@ -105,7 +105,6 @@ def cpu_forward_with_loss_options(stock):
         return installed
 
     patch_chunked_causal_lm_loss._takes_loss_options = True
-    patch_chunked_causal_lm_loss._undo_replacement = leave_the_trainer
     return patch_chunked_causal_lm_loss
 
 
@@ -119,32 +118,12 @@ def _in_cpu_step(model: Any) -> bool:
     return weight_of(model.get_output_embeddings()) is not None  # None: LoRA on the head
 
 
-# Our Trainer.compute_loss and the one that it wraps, while it is in place.
-_trainer_wrap = None
-
-
 def smooth_in_the_model(in_force = lambda: True) -> None:
     """transformers' Trainer hands ``label_smoothing_factor`` to models that take loss options.
 
     The CPU backend calls ``Trainer.compute_loss`` as it is. On a GPU Unsloth has its own in its place,
     and that one is wrapped instead.
     """
-    global _trainer_wrap
     from transformers import Trainer
-
-    stock = Trainer.compute_loss
-    if not getattr(stock, "_takes_loss_options", False):
-        _trainer_wrap = (label_smoothing_in_the_model(stock, in_force), stock)
-        Trainer.compute_loss = _trainer_wrap[0]
-
-
-def leave_the_trainer() -> None:
-    """Takes `smooth_in_the_model` back; does nothing where another wrap lies over ours by now."""
-    global _trainer_wrap
-    if _trainer_wrap is None:
-        return
-    from transformers import Trainer
-
-    if Trainer.compute_loss is _trainer_wrap[0]:
-        Trainer.compute_loss = _trainer_wrap[1]
-    _trainer_wrap = None
+    if not getattr(Trainer.compute_loss, "_takes_loss_options", False):
+        Trainer.compute_loss = label_smoothing_in_the_model(Trainer.compute_loss, in_force)

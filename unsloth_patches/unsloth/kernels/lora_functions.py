@@ -28,7 +28,7 @@ from .lora_products import (
 
 __all__ = ["add_lora_before_product", "share_products_of_MLP", "share_products_of_QKV"]
 
-_QuantState: Any = None  # bitsandbytes' class, set when the patch is applied
+_QuantState: Any = None  # bitsandbytes' class, set by the decorators below
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
@@ -145,7 +145,7 @@ def _handles(X: torch.Tensor, projections: Sequence[Projection], extras: Sequenc
     return True
 
 
-# autograd.Functions; made when the patch is applied, with the amp decorators of the stock module.
+# autograd.Functions; made by the decorators below, with the amp decorators of the stock module.
 _LoRAParallel: Any = None
 _LoRAMLP: Any = None
 

@@ -35,7 +35,7 @@ SKIP_DOWN_PROJ = "_unsloth_skip_down_proj"
 # The same for compiled code: a bool tensor of no dimensions on the CPU, False while nobody reads.
 DOWN_PROJ_NEEDED = "_unsloth_down_proj_needed"
 
-# Set when the patch is applied. Globals, because Dynamo traces what reads them.
+# Set by the decorators below. Globals, because Dynamo traces what reads them.
 _fast_lora: Any = None  # unsloth.kernels.fast_lora
 function: Any = None  # LoRA_MLP with _forward; lora_functions.py puts its own in front of it
 

@@ -57,7 +57,7 @@ def mode() -> str:
     """``auto``, ``1`` or ``0``. Raises ValueError for anything else."""
     value = os.environ.get(VARIABLE, DEFAULT).strip().lower() or DEFAULT
     if value not in ("auto", "1", "0"):
-        raise ValueError(f"Unsloth: {VARIABLE}={value!r} is none of auto, 1 and 0.")
+        raise ValueError(f"Unsloth: {VARIABLE}={value!r}: choose auto, 1 or 0.")
     return value
 
 

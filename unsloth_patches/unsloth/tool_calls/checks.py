@@ -156,7 +156,7 @@ def _prepared(conversation, options: Mapping[str, Any], checks: Checks, level: s
         return prepare_conversation(messages, schemas, builtin, warn_once, checks.arrange)
 
     conversation = plain(conversation)
-    is_batch = isinstance(conversation, (list, tuple)) and _is_conversation(conversation)
+    is_batch = isinstance(conversation, (list, tuple)) and _holds_conversations(conversation)
     batch = conversation if is_batch else [conversation]
     prepared = []
     for number, messages in enumerate(batch):
@@ -172,7 +172,7 @@ def _prepared(conversation, options: Mapping[str, Any], checks: Checks, level: s
     return (prepared if is_batch else prepared[0]), options
 
 
-def _is_conversation(batch) -> bool:
+def _holds_conversations(batch) -> bool:
     """Whether a list holds conversations, not messages."""
     first = plain(batch[0]) if batch else None
     if isinstance(first, str):

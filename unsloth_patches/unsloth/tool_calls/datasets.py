@@ -39,8 +39,7 @@ def standardize_tool_calls(stock):
     ``unsloth.chat_templates.standardize_data_formats`` and ``standardize_sharegpt``, and
     ``unsloth._cpu_init.standardize_data_formats``; decorating twice is once.
     """
-    # On a host without torch unsloth_zoo.dataset_utils is not imported, and the name is None.
-    if stock is None or getattr(stock, "_standardizes_tool_calls", False):
+    if getattr(stock, "_standardizes_tool_calls", False):
         return stock
     parameters = inspect.signature(stock).parameters
     if "dataset" not in parameters and not any(

@@ -21,8 +21,6 @@ def keep_every_call_of_last_response(stock):
 
     Decorates ``unsloth.chat_templates.train_on_responses_only``.
     """
-    if stock is None:  # a host without torch, where unsloth_zoo.dataset_utils is not imported
-        return None
     signature = inspect.signature(stock)
     wanted = {"trainer", "tokenizer", "return_function", "last_response_only"}
     if not wanted <= set(signature.parameters):

@@ -50,8 +50,6 @@ def stop_at_end_of_turn(stock):
 
     Decorates ``unsloth.chat_templates.train_on_responses_only``.
     """
-    if stock is None:  # a host without torch, where unsloth_zoo.dataset_utils is not imported
-        return None
     signature = inspect.signature(stock)
     if not {"trainer", "tokenizer"} <= set(signature.parameters):
         raise NotImplementedError(
