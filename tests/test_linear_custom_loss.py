@@ -92,10 +92,12 @@ def test_chunk_rows_come_from_caller_environment_and_store(chunk_size, monkeypat
     monkeypatch.delenv("UNSLOTH_LOSS_CHUNK_ROWS")
     large = choose(10**6, 128256, 2, cpu)
     assert large * 128256 * 2 <= 64 << 20 < (large + 1) * 128256 * 2
-    monkeypatch.setenv("UNSLOTH_LOSS_CHUNK_FILE", str(tmp_path / "chunk.json"))
+    stored = tmp_path / "chunk.json"
+    monkeypatch.setenv("UNSLOTH_LOSS_CHUNK_FILE", str(stored))
     assert chunk_size.stored_budget("A GPU") is None
-    chunk_size.store_budget("A GPU", 384)
-    assert chunk_size.stored_budget("A GPU") == 384
+    for text, found in (('{"A GPU": 384}', 384), ('{"A GPU": "x"}', None), ("[384]", None)):
+        stored.write_text(text)
+        assert chunk_size.stored_budget("A GPU") == found
     fitted = {most: chunk_size.fit_rows(most) for most in (1, 20, 130, 300, 511, 700, 1308)}
     assert fitted == {1: 16, 20: 20, 130: 128, 300: 256, 511: 384, 700: 512, 1308: 1280}
 

@@ -32,7 +32,8 @@ class Target:
     wired_in: the fork's file that is edited; by default the file of ``attribute``'s module. Needed for
         names of unsloth_zoo, which a patch to Unsloth cannot edit.
     import_after: the line of that file that the decorator's import follows; by default the import that sorts
-        before it, or the next one that no unrelated patch edits.
+        before it, or the next one that no unrelated patch edits. ``"beside"``: right above the definition,
+        as Unsloth does itself where a module's top has no place for it.
     optional: a supported release lacks the module or the name; the rest of the patch holds without it.
     """
 
@@ -226,6 +227,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.chat_templates:get_chat_template",
                 replacement = "tool_calls.assistant_masks:mark_assistant_turns",
+                import_after = "from .ollama_template_mappers import OLLAMA_TEMPLATES",
             ),
         ),
         modules = ("tool_calls/assistant_masks.py",),
@@ -243,6 +245,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.chat_templates:get_chat_template",
                 replacement = "tool_calls.ollama:choose_modelfile_by_mode",
+                import_after = "from .tool_calls.assistant_masks import mark_assistant_turns",
             ),
         ),
         modules = ("tool_calls/ollama.py",),
@@ -267,6 +270,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.kernels.utils:fast_dequantize",
                 replacement = "kernels.nf4_fast_dequantize:dequantize_in_one_launch",
+                import_after = "from ..bnb_availability import native_kernels_ready",
                 fingerprints = frozenset(
                     # One definition per device branch, and the outermost one that is live: 2026.10.9, .7
                     "1454833d36486569 317cbc886535aa9f 6362d349d6e3df04 d01b9c70a43e6aa4 "
@@ -529,6 +533,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth._cpu_init:FastLanguageModel.from_pretrained",
                 replacement = "fsdp2_cpu_load:shard_cpu_loads",
+                import_after = "beside",
             ),
         ),
         modules = (
@@ -624,6 +629,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.kernels.utils:get_lora_parameters",
                 replacement = "kernels.lora_scale_inputs:scales_from_graph_inputs",
+                import_after = "from .nvfp4 import NVFP4QuantState, nvfp4_dequantize, nvfp4_linear",
                 fingerprints = frozenset({"a6b2704a01310d5d"}),
             ),
             # No fingerprint: the function is called as it is.
@@ -644,6 +650,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models._block_compile:_mark_seq_dynamic",
                 replacement = "models.compile_rope_tables:without_rope_tables",
+                import_after = "beside",
                 fingerprints = frozenset({"97cfd424baf498ba"}),
             ),
         ),
@@ -750,6 +757,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models._block_compile:patch_block_compile",
                 replacement = "models.compile_cache:load_compile_cache_first",
+                import_after = "beside",
                 fingerprints = frozenset({"cbe892e347d670cf"}),
             ),
         ),

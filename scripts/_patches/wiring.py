@@ -185,6 +185,10 @@ def _after(node: ast.stmt, block: List[ast.stmt], target: Any) -> Edit:
             fills |= stores and getattr(part.value, "id", "") == target.name
         last = place if fills else last
     new = _assignment(target.name, _decorator(target), target.name, node.col_offset)
+    if last > position:  # not amid lines that belong together
+        while [each.lineno for each in block[last + 1 : last + 2]] == [block[last].end_lineno + 1]:
+            last += 1
+        return block[last].end_lineno, ["", *new]
     imports = (ast.Import, ast.ImportFrom)
     if isinstance(block[last], imports) and not node.col_offset:  # as ruff format wants it
         new = ["", *new, *[""] * isinstance((block + [node])[last + 1], imports)]
@@ -266,6 +270,10 @@ def _import(file: _File, module: str, targets: List[Any], first_use: int) -> Edi
     """
     new = _importing(module, {_decorator(target) for target in targets})
     anchor = next((target.import_after for target in targets if target.import_after), "")
+    if anchor == "beside":
+        node = next(node for node in file.tree.body if node.end_lineno >= first_use + 1)
+        starts = [node.lineno, *(each.lineno for each in getattr(node, "decorator_list", ()))]
+        return min(starts) - 1, [*new, "", ""]
     if anchor:
         if anchor not in file.lines[:first_use]:
             raise PatchesError(f"no line {anchor!r} before the first use", "correct import_after")

@@ -10,6 +10,7 @@ the best budget found there is the one that the model names, and the one that tr
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List
@@ -144,7 +145,7 @@ def run(out: Path, quick: bool = False) -> int:
         return 0
     import torch
 
-    from unsloth_patches.unsloth.kernels.loss_chunk_size import BUDGET_MIB, store_budget
+    from unsloth_patches.unsloth.kernels.loss_chunk_size import BUDGET_MIB
 
     shapes, rounds = (QUICK, 3) if quick else (SHAPES, 6)
     swept = [sweep(shape, rounds) for shape in shapes]
@@ -156,7 +157,7 @@ def run(out: Path, quick: bool = False) -> int:
     choice = choose(means)
     device = torch.cuda.get_device_name()
     budget = BUDGET_MIB
-    path = None if quick else store_budget(device, choice)
+    path = None if quick else _store(device, choice)
     payload = {
         "swept": swept,
         "mean_us": means,
@@ -182,6 +183,16 @@ def run(out: Path, quick: bool = False) -> int:
     except ImportError:
         print("bench chunk-size: no matplotlib here; the figures are in the JSON file.")
     return 0
+
+
+def _store(device: str, mib: int) -> Path:
+    """Every later loss on GPUs of this name takes ``mib`` MiB of logits; returns the file."""
+    from unsloth_patches.unsloth.kernels.loss_chunk_size import read_store, store_path
+
+    path = store_path()
+    path.parent.mkdir(parents = True, exist_ok = True)
+    path.write_text(json.dumps({**read_store(), device: mib}, indent = 1) + "\n", encoding = "utf-8")
+    return path
 
 
 def check_model(swept: List[dict], budget_mib: int) -> List[dict]:

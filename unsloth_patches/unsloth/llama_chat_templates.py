@@ -5,7 +5,7 @@
 Meta publishes one template for Llama 3.1 and 3.3 and another for Llama 3.2. Both are derived here
 from the llama-3.1 text in ``CHAT_TEMPLATES`` by small named edits. Every edit has to match exactly
 once, and the results have to have the md5 sums of the published files, so this never guesses: with
-any other text upstream the replacement refuses, and says what it did not find.
+any other llama-3.1 text the decorator raises NotImplementedError, and says what it did not find.
 """
 
 from __future__ import annotations
@@ -207,6 +207,6 @@ def _checked(text, name, md5):
     found = hashlib.md5(official.encode("utf-8"), usedforsecurity = False).hexdigest()
     if found != md5:
         raise NotImplementedError(
-            f"the edited {name} template has md5 {found}, Meta's has {md5}: upstream's text changed"
+            f"the edited {name} template has md5 {found}, Meta's has {md5}: CHAT_TEMPLATES has another text"
         )
     return text

@@ -4,7 +4,8 @@
 
 More rows make the matrix products more efficient up to a point; memory grows with every row. The
 number comes, in this order, from the caller, from ``UNSLOTH_LOSS_CHUNK_ROWS``, from the budget that
-a sweep on this GPU stored, or from a budget for every GPU, bounded by the memory that is free.
+``UNSLOTH_LOSS_CHUNK_FILE`` has for this GPU, or from one for every GPU, bounded by the memory that is
+free.
 """
 
 from typing import Dict, List, Optional
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["BUDGET_MIB", "choose_chunk_rows", "fit_rows", "store_budget", "stored_budget"]
+__all__ = ["BUDGET_MIB", "choose_chunk_rows", "fit_rows", "stored_budget"]
 
 MIN_ROWS = 16
 MAX_ROWS = 8192
@@ -126,11 +127,13 @@ def _held_bytes(index: int) -> int:
     return stats["reserved_bytes"]["all"]["current"] - stats["allocated_bytes"]["all"]["current"]
 
 
-# --------------------------------------------------------------- the choice stored for a GPU
+# --------------------------------------------------------------- the choice for one GPU
 
 
-def _store_path() -> Path:
-    """``UNSLOTH_LOSS_CHUNK_FILE``, or ``unsloth/loss_chunk.json`` in the user's cache folder."""
+def store_path() -> Path:
+    """``UNSLOTH_LOSS_CHUNK_FILE``, or ``unsloth/loss_chunk.json`` in the user's cache folder: JSON,
+    ``{"NVIDIA H200": 320}``, MiB of logits by the GPU's name.
+    """
     explicit = os.environ.get("UNSLOTH_LOSS_CHUNK_FILE")
     if explicit:
         return Path(explicit)
@@ -138,28 +141,15 @@ def _store_path() -> Path:
     return Path(cache) / "unsloth" / "loss_chunk.json"
 
 
-def _read_store() -> dict:
+def read_store() -> dict:
     try:
-        stored = json.loads(_store_path().read_text(encoding = "utf-8"))
+        stored = json.loads(store_path().read_text(encoding = "utf-8"))
     except (OSError, ValueError):
         return {}
     return stored if isinstance(stored, dict) else {}
 
 
 def stored_budget(device_name: str) -> Optional[int]:
-    """MiB of logits that a sweep stored for GPUs of this name, or None."""
-    value = _read_store().get(device_name)
+    """MiB of logits that the file has for GPUs of this name, or None."""
+    value = read_store().get(device_name)
     return value if isinstance(value, int) and value > 0 else None
-
-
-def store_budget(device_name: str, mib: int) -> Path:
-    """Stores ``mib`` MiB of logits as the choice for GPUs of this name; returns the file."""
-    if not isinstance(mib, int) or mib < 1:
-        raise ValueError(f"store_budget: mib must be a positive integer, got {mib!r}.")
-    path = _store_path()
-    path.parent.mkdir(parents = True, exist_ok = True)
-    path.write_text(
-        json.dumps({**_read_store(), device_name: mib}, indent = 1) + "\n", encoding = "utf-8"
-    )
-    _gpu_budget.cache_clear()
-    return path

@@ -11,8 +11,9 @@ from ..llama_chat_templates import LLAMA_3X_NAMES
 from .checks import tool_call_mode
 from .templates import ASSISTANT_HEADER
 
-# Unsloth's modelfile of llama-3.1 in 2026.10.7 and 2026.10.9. It leaves out the end of a call's
-# turn, runs calls together, and samples at temperature 1.5.
+# Of the llama-3.1 modelfile that ours takes the place of: it leaves out the end of a call's turn, runs
+# calls together, and samples at temperature 1.5. With another one the
+# decorator raises NotImplementedError.
 STOCK_MODELFILE_MD5 = "8d48049825cef8903f0744708272d135"
 
 # Ollama finds out how a model calls tools from the first text inside `if .ToolCalls`, so that text
