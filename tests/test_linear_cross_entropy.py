@@ -76,7 +76,8 @@ def test_a_retained_graph_gives_the_same_gradients_twice(linear_cross_entropy):
 def test_any_shape_dtype_and_chunk_equals_dense():
     """Random rows 0 to 9, vocabularies from 1, all dtypes, strided inputs, any ignored rows."""
     pytest.importorskip("hypothesis")
-    from hypothesis import given, settings, strategies as st
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
     from unsloth.kernels.linear_cross_entropy import linear_cross_entropy
 
     @settings(max_examples = 60, deadline = None, derandomize = True)

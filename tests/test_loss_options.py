@@ -182,6 +182,7 @@ def test_options_of_a_call_that_raises_are_gone_afterwards(marked):
 def test_label_smoothing_of_a_trainer_survives_a_loss_that_raises(marked):
     """The trainer's label_smoother is back, so that a retry smooths as well."""
     from types import SimpleNamespace
+
     from transformers.trainer_pt_utils import LabelSmoother
     from unsloth.fused_loss import label_smoothing_in_the_model
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backend import DEVICE, GPU, require
-from loss_trainer import checkpoint, load, reference_losses, reference_rows, rows_of_tokens, train  # noqa: F401
+from loss_trainer import (  # noqa: F401
+    checkpoint,
+    load,
+    reference_losses,
+    reference_rows,
+    rows_of_tokens,
+    train,
+)
 
 require("cpu")
 import unsloth  # noqa: F401, E402

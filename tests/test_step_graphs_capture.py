@@ -10,7 +10,6 @@ require("interpreter")
 import unsloth  # noqa: F401, E402
 from graph_tape import TapeRecorder  # noqa: E402
 
-
 # ------------------------------------------------------------------------------------- buckets
 
 

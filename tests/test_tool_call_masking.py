@@ -7,8 +7,8 @@ import importlib
 import inspect
 
 import pytest
-import unsloth  # has to come before transformers
 import torch
+import unsloth  # has to come before transformers
 from llama_chat import assistant, call, make_llama_tokenizer, make_tiny_llama, result, system, user
 
 ROME_TEXT = '{"name": "f", "parameters": {"city": "Rome"}}'

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 import unsloth  # noqa: F401  (has to come before transformers)
-
 from llama_chat import (
     CONVERSATIONS,
     LLAMA_31,

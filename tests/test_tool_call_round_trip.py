@@ -8,9 +8,9 @@ import random
 
 import pytest
 import unsloth  # noqa: F401  (has to come before transformers)
+from conversation_formats import FORMATS, Conversations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from conversation_formats import FORMATS, Conversations
 from llama_chat import make_llama_tokenizer, parallel_calls, result, user
 
 END_TOKENS = ("<|eot_id|>", "<|eom_id|>")

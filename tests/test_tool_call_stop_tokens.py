@@ -6,8 +6,8 @@ import importlib
 from types import SimpleNamespace
 
 import pytest
-import unsloth  # noqa: F401  (has to come before transformers)
 import torch
+import unsloth  # noqa: F401  (has to come before transformers)
 from llama_chat import LLAMA_SPECIAL_TOKENS, make_llama_tokenizer, make_tiny_llama
 
 

@@ -154,7 +154,7 @@ def _stand_in_for_flash(patch):
 @pytest.fixture(scope = "module")
 def unsloth_modules():
     """Unsloth's modules; without a GPU with traceable stand-ins for its kernels."""
-    from unsloth.kernels import fast_lora, swiglu
+    from unsloth.kernels import fast_lora, swiglu  # noqa: I001  (before transformers)
     from unsloth.models import _block_compile, llama, mistral, qwen2, qwen3
     from unsloth.utils import attention_dispatch
     from transformers.trainer import Trainer

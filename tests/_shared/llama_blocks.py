@@ -76,9 +76,9 @@ def make_blocks(
 ):
     """Llama blocks with LoRA on the MLP, as patch_peft_model leaves them; by default checkpointed by
     Unsloth."""
-    from peft import LoraConfig, inject_adapter_in_model
-    from unsloth.kernels import fast_lora
+    from unsloth.kernels import fast_lora  # noqa: I001  (before transformers)
     from unsloth.models import llama
+    from peft import LoraConfig, inject_adapter_in_model
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 

@@ -256,6 +256,7 @@ def test_model_is_llama_3_1_shaped_and_seeded(tokenizer):
 
 def test_orthogonalize_brings_singular_values_near_one():
     import torch
+
     from unsloth_patches.demo.muon import orthogonalize
 
     torch.manual_seed(0)
@@ -269,6 +270,7 @@ def test_orthogonalize_brings_singular_values_near_one():
 def test_muon_trains_matrices_and_adam_the_rest():
     """Both kinds of parameters fit a linear map, and LoRA's matrices are told from the embeddings."""
     import torch
+
     from unsloth_patches.demo.muon import Muon, for_lora
 
     torch.manual_seed(0)

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List
 
-
 WAIT_S = 1800
 
 

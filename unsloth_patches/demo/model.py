@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Iterable, List
 
 from .data import NUMBERS, TIMES, bundled
-from .phrases import CURRENCY_WORDS, EVENTS, PEOPLE, OPERATOR_WORDS, TRAIN_PHRASES, UNIT_GROUPS
+from .phrases import CURRENCY_WORDS, EVENTS, OPERATOR_WORDS, PEOPLE, TRAIN_PHRASES, UNIT_GROUPS
 from .tools import CITIES, DAYS, TOOLS
 
 SPECIAL_TOKENS = (

@@ -5,10 +5,10 @@
 What that does not serve goes to the stock function; `calls` counts both.
 """
 
-from typing import Any, Callable, Dict, Optional, Tuple
 import functools
 import os
 import warnings
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 

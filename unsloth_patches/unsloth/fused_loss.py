@@ -7,13 +7,13 @@ The forwards are wrapped: options among a call's keyword arguments, or set once 
 while the forward runs. transformers' Trainer hands its ``label_smoothing_factor`` over the same way.
 """
 
-from dataclasses import replace
-from typing import Any, Callable
 import functools
 import inspect
 import os
 import sys
 import types
+from dataclasses import replace
+from typing import Any, Callable
 
 import torch
 

@@ -2,8 +2,8 @@
 # Copyright 2026 the contributors
 """The CPU backend's causal language model loss on ``kernels.linear_cross_entropy``, with options."""
 
-from typing import Any
 import functools
+from typing import Any
 
 import torch
 

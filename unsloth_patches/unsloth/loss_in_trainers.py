@@ -5,8 +5,8 @@
 Put in with the first `set_loss_options`; a trainer whose model has no options runs as it did.
 """
 
-from typing import Any, Callable, List, Optional
 import functools
+from typing import Any, Callable, List, Optional
 
 import torch
 

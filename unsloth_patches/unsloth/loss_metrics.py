@@ -2,9 +2,9 @@
 # Copyright 2026 the contributors
 """Token accuracy and entropy in a trainer's log, from the loss's own chunks: logits are never held."""
 
+import functools
 from dataclasses import replace
 from typing import Any, Dict, Optional
-import functools
 
 import torch
 

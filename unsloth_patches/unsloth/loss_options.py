@@ -2,10 +2,10 @@
 # Copyright 2026 the contributors
 """What a model's loss does beyond plain cross entropy, and how the loss gets to know it."""
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 import contextlib
 import threading
+from dataclasses import dataclass, fields, replace
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 

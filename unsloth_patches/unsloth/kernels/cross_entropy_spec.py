@@ -2,9 +2,9 @@
 # Copyright 2026 the contributors
 """What a row's cross entropy is made of, and how rows of logits lie in memory."""
 
+import os
 from dataclasses import dataclass
 from typing import Optional
-import os
 
 import torch
 

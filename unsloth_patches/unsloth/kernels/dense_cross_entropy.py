@@ -2,9 +2,9 @@
 # Copyright 2026 the contributors
 """Cross entropy of logits that are there anyway, with the options of nn.CrossEntropyLoss."""
 
+import functools
 from dataclasses import replace
 from typing import Optional, Union
-import functools
 
 import torch
 

@@ -2,8 +2,8 @@
 # Copyright 2026 the contributors
 """Which losses ran, and whether the function that one stands in for is the one that it knows."""
 
-from typing import Dict
 import inspect
+from typing import Dict
 
 __all__ = ["calls", "count_call", "require_parameters"]
 

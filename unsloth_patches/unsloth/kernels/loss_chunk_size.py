@@ -8,11 +8,11 @@ number comes, in this order, from the caller, from ``UNSLOTH_LOSS_CHUNK_ROWS``, 
 free.
 """
 
-from typing import Dict, List, Optional
 import functools
 import json
 import os
 from pathlib import Path
+from typing import Dict, List, Optional
 
 import torch
 

@@ -7,9 +7,9 @@ buffer holds the logits of a chunk and then, in place, their gradients; two or t
 products a chunk are all that happens beside it.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Iterator, Optional, Tuple
-import contextlib
 
 import torch
 

@@ -2,10 +2,10 @@
 # Copyright 2026 the contributors
 """Checks of a chunked loss's arguments, before anything is computed: each error names the value."""
 
-from typing import Iterable, Optional, Tuple
 import difflib
 import functools
 import os
+from typing import Iterable, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
