@@ -90,7 +90,7 @@ def test_marked_sizes_stay_marked(shared_graph, mark):
     instead: a graph compiled in a first run was of one length. All of them go over, as copies."""
     marked = torch.randn(2, 5, HIDDEN, device = DEVICE, requires_grad = True) * 1
     getattr(torch._dynamo, mark)(marked, 1)
-    leaf = shared_graph._leaf_of(marked)
+    leaf = shared_graph._as_leaf(marked)
     assert vars(leaf) == vars(marked) != {}
     assert leaf.is_leaf and leaf.requires_grad and torch.equal(leaf, marked)
     getattr(torch._dynamo, mark)(leaf, 0)
@@ -116,24 +116,24 @@ def test_first_runs_that_stay_without_grad(shared_graph):
         # An eager stand-in for the compiled function: grad mode would be a constant of its graph.
         run = shared_graph._first_run_with_grad(lambda self, x: (watched(x)[0],))
 
-        def mode_of(x):
+        def runs_in_mode(x):
             with torch.no_grad():
                 (out,) = run(blocks[0], x)
             assert not out.requires_grad
             return grad_modes.pop()
 
         wanting = x.clone().requires_grad_()
-        assert mode_of(wanting) and not mode_of(x)
+        assert runs_in_mode(wanting) and not runs_in_mode(x)
         for switch in (True, False):
             for adapter in adapters:
                 adapter.enable_adapters(switch)
-            assert mode_of(wanting) is switch
+            assert runs_in_mode(wanting) is switch
         for adapter in adapters:
             adapter.enable_adapters(True)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-            assert not mode_of(wanting)
+            assert not runs_in_mode(wanting)
         blocks[0].gradient_checkpointing = False
-        assert not mode_of(wanting)
+        assert not runs_in_mode(wanting)
         assert wanting.grad_fn is None and run(blocks[0], wanting)[0].requires_grad
 
 

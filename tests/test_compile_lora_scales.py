@@ -18,8 +18,8 @@ from fast_models import (  # noqa: E402, F401
     build,
     eager,
     forty_steps,
+    get_layers,
     graphs,
-    layers_of,
     step,
     unsloth_modules,
 )
@@ -39,7 +39,7 @@ def test_a_scale_that_is_changed_later_counts_from_the_next_step_on(build):
     model = build(alpha_pattern = SCALES)
     before = step(model, 2, 24)
     assert graphs() == 1
-    for layer in layers_of(model):
+    for layer in get_layers(model):
         for name in ("gate_proj", "up_proj", "down_proj"):
             getattr(layer.mlp, name).set_scale("default", 4.0)
     after = step(model, 2, 24)
@@ -81,7 +81,7 @@ def _in_float64(
     import copy
 
     twin = copy.deepcopy(model).double()
-    for layer in layers_of(twin):
+    for layer in get_layers(twin):
         layer.mlp.__dict__.pop("forward", None)
         layer.self_attn.__dict__.pop("apply_qkv", None)
         layer.self_attn.__dict__.pop("apply_o", None)
@@ -98,17 +98,17 @@ def test_equal_scales_stay_constants(build):
     from unsloth.models import compile_lora_scales
 
     model = build()
-    assert compile_lora_scales.scales_as_inputs(list(layers_of(model))) == 0
+    assert compile_lora_scales.scales_as_inputs(list(get_layers(model))) == 0
 
     def updating(model):
         update = compile_lora_scales.update_scale_inputs
-        return [list(x._forward_pre_hooks.values()).count(update) for x in layers_of(model)]
+        return [list(x._forward_pre_hooks.values()).count(update) for x in get_layers(model)]
 
     assert updating(model) == [0] * LAYERS
     differing = build(alpha_pattern = SCALES)
     assert updating(differing) == [1] * LAYERS
     count = LAYERS * len(PROJECTIONS)
-    assert compile_lora_scales.scales_as_inputs(list(layers_of(differing))) == count
+    assert compile_lora_scales.scales_as_inputs(list(get_layers(differing))) == count
     assert updating(differing) == [1] * LAYERS, "set up twice"
 
 
@@ -146,4 +146,4 @@ def test_a_set_up_that_raises_costs_no_model(build, monkeypatch):
     monkeypatch.setattr(compile_lora_scales, "scales_as_inputs", broken)
     with pytest.warns(UserWarning, match = "LoRA scales stay constants.*ours"):
         model = build(alpha_pattern = SCALES)
-    assert not any("_lora_scales_held" in layer.__dict__ for layer in layers_of(model))
+    assert not any("_lora_scales_held" in layer.__dict__ for layer in get_layers(model))

@@ -17,7 +17,7 @@ from toy_blocks import MODE, aot_eager, fresh_dynamo, toy, train  # noqa: E402, 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-def reports_of(trainer):
+def count_reports(trainer):
     from unsloth.models.compile_callback import CompileReportCallback
     return sum(isinstance(c, CompileReportCallback) for c in trainer.callback_handler.callbacks)
 
@@ -33,7 +33,7 @@ def test_the_trainer_reports_once_and_saves_json(toy, train, tmp_path, capsys):
     """Added by itself; one table; compile_report.json in output_dir."""
     trainer = train(toy("strict"))
     out = capsys.readouterr().out
-    assert reports_of(trainer) == 1 and out.count("Unsloth: what was compiled") == 1
+    assert count_reports(trainer) == 1 and out.count("Unsloth: what was compiled") == 1
     assert "2 compiled" in out and "0 graph breaks" in out and "tokens/s" in out
     (found,) = json.loads((tmp_path / "out" / "compile_report.json").read_text())["ranks"]
     assert found["mode"] == "strict" and found["graphs"] >= 1 and found["graph_breaks"] == 0
@@ -48,7 +48,7 @@ def test_the_report_can_be_switched_off(toy, train, capsys, tmp_path, monkeypatc
     model = toy("auto")
     monkeypatch.setenv(name, value)
     trainer = train(model)
-    assert reports_of(trainer) == 0 and "what was compiled" not in capsys.readouterr().out
+    assert count_reports(trainer) == 0 and "what was compiled" not in capsys.readouterr().out
     assert not (tmp_path / "out" / "compile_report.json").exists()
 
 

@@ -15,7 +15,7 @@ import unsloth  # noqa: F401, E402
 from fast_models import (  # noqa: E402, F401
     build,
     eager_blocks,
-    layers_of,
+    get_layers,
     step,
     unsloth_modules,
 )
@@ -46,12 +46,12 @@ def test_an_unknown_mode_names_the_value_and_the_choices(fresh_dynamo, monkeypat
 
 def test_off_is_upstream_alone(toy):
     """No region is watched."""
-    from unsloth.models.compile_modes import regions_of
+    from unsloth.models.compile_modes import watched_regions
 
     model = toy("off")
     model(**batch())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert regions_of(model) == []
+    assert watched_regions(model) == []
 
 
 def test_an_unknown_mode_does_not_cost_a_model_its_compiled_blocks(toy, capsys):
@@ -101,7 +101,7 @@ def test_strict_stops_before_any_weight_changes(toy, train, monkeypatch):
 
 def test_a_demoted_block_is_refused_with_its_reason(toy, monkeypatch):
     """A backend that fails: upstream keeps the stock forward in auto, strict names the error."""
-    from unsloth.models.compile_modes import FullgraphError, regions_of
+    from unsloth.models.compile_modes import FullgraphError, watched_regions
 
     def failing_backend(graph, inputs):
         raise RuntimeError("no code for this device")
@@ -111,7 +111,7 @@ def test_a_demoted_block_is_refused_with_its_reason(toy, monkeypatch):
     )
     model = toy("auto")
     model(**batch()).loss.backward()
-    (region,) = regions_of(model)
+    (region,) = watched_regions(model)
     ((reason, count),) = region.outside.items()
     assert reason.startswith("demoted") and "no code for this device" in reason and count == 2
     with pytest.raises(FullgraphError, match = "no code for this device"):
@@ -120,12 +120,12 @@ def test_a_demoted_block_is_refused_with_its_reason(toy, monkeypatch):
 
 def test_calls_around_the_region_are_counted_by_reason(toy, monkeypatch):
     """Switched off after loading, a cache, packed lengths: counted in auto, refused in strict."""
-    from unsloth.models.compile_modes import FullgraphError, _why_outside, regions_of
+    from unsloth.models.compile_modes import FullgraphError, _why_outside, watched_regions
 
     model, strict = toy("auto"), toy("strict")
     monkeypatch.setenv("UNSLOTH_BLOCK_COMPILE", "0")
     model(**batch())
-    (region,) = regions_of(model)
+    (region,) = watched_regions(model)
     assert region.outside == {"switched off by UNSLOTH_BLOCK_COMPILE=0": 2}
     with pytest.raises(FullgraphError, match = "switched off by UNSLOTH_BLOCK_COMPILE=0"):
         strict(**batch())
@@ -156,13 +156,13 @@ def test_a_set_up_that_raises_leaves_torch_compile_alone(fresh_dynamo, monkeypat
         def forward(self, hidden_states):
             return hidden_states
 
-    forward, before = Layer.forward, compile_modes.regions_of()
+    forward, before = Layer.forward, compile_modes.watched_regions()
     monkeypatch.setenv(MODE, "strict")
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(RuntimeError, match = "set-up"):
         _block_compile._wrap(Layer, {})
     assert torch.compile is broken and seen == [True]
-    assert Layer.forward is forward and compile_modes.regions_of() == before
+    assert Layer.forward is forward and compile_modes.watched_regions() == before
 
 
 def test_a_demoted_loss_stops_before_a_weight_changes(toy, train, monkeypatch):
@@ -188,15 +188,15 @@ def test_a_demoted_loss_stops_before_a_weight_changes(toy, train, monkeypatch):
 def test_lora_blocks_of_a_family_are_whole_graphs(build, monkeypatch, family, bits):
     """No break, no demotion, no call around the region over two lengths, and losses as eager's: bit
     for bit through aot_eager; on a GPU, by Inductor under a checkpoint, within bfloat16's noise."""
-    from unsloth.models.compile_modes import regions_of
+    from unsloth.models.compile_modes import watched_regions
 
     gpu = DEVICE == "cuda"
     monkeypatch.setenv(MODE, "strict")
     backend = "inductor" if gpu else "aot_eager"
     model = build(family, bits = bits, checkpointing = gpu, backend = backend)
     losses = [step(model, 2, length)[0] for length in (33, 57)]
-    (region,) = regions_of(model)
-    layers = layers_of(model)
+    (region,) = watched_regions(model)
+    layers = get_layers(model)
     assert region.failures == [] and not region.outside
     assert region.compiled_calls >= 2 * len(layers)
     assert all(layer.__dict__["_unsloth_block_mode"] == 1 for layer in layers)

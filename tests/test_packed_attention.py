@@ -17,8 +17,8 @@ from fast_models import (  # noqa: E402, F401
     build,
     eager,
     forty_steps,
+    get_layers,
     graphs,
-    layers_of,
     packed,
     shares_graph_between_runs,
     step,
@@ -57,7 +57,7 @@ def test_a_packed_block_that_is_demoted_still_keeps_documents_apart(build):
 
     model = build()
     reference = eager(model, 1, 24, 0, 2)
-    for layer in layers_of(model):
+    for layer in get_layers(model):
         layer.__dict__["_unsloth_block_mode"] = 0
     demoted = step(model, 1, 24, 0, 2)
     assert graphs() == 0

@@ -42,9 +42,9 @@ def test_layouts_write_zeros_behind_and_read_back(dtype):
 
 
 def test_packed_lengths_beyond_the_row():
-    from unsloth.models.step_graphs_buckets import documents_of
-    assert documents_of(torch.tensor([3, 4]), 6) is None
-    assert documents_of(torch.tensor([3, 0, 4]), 9) == (3, 4, 2)
+    from unsloth.models.step_graphs_buckets import split_documents
+    assert split_documents(torch.tensor([3, 4]), 6) is None
+    assert split_documents(torch.tensor([3, 0, 4]), 9) == (3, 4, 2)
 
 
 # ------------------------------------------------------------------------------------- blocks

@@ -37,7 +37,7 @@ ANSWERED = [*CALLED, result("20"), result("5"), assistant("Warm and cold.")]
 LATER = [*QUESTION, assistant("Where?"), user("Both."), two_calls(), result("20")]
 
 
-def rows_of(tokenizer, *conversations):
+def make_rows(tokenizer, *conversations):
     return [
         tokenizer.apply_chat_template(messages, date_string = DATE, return_dict = False)
         for messages in conversations
@@ -94,7 +94,7 @@ def test_exactly_calls_and_answers_are_trained(mode, messages, every, last, eos_
     """Calls, answers and their end tokens; never results; the last response is a whole run of
     calls."""
     tokenizer = tokenizer_with(mode, eos_token)
-    (ids,) = rows_of(tokenizer, messages)
+    (ids,) = make_rows(tokenizer, messages)
     assert masked(tokenizer, ids) == every
     assert masked(tokenizer, ids, last_response_only = True) == last
 
@@ -113,7 +113,7 @@ def test_end_of_message_tokens_are_trained():
 def test_masking_returns_tensors_for_tensors():
     """Collators pass tensors and other columns: labels come back as a tensor of the same shape."""
     tokenizer = tokenizer_with("split")
-    (ids,) = rows_of(tokenizer, LATER)
+    (ids,) = make_rows(tokenizer, LATER)
     train_on_responses_only = importlib.import_module(
         "unsloth.chat_templates"
     ).train_on_responses_only

@@ -205,7 +205,7 @@ def test_the_go_evaluator():
 # ---------------------------------------------------------------- modelfiles
 
 
-def modelfile_of(tokenizer):
+def read_modelfile(tokenizer):
     """(TEMPLATE, parameters) of the Modelfile, as FROM/TEMPLATE/PARAMETER lines give them."""
     text = tokenizer._ollama_modelfile
     template = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL).group(1)
@@ -252,7 +252,7 @@ def ollama_text(
         "Prompt": "",
         "Response": "",
     }
-    nodes = parse_template(modelfile_of(tokenizer)[0])
+    nodes = parse_template(read_modelfile(tokenizer)[0])
     return "<|begin_of_text|>" + GoTemplate(nodes, to_json).render(data)
 
 
@@ -381,7 +381,7 @@ def test_parameters_and_the_first_text_of_a_call(name):
     from unsloth.chat_templates import get_chat_template
 
     for mode in ("error", "split", "join"):
-        template, parameters = modelfile_of(get(name, mode))
+        template, parameters = read_modelfile(get(name, mode))
         stops = [json.loads(value) for key, value in parameters if key == "stop"]
         assert {"<|eot_id|>", "<|eom_id|>"} <= set(stops)
         others = {key: float(value) for key, value in parameters if key != "stop"}
@@ -406,7 +406,7 @@ def test_parameters_and_the_first_text_of_a_call(name):
 
         assert first_text(find(parse_template(template))[2]).strip().split("{")[0] == ""
     default = get_chat_template(make_llama_tokenizer(), name)
-    assert modelfile_of(default) == modelfile_of(get(name, "join"))
+    assert read_modelfile(default) == read_modelfile(get(name, "join"))
 
 
 def test_exported_modelfile():

@@ -23,7 +23,7 @@ ROME = ("get_weather", {"city": "Rome"})
 OSLO = ("get_weather", {"city": "Oslo"})
 
 
-def reply_of(*calls):
+def make_reply(*calls):
     """An assistant turn with these calls, as the chat templates write it."""
     texts = [
         f'{{"name": "{name}", "parameters": {json.dumps(arguments, ensure_ascii = False)}}}'
@@ -135,7 +135,7 @@ def test_ids_in_every_shape(ids, tool_calls):
     import torch
 
     tokenizer = make_llama_tokenizer()
-    given = tokenizer(reply_of(ROME, OSLO), add_special_tokens = False).input_ids
+    given = tokenizer(make_reply(ROME, OSLO), add_special_tokens = False).input_ids
     shaped = {
         "list": given,
         "tensor": torch.tensor(given),
@@ -162,7 +162,7 @@ def test_cleaning_up_spaces_does_not_reach_arguments(tool_calls):
     tokenizer.clean_up_tokenization_spaces = True
     tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     spaced = ("f", {"q": "a , b . do n't ?"})
-    reply = reply_of(spaced)
+    reply = make_reply(spaced)
     ids = tokenizer(reply, add_special_tokens = False).input_ids
     assert tokenizer.decode(ids) != reply
     assert tool_calls.parse_tool_calls(ids, tokenizer) == parallel_calls(spaced)

@@ -139,7 +139,7 @@ class Hostile:
         return pieces
 
 
-def reply_of(tokenizer, mode, question, message, results):
+def make_reply(tokenizer, mode, question, message, results):
     """The assistant's reply as rendered, after the prompt; in "split" with the results between
     calls."""
     options = {"tokenize": False, "date_string": "26 Jul 2024"}
@@ -167,7 +167,7 @@ def check_round_trip(mode, hostile, tokenizers, tool_calls):
     tokenizer = tokenizers[hostile.pick("llama-3.1", "llama-3.2"), mode]
     message = hostile.calls()
     count = len(message["tool_calls"])
-    reply = reply_of(tokenizer, mode, user(hostile.text()), message, hostile.results(count))
+    reply = make_reply(tokenizer, mode, user(hostile.text()), message, hostile.results(count))
     assert exact(tool_calls.parse_tool_calls(reply)) == exact(message), reply
 
     ids = tokenizer(reply, add_special_tokens = False).input_ids
@@ -305,7 +305,7 @@ def test_mutated_output_never_raises(tokenizers, tool_calls):
     tokenizer, broken = tokenizers["llama-3.1", "join"], 0
     for seed in range(1500):
         hostile = Hostile(seed)
-        reply = reply_of(tokenizer, "join", user("q"), hostile.calls(), [])
+        reply = make_reply(tokenizer, "join", user("q"), hostile.calls(), [])
         message = tool_calls.parse_tool_calls(hostile.mutated(reply), tokenizer)
         assert message["role"] == "assistant" and isinstance(message["content"], str)
         assert ("reason" in message) <= ("tool_calls" not in message)
@@ -317,7 +317,7 @@ def test_cut_off_replies_lose_no_call_silently(tokenizers, tool_calls):
     """A reply cut anywhere inside a call is text with a reason; the stream has given the calls
     before it."""
     message = parallel_calls(ROME, ("f", {"q": '}; {"name": "g", "parameters": {}}'}), OSLO)
-    reply = without_end(reply_of(tokenizers["llama-3.1", "join"], "join", user("q"), message, []))
+    reply = without_end(make_reply(tokenizers["llama-3.1", "join"], "join", user("q"), message, []))
     for cut in range(1, len(reply)):
         got, stream = tool_calls.parse_tool_calls(reply[:cut]), stream_of_calls()
         emitted = stream.feed(reply[:cut])

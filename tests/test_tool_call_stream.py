@@ -24,7 +24,7 @@ def parse_tool_calls():
     return importlib.import_module("unsloth.tool_calls").parse_tool_calls
 
 
-def turn_of(*calls):
+def make_turn(*calls):
     texts = [
         f'{{"name": "{name}", "parameters": {json.dumps(arguments, ensure_ascii = False)}}}'
         for name, arguments in calls
@@ -34,19 +34,19 @@ def turn_of(*calls):
 
 def split_reply(*calls, results):
     """Each call in a turn of its own, the results between them."""
-    reply = turn_of(calls[0])
+    reply = make_turn(calls[0])
     for call, result in zip(calls[1:], results):
-        reply += HEADER % "ipython" + result + EOT + HEADER % "assistant" + turn_of(call)
+        reply += HEADER % "ipython" + result + EOT + HEADER % "assistant" + make_turn(call)
     return reply
 
 
 REPLIES = {
-    "one": turn_of(ROME),
-    "joined": turn_of(ROME, ("f", {"q": '}; {"name": "g", "parameters": {}} \\ \\" {{'}), OSLO),
-    "other separators": turn_of(ROME)[: -len(EOT)]
+    "one": make_turn(ROME),
+    "joined": make_turn(ROME, ("f", {"q": '}; {"name": "g", "parameters": {}} \\ \\" {{'}), OSLO),
+    "other separators": make_turn(ROME)[: -len(EOT)]
     + "\n"
-    + turn_of(OSLO)[: -len(EOT)]
-    + turn_of(ROME),
+    + make_turn(OSLO)[: -len(EOT)]
+    + make_turn(ROME),
     "split": split_reply(ROME, OSLO, results = ['"20 degrees"']),
     "split, results with end tokens": split_reply(
         ROME,
@@ -57,17 +57,17 @@ REPLIES = {
     "split, results that are no JSON": split_reply(
         ROME, OSLO, ROME, results = ['20 " degrees', "{a}"]
     ),
-    "python tag": "<|python_tag|>" + turn_of(ROME),
+    "python tag": "<|python_tag|>" + make_turn(ROME),
     "built-in": '<|python_tag|>brave_search.call(query="a (b) }")<|eom_id|>',
-    "header first": HEADER % "assistant" + turn_of(ROME),
-    "character of several tokens": turn_of(("f", {"🦙": {"q": "你好🦙"}}), ROME),
+    "header first": HEADER % "assistant" + make_turn(ROME),
+    "character of several tokens": make_turn(("f", {"🦙": {"q": "你好🦙"}}), ROME),
 }
 TEXTS = {
     "text": "It is sunny in Rome.",
     "answer": '{"degrees": 22}',
-    "text before a call": "Sure: " + turn_of(ROME),
-    "cut off": turn_of(ROME)[:-20],
-    "unknown role": HEADER % "user" + turn_of(ROME),
+    "text before a call": "Sure: " + make_turn(ROME),
+    "cut off": make_turn(ROME)[:-20],
+    "unknown role": HEADER % "user" + make_turn(ROME),
     "builtin that is none": '<|python_tag|>print("hi")',
     "empty": "",
 }
@@ -91,21 +91,25 @@ def test_streams_give_what_the_whole_reply_gives(key, size, make_stream, parse_t
 
 def test_calls_come_at_their_closing_brace(make_stream):
     """Not later: a server can run the first call while the second is written."""
-    stream, reply = make_stream(), turn_of(ROME, OSLO)
+    stream, reply = make_stream(), make_turn(ROME, OSLO)
     at = [n for n, char in enumerate(reply) if stream.feed(char)]
     assert at == [reply.index("; ") - 1, reply.index(EOT) - 1]
 
 
 def test_what_makes_a_reply_broken_later_is_told_at_the_end(make_stream):
     stream = make_stream()
-    assert stream.feed(turn_of(ROME)[: -len(EOT)] + " There") == parallel_calls(ROME)["tool_calls"]
-    assert stream.feed(turn_of(OSLO)) == []
+    assert (
+        stream.feed(make_turn(ROME)[: -len(EOT)] + " There") == parallel_calls(ROME)["tool_calls"]
+    )
+    assert stream.feed(make_turn(OSLO)) == []
     assert "text after call 1" in stream.finish()["reason"]
 
 
 def test_unknown_tools_end_a_stream(make_stream):
     stream = make_stream(tools = json.dumps([{"name": "get_weather", "parameters": {}}]))
-    assert stream.feed(turn_of(ROME)[: -len(EOT)]) and not stream.feed("; " + turn_of(("hack", {})))
+    assert stream.feed(make_turn(ROME)[: -len(EOT)]) and not stream.feed(
+        "; " + make_turn(("hack", {}))
+    )
     assert "unknown tool 'hack'" in stream.finish()["reason"]
 
 
@@ -134,7 +138,7 @@ def test_long_streams_are_read_in_linear_time(make_stream):
 
         stream_module._Closing.feed = counting
         try:
-            reply, stream = turn_of(("f", {"a": [{"b": "}{"}] * count})), make_stream()
+            reply, stream = make_turn(("f", {"a": [{"b": "}{"}] * count})), make_stream()
             emitted = [call for char in reply for call in stream.feed(char)]
         finally:
             stream_module._Closing.feed = marks

@@ -48,7 +48,7 @@ def undo():
 
 def install():
     """Put the hooks in, once. Where Unsloth is imported already, replace what can be replaced whole."""
-    hooks.place(_home_of, _is_hooked, _executed)
+    hooks.place(_find_our_module, _is_hooked, _executed)
     if hooks.upstream_is_imported():
         from .patching import patch_imported_modules
         from .reporting import summarise
@@ -57,9 +57,9 @@ def install():
         summarise()
 
 
-def _home_of(name):
-    from .states import home_of
-    return home_of(name)
+def _find_our_module(name):
+    from .states import find_our_module
+    return find_our_module(name)
 
 
 def _is_hooked(name):

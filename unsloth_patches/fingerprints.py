@@ -103,7 +103,7 @@ def find_definitions(
     if path is None or hops < 0:
         return []
     found = list(_definitions(_parsed(str(path)), name))
-    for origin, there in () if found else _imports_of(path, module, name):
+    for origin, there in () if found else _find_imports(path, module, name):
         found = found or find_definitions(origin, there, find_file, hops - 1)
     return found
 
@@ -122,7 +122,7 @@ def binds(
     bound = set(_bound_names(_parsed(str(path))))
     if head in bound or "*" not in bound:
         return head in bound
-    origins = (origin for origin, _ in _imports_of(path, module, head))
+    origins = (origin for origin, _ in _find_imports(path, module, head))
     return any(binds(origin, head, find_file, hops - 1) for origin in origins)
 
 
@@ -173,7 +173,7 @@ def _lacking(positional: List[str], keyword: List[str], signature: Sequence[str]
     return f"it has no parameter {', '.join(missing)}" if missing else ""
 
 
-def _imports_of(path: Path, module: str, name: str) -> Iterator[Tuple[str, str]]:
+def _find_imports(path: Path, module: str, name: str) -> Iterator[Tuple[str, str]]:
     """(module, name there) of each ``from … import`` that may give this module its ``name``."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(_parsed(str(path))):

@@ -72,11 +72,11 @@ class _AliasLoader:
 
 
 class Finder:
-    """home_of(name): our module that stands at this path of Unsloth, or None. is_hooked(name): whether
+    """find_our_module(name): our module that stands at this path of Unsloth, or None. is_hooked(name): whether
     executed(module) is to be called after that module has run."""
 
-    def __init__(self, home_of, is_hooked, executed):
-        self._home_of = home_of
+    def __init__(self, find_our_module, is_hooked, executed):
+        self._find_our_module = find_our_module
         self._is_hooked = is_hooked
         self._executed = executed
         # Names being looked up by this thread: the real finders are asked through the same path.
@@ -97,7 +97,7 @@ class Finder:
             return None
 
     def _spec(self, name, path, target):
-        home = self._home_of(name)
+        home = self._find_our_module(name)
         if home is not None:
             return _alias_spec(name, home)
         return self._wrapped_spec(name, path, target) if self._is_hooked(name) else None
@@ -148,11 +148,11 @@ def installed():
     return _finder in sys.meta_path
 
 
-def place(home_of, is_hooked, executed):
+def place(find_our_module, is_hooked, executed):
     """Put the hooks in, once; see ``Finder``."""
     global _finder
     if not installed():
-        _finder = Finder(home_of, is_hooked, executed)
+        _finder = Finder(find_our_module, is_hooked, executed)
         sys.meta_path.insert(0, _finder)
 
 

@@ -32,8 +32,8 @@ from .states import (
     Replaced,
     forget_all,
     misfit,
-    modules_of,
     records,
+    watched_modules,
 )
 from .upstream_source import is_upstreamed, on_cpu_backend
 
@@ -53,14 +53,14 @@ _lock = threading.RLock()
 def module_imported(module: types.ModuleType) -> None:
     """Called by the import hook right after ``module`` was executed, also on a reload."""
     for record in records().values():
-        if module.__name__ in modules_of(record.patch):
+        if module.__name__ in watched_modules(record.patch):
             _apply(record, module, late = False)
 
 
 def patch_imported_modules() -> None:
     """For a late ``import unsloth_patches``: replace in modules that are imported already."""
     for record in records().values():
-        for name in modules_of(record.patch):
+        for name in watched_modules(record.patch):
             module = sys.modules.get(name)
             if module is None or _is_stand_in(module):
                 continue
@@ -128,7 +128,7 @@ def _give_up(record: Record, state: str, reason: str) -> None:
     record.state, record.reason = state, reason or "no reason given"
 
 
-def _owner_of(target: Target, module: types.ModuleType) -> Tuple[Any, str]:
+def _find_owner(target: Target, module: types.ModuleType) -> Tuple[Any, str]:
     *path, leaf = target.name.split(".")
     owner = module
     for part in path:
@@ -137,7 +137,7 @@ def _owner_of(target: Target, module: types.ModuleType) -> Tuple[Any, str]:
 
 
 def _replace(record: Record, target: Target, module: types.ModuleType, late: bool) -> None:
-    owner, leaf = _owner_of(target, module)
+    owner, leaf = _find_owner(target, module)
     if not hasattr(owner, leaf):
         if target.optional:
             return

@@ -23,9 +23,9 @@ from .states import (
     UPSTREAMED,
     Record,
     misfit,
-    modules_of,
     records,
     say,
+    watched_modules,
 )
 from .upstream_source import is_absent, is_upstreamed, on_cpu_backend
 
@@ -69,7 +69,7 @@ def status() -> List[PatchStatus]:
     A late import has a row of its own, the first. A patch whose environment variable has an unknown
     value says so in its reason.
     """
-    rows = [_status_of(record) for record in records().values()]
+    rows = [_patch_status(record) for record in records().values()]
     if imported_late() and installed():
         title = "unsloth_patches was imported after unsloth"
         rows.insert(0, PatchStatus("import order", title, (), LATE, LATE_MEANS, LATE_MEANS))
@@ -94,15 +94,15 @@ def _switch_problems() -> Dict[str, List[str]]:
     return found
 
 
-def _status_of(record: Record) -> PatchStatus:
-    state, brief, more = _state_of(record)
+def _patch_status(record: Record) -> PatchStatus:
+    state, brief, more = _patch_state(record)
     reason = "; ".join(filter(None, [brief, *more]))
     patch, names = record.patch, tuple(target.attribute for target in record.patch.targets)
     replaced = sum(not done.taken_out for done in record.replaced)
     return PatchStatus(patch.name, patch.title, names, state, reason, brief, replaced)
 
 
-def _state_of(record: Record) -> Tuple[str, str, List[str]]:
+def _patch_state(record: Record) -> Tuple[str, str, List[str]]:
     """(state, reason in brief, what makes it whole)."""
     out = [done for done in record.replaced if done.taken_out]
     if record.state == PENDING:
@@ -123,7 +123,7 @@ def _outlook(record: Record) -> Tuple[str, str, List[str]]:
     if not installed():
         return OFF, _UNDONE, []
     missing, waiting = _missing(record)
-    waiting = waiting or modules_of(record.patch)
+    waiting = waiting or watched_modules(record.patch)
     if on_cpu_backend() and not serves_cpu(record.patch):
         return PENDING, FOR_GPUS, [f"Unsloth's CPU backend has not imported {', '.join(waiting)}"]
     reason = misfit(record)
@@ -157,7 +157,9 @@ def _modules(targets: Iterable[Target]) -> List[str]:
 def serves_cpu(patch: Patch) -> bool:
     """Unsloth's CPU backend imports a module that the patch replaces something in, or leaves that to
     the script, as it does with the chat templates."""
-    return any(m in _CPU_MODULES or m.startswith("unsloth_zoo.cpu.") for m in modules_of(patch))
+    return any(
+        m in _CPU_MODULES or m.startswith("unsloth_zoo.cpu.") for m in watched_modules(patch)
+    )
 
 
 def summarise() -> None:

@@ -76,7 +76,7 @@ def records() -> Dict[str, Record]:
     return found
 
 
-def modules_of(patch: Patch) -> List[str]:
+def watched_modules(patch: Patch) -> List[str]:
     """Modules after whose import the patch has something to do; one that only adds modules is in as
     soon as Unsloth is."""
     return list(dict.fromkeys(target.module for target in patch.targets)) or ["unsloth"]
@@ -85,7 +85,7 @@ def modules_of(patch: Patch) -> List[str]:
 @functools.lru_cache(maxsize = None)
 def hooked_modules() -> Set[str]:
     """Modules after whose import something is to be done; ``unsloth`` itself for the summary line."""
-    return {"unsloth"}.union(*(modules_of(record.patch) for record in records().values()))
+    return {"unsloth"}.union(*(watched_modules(record.patch) for record in records().values()))
 
 
 @functools.lru_cache(maxsize = None)
@@ -101,7 +101,7 @@ def new_modules() -> Dict[str, str]:
     return paths
 
 
-def home_of(name: str) -> Optional[str]:
+def find_our_module(name: str) -> Optional[str]:
     """Our module at this path of Unsloth. What lies in a package of ours is ours, listed or not: found
     by its file, it would be a second copy under another name."""
     homes = new_modules()

@@ -121,7 +121,7 @@ def _at_home(target: Any, tree: ast.Module, same: set, lines: List[str]) -> Iter
             yield _method(node, method, _decorator(target), lines)
         elif isinstance(node, DEFINITIONS):
             yield _above(node, _decorator(target))
-        elif not _is_none(node) and not _is_alias_of(node, same):
+        elif not _is_none(node) and not _aliases(node, same):
             yield _after(node, block, target)
 
 
@@ -169,7 +169,7 @@ def _is_none(node: ast.stmt) -> bool:
     return isinstance(value, ast.Constant) and value.value is None
 
 
-def _is_alias_of(node: ast.stmt, names: set) -> bool:
+def _aliases(node: ast.stmt, names: set) -> bool:
     """``a = b`` where b was given the same decorator above: a has it already."""
     value = getattr(node, "value", None)
     return isinstance(value, ast.Name) and value.id in names

@@ -241,7 +241,7 @@ def _build(
             parameter.data = parameter.data.float() * 0.1
     with _as_on_a_gpu(modules.blocks, monkeypatch, backend):
         model = modules.llama.FastLlamaModel.patch_peft_model(model, checkpointing)
-    assert getattr(type(layers_of(model)[0]).forward, modules.blocks._MARK, False)
+    assert getattr(type(get_layers(model)[0]).forward, modules.blocks._MARK, False)
     modules.llama.FastLlamaModel.for_training(model, use_gradient_checkpointing = checkpointing)
     return model
 
@@ -320,7 +320,7 @@ def _as_on_a_gpu(blocks, monkeypatch, backend):
 # ------------------------------------------------------------------------------------ steps
 
 
-def layers_of(model):
+def get_layers(model):
     return model.base_model.model.model.layers
 
 
@@ -365,13 +365,13 @@ def packed(total, documents):
 @contextlib.contextmanager
 def eager_blocks(model):
     """The blocks of ``model`` uncompiled, as if Unsloth had demoted them."""
-    states = [layer.__dict__.get("_unsloth_block_mode") for layer in layers_of(model)]
-    for layer in layers_of(model):
+    states = [layer.__dict__.get("_unsloth_block_mode") for layer in get_layers(model)]
+    for layer in get_layers(model):
         layer.__dict__["_unsloth_block_mode"] = 0
     try:
         yield
     finally:
-        for layer, state in zip(layers_of(model), states):
+        for layer, state in zip(get_layers(model), states):
             layer.__dict__["_unsloth_block_mode"] = state
 
 
@@ -438,4 +438,4 @@ def forty_steps(build, family, bits, checkpointing, packing):
             model.train()
         if index in (0, 9) and DEVICE == "cpu":
             assert torch.equal(loss, eager(model, rows, length, index, documents)[0])
-    assert all(x.__dict__["_unsloth_block_mode"] == 1 for x in layers_of(model)), "demoted"
+    assert all(x.__dict__["_unsloth_block_mode"] == 1 for x in get_layers(model)), "demoted"

@@ -27,7 +27,7 @@ def tokenizer():
     return model.make_tokenizer(model.corpus())
 
 
-def calls_of(conversation):
+def all_calls(conversation):
     return [
         call["function"]
         for message in conversation["messages"]
@@ -52,7 +52,7 @@ def reserved(call):
 def test_held_out_prompts_share_no_combination_of_values_with_training(generated):
     """No pair of numbers, amount with its units, title, or city with its tool is in both."""
     trained = [call for example in generated for call in example.calls]
-    trained += [call for row in data.bundled() for call in calls_of(row)]
+    trained += [call for row in data.bundled() for call in all_calls(row)]
     held = [c for pairs in (False, True) for e in data.held_out(240, pairs) for c in e.calls]
     assert not set(map(reserved, trained)) & set(map(reserved, held))
 
@@ -93,7 +93,7 @@ def test_bundled_conversations_are_many_and_their_calls_run():
     """At least 200 conversations, each tool often, some with two calls; every call executes."""
     rows = data.bundled()
     assert len(rows) >= 200
-    calls = [call for row in rows for call in calls_of(row)]
+    calls = [call for row in rows for call in all_calls(row)]
     for name in tools.TOOLS:
         assert sum(call["name"] == name for call in calls) >= 30
     assert sum(len(m.get("tool_calls", ())) == 2 for r in rows for m in r["messages"]) >= 30
@@ -101,7 +101,7 @@ def test_bundled_conversations_are_many_and_their_calls_run():
     assert not [c for c in calls if "error" in tools.execute(c)]
     for row in rows:
         offered = {tool["function"]["name"] for tool in row["tools"]}
-        assert {call["name"] for call in calls_of(row)} <= offered
+        assert {call["name"] for call in all_calls(row)} <= offered
     first = [row["messages"][0]["content"] for row in rows]
     assert len(set(first)) >= 200
 

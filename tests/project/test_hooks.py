@@ -722,7 +722,7 @@ def test_a_patch_that_only_adds_modules_is_in_once_unsloth_is(fake):
 
 
 @pytest.mark.parametrize(
-    "broken", ["states.home_of", "states.hooked_modules", "patching.module_imported"]
+    "broken", ["states.find_our_module", "states.hooked_modules", "patching.module_imported"]
 )
 def test_an_error_of_the_hooks_own_never_breaks_the_import(fake, broken):
     """Stock functions run, stderr says why, and once the error is gone the next import is patched."""

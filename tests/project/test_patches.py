@@ -71,9 +71,23 @@ def test_fork_behaves_as_the_replacements_say(root, tmp_path):
         "\nimport os\n\nfrom .double import doubled, exclaimed, with_b\n\nTABLE = {'a': 1}\n"
         in text
     )
-    assert "\n    TABLE[key] = os.sep\nTABLE = with_b(TABLE)\n" in text
+    assert "\n    TABLE[key] = os.sep\nOTHER = 1\n\nTABLE = with_b(TABLE)\n" in text
     assert "\n\n@doubled\ndef area(x)" in text
     assert "    @staticmethod\n    @doubled\n    def corners(n)" in text
+
+
+def test_an_import_can_stand_beside_what_it_decorates(root, tmp_path):
+    """Above the definition, or its class; a line to follow that the file lacks is an error."""
+    target = (
+        'Target(attribute = "unsloth.sub.b:%s", replacement = "sub.double:%s", import_after = "%s"),'
+    )
+    write_registry(root, target % ("Shape.corners", "doubled", "beside"))
+    build_fork(Project(root), tmp_path / "fork")
+    text = (tmp_path / "fork/unsloth/sub/b.py").read_text(encoding = "utf-8")
+    assert "x * x\n\n\nfrom .double import doubled\n\n\nclass Shape:\n" in text
+    write_registry(root, target % ("area", "doubled", "import nothing"))
+    with pytest.raises(PatchesError, match = "no line 'import nothing'"):
+        build_fork(Project(root), tmp_path / "refused")
 
 
 def test_zoo_names_are_set_on_the_zoo_and_rebound(root, tmp_path):

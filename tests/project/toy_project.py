@@ -24,7 +24,7 @@ UPSTREAM = {
     "unsloth/device_type.py": "",
     "unsloth/sub/__init__.py": "",
     "unsloth/sub/b.py": (
-        "# Toy\n# of\n# Unsloth\n\nimport os\n\nTABLE = {'a': 1}\nfor key in 'xy':\n    TABLE[key] = os.sep\n\n\n"
+        "# Toy\n# of\n# Unsloth\n\nimport os\n\nTABLE = {'a': 1}\nfor key in 'xy':\n    TABLE[key] = os.sep\nOTHER = 1\n\n\n"
         "def area(x):\n    return x * x\n\n\n"
         "class Shape:\n"
         "    @staticmethod\n    def corners(n):\n        return n\n\n"

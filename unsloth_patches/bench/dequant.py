@@ -65,7 +65,7 @@ def make_weight(
     return quantize_4bit(values, blocksize = 64, compress_statistics = True, quant_type = quant_type)
 
 
-def copy_of(packed, state) -> Callable[[], object]:
+def make_copy(packed, state) -> Callable[[], object]:
     """A device copy that moves as many bytes as decoding that weight reads and writes."""
     import torch
 
@@ -106,7 +106,7 @@ def bench_single(functions: Functions, rounds: int, quick: bool) -> List[dict]:
                 "upstream": lambda: functions.upstream(packed, state),
                 "bitsandbytes": lambda: functions.bitsandbytes(packed, state),
                 "ours": lambda: functions.ours(packed, state),
-                "copy": copy_of(packed, state),
+                "copy": make_copy(packed, state),
             },
             rounds = rounds,
         )

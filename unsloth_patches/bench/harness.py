@@ -105,7 +105,7 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(math.log(value) for value in values) / len(values))
 
 
-def rounds_of(names: Iterable[str], rounds: int) -> Iterator[List[str]]:
+def shuffled_rounds(names: Iterable[str], rounds: int) -> Iterator[List[str]]:
     """The names once a round, each round in another random order, the same in every process."""
     order, shuffle = list(names), random.Random(0).shuffle
     for _ in range(rounds):
@@ -157,7 +157,7 @@ def measure(
     torch.cuda.synchronize()
 
     events = {name: [] for name in candidates}
-    for round_index, order in enumerate(rounds_of(candidates, rounds)):
+    for round_index, order in enumerate(shuffled_rounds(candidates, rounds)):
         for name in order:
             start = torch.cuda.Event(enable_timing = True)
             stop = torch.cuda.Event(enable_timing = True)
@@ -192,7 +192,7 @@ def host_time(
     for name, function in candidates.items():
         for _ in range(10):
             function()
-    for order in rounds_of(candidates, rounds):
+    for order in shuffled_rounds(candidates, rounds):
         for name in order:
             function = candidates[name]
             if gpu:
@@ -219,7 +219,7 @@ def wall_time(
     for function in candidates.values():
         for _ in range(warmup):
             function()
-    for order in rounds_of(candidates, rounds):
+    for order in shuffled_rounds(candidates, rounds):
         for name in order:
             drain()
             begin = time.perf_counter()

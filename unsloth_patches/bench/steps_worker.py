@@ -126,11 +126,11 @@ def train(model, tokenizer, job: dict, case: dict, gpu: Gpu, turns: Turns) -> di
         "tokens": [
             entry.get("num_tokens") for entry in trainer.state.log_history if "loss" in entry
         ],
-        "graphs": graphs_of(model),
+        "graphs": replay_summary(model),
     }
 
 
-def graphs_of(model) -> dict:
+def replay_summary(model) -> dict:
     """What was replayed; {} without step graphs."""
     try:
         from unsloth.models.step_graphs import summary

@@ -32,7 +32,7 @@ _ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset"}
 _LAUNCHES = {"cuda_runtime", "cuda_driver"}
 
 
-def kind_of(event: dict, op: dict, in_loss: bool) -> str:
+def classify(event: dict, op: dict, in_loss: bool) -> str:
     """The kind of work of an event on the GPU. op: the operator that launched it, or {}."""
     name = event["name"]
     if event["cat"] != "kernel":
@@ -106,7 +106,7 @@ def breakdown(events: List[dict], steps: int) -> dict:
             continue
         launch = launches.get(event["args"].get("correlation"), {})
         in_loss = _inside(ranges.get(launch.get("tid"), []), launch.get("ts", -1.0))
-        kind = kind_of(event, ops.get(event["args"].get("External id"), {}), in_loss)
+        kind = classify(event, ops.get(event["args"].get("External id"), {}), in_loss)
         spans[kind].append((event["ts"], event["ts"] + event["dur"]))
         top[kind][event["name"][:90]] += event["dur"] / 1e3 / steps
     work = _union(span for kind in KINDS if kind != "copies" for span in spans[kind])

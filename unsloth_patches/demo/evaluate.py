@@ -51,7 +51,7 @@ def prompt_messages(example: Example) -> List[Dict[str, Any]]:
     return [{"role": "user", "content": example.prompt}]
 
 
-def tools_of(example: Example) -> list:
+def example_tools(example: Example) -> list:
     return [TOOLS[name] for name in example.tools]
 
 
@@ -59,7 +59,7 @@ def parse(ids: Sequence[int], tokenizer, example: Example) -> Answer:
     """One reply's token ids, without the prompt, as an Answer."""
     from unsloth.tool_calls import parse_tool_calls
 
-    message = parse_tool_calls(list(ids), tokenizer, tools = tools_of(example))
+    message = parse_tool_calls(list(ids), tokenizer, tools = example_tools(example))
     calls = [dict(call["function"]) for call in message.get("tool_calls", ())]
     special = [token for token in (tokenizer.pad_token, tokenizer.eos_token) if token]
     text = tokenizer.decode(ids)
@@ -89,7 +89,7 @@ def answer(
             texts = [
                 tokenizer.apply_chat_template(
                     prompt_messages(example),
-                    tools = tools_of(example),
+                    tools = example_tools(example),
                     tokenize = False,
                     add_generation_prompt = True,
                 )

@@ -214,11 +214,13 @@ def head_loss(
                 loss_weights = loss_weights.roll(-1, labels.dim() - 1)
         chunk_rows = options.pop("chunk_rows", None)
         options.pop("observe", None)  # statistics of cross entropy
-        total_of = functools.partial(linear_loss, hidden, weight, bias = bias, chunk_rows = chunk_rows)
+        apply_to_rows = functools.partial(
+            linear_loss, hidden, weight, bias = bias, chunk_rows = chunk_rows
+        )
         transform = RowLoss(logit_scale = scale, softcap = softcap)
         return custom_loss(
             loss_fn,
-            total_of,
+            apply_to_rows,
             rows,
             ignore_index,
             n_items,
@@ -248,7 +250,7 @@ def head_loss(
 
 def custom_loss(
     loss_fn: Callable,
-    total_of: Callable,
+    apply_to_rows: Callable,
     rows: Tuple[torch.Tensor, ...],
     ignore_index: int,
     n_items,
@@ -261,7 +263,7 @@ def custom_loss(
 ) -> torch.Tensor:
     """``loss_fn(logits, labels, *columns)`` of the rows that have a label, reduced like cross entropy.
 
-    total_of: ``total_of(function, *row arguments, keep)`` applies a function to the logits of the rows
+    apply_to_rows: ``apply_to_rows(function, *row arguments, keep)`` applies a function to the logits of the rows
     to keep. rows: labels and columns, shifted already. loss_fn gets float32 logits, scaled and
     soft-capped as the model's are, and returns each row's loss.
     """
@@ -283,7 +285,7 @@ def custom_loss(
         return found if reduction == "none" else found.sum()
 
     labelled = labels.masked_fill(~keep, 0).long()
-    total = total_of(weighted, loss_weights, labelled, *columns, keep = keep)
+    total = apply_to_rows(weighted, loss_weights, labelled, *columns, keep = keep)
     if reduction != "mean":
         return total
     if n_items is None:

@@ -141,14 +141,14 @@ def _loss_of_logits(
     from .fused_cross_entropy import custom_loss
     from .kernels.cross_entropy_spec import RowLoss
 
-    def total_of(function, *arguments, keep):
+    def apply_to_rows(function, *arguments, keep):
         return function(logits[keep].float(), *(argument[keep] for argument in arguments))
 
     transform = RowLoss(logit_scale = logit_scaling or 1.0, softcap = logit_softcapping or 0.0)
     rows = (labels, *(column.to(labels.device) for column in options.loss_columns))
     settings = options.changed(*_OF_THE_HEAD, "ignore_index")
     return custom_loss(
-        options.loss_fn, total_of, rows, options.ignore_index, n_items, transform, **settings
+        options.loss_fn, apply_to_rows, rows, options.ignore_index, n_items, transform, **settings
     )
 
 

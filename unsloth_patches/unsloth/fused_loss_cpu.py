@@ -114,8 +114,8 @@ def _in_cpu_step(model: Any) -> bool:
 
     if not vars(model).get("_unsloth_cpu_chunked_ce_active", False) or not torch.is_grad_enabled():
         return False
-    weight_of = getattr(ops, "_plain_head_weight", lambda head: head)
-    return weight_of(model.get_output_embeddings()) is not None  # None: LoRA on the head
+    plain_weight = getattr(ops, "_plain_head_weight", lambda head: head)
+    return plain_weight(model.get_output_embeddings()) is not None  # None: LoRA on the head
 
 
 def smooth_in_the_model(in_force = lambda: True) -> None:

@@ -40,7 +40,7 @@ def _wrap(owner: type, name: str, decorator: Callable) -> None:
         setattr(owner, name, wrapped)
 
 
-def options_of(model: Any) -> Optional[LossOptions]:
+def trainer_options(model: Any) -> Optional[LossOptions]:
     """The options set for a trainer's model, or None."""
     inner = model_taking_options(model)
     return None if inner is None else vars(inner).get("_unsloth_loss_options")
@@ -52,7 +52,7 @@ def counting_weights(stock):
     @functools.wraps(stock)
     def get_batch_samples(self, *args, **kwargs):
         batches, n_items = stock(self, *args, **kwargs)
-        options = options_of(self.model)
+        options = trainer_options(self.model)
         if options is None:
             return batches, n_items
         refuse_other_losses(self)
@@ -95,7 +95,7 @@ def keeping_columns(stock):
 
     @functools.wraps(stock)
     def _get_dataloader(self, dataset, *args, **kwargs):
-        options = options_of(self.model)
+        options = trainer_options(self.model)
         there = getattr(dataset, "column_names", None) or ()
         wanted = () if options is None else ("loss_weights", *options.loss_columns)
         names = [name for name in wanted if name in there]
@@ -173,7 +173,7 @@ _ALIKE = ("SFTTrainer", "_BaseTrainer", "BaseTrainer")
 def refusing_other_losses(stock):
     @functools.wraps(stock)
     def evaluation_loop(self, *args, **kwargs):
-        if options_of(self.model) is not None:
+        if trainer_options(self.model) is not None:
             refuse_other_losses(self)
         return stock(self, *args, **kwargs)
 
@@ -189,7 +189,7 @@ def sft_loss_with_options(stock):
 
     @functools.wraps(stock)
     def compute_loss(self, model, inputs, *args, **kwargs):
-        if options_of(model) is None:
+        if trainer_options(model) is None:
             return stock(self, model, inputs, *args, **kwargs)
         kind = str(getattr(self.args, "loss_type", None) or "nll").rpartition(".")[2].lower()
         if kind != "nll":

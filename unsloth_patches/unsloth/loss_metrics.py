@@ -88,7 +88,7 @@ def _telling_token_metrics(stock):
         metrics = getattr(options, "observe", None)
         training = "loss" in logs
         if isinstance(metrics, TokenMetrics) and (training or "eval_loss" in logs):
-            gather = _gather_of(self) if self.args.world_size > 1 else None
+            gather = _gather(self) if self.args.world_size > 1 else None
             found = metrics.read(training, gather)
             prefix = "" if training else "eval_"
             logs = {**{prefix + name: value for name, value in found.items()}, **logs}
@@ -98,6 +98,6 @@ def _telling_token_metrics(stock):
     return log
 
 
-def _gather_of(trainer):
+def _gather(trainer):
     device = trainer.accelerator.device
     return lambda sums: trainer.accelerator.gather(sums.float().to(device))

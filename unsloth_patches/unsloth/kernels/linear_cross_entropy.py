@@ -216,14 +216,14 @@ def _chunked(
     for chunk in iterate_chunks(hidden, weight, job.plan):
         into = None if gradients is None else chunk.gradients(hidden.dtype)
         if observe is not None:
-            observe(chunk.logits, chunk.rows_of(labels), job.spec, bias, job.differentiable)
+            observe(chunk.logits, chunk.take_rows(labels), job.spec, bias, job.differentiable)
         cross_entropy_rows(
             chunk.logits,
-            chunk.rows_of(labels),
+            chunk.take_rows(labels),
             job.spec,
             losses[chunk.start : chunk.stop],
             grads = into,
-            row_scale = None if row_scale is None else chunk.rows_of(row_scale),
+            row_scale = None if row_scale is None else chunk.take_rows(row_scale),
             bias = bias,
             scratch = True,
         )

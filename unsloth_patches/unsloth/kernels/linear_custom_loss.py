@@ -174,7 +174,7 @@ def _chunk_loss(job: _Job, chunk, bias, row_args, upstream):
     """(loss of a chunk, gradients by logits and by each row argument)."""
     x = _wide(chunk.logits, bias)
     x = x.clone() if x.data_ptr() == chunk.logits.data_ptr() else x
-    args = [chunk.rows_of(arg).detach() for arg in row_args]
+    args = [chunk.take_rows(arg).detach() for arg in row_args]
     for arg, whole in zip(args, row_args):
         arg.requires_grad_(whole.requires_grad)
     with torch.enable_grad():
@@ -183,7 +183,7 @@ def _chunk_loss(job: _Job, chunk, bias, row_args, upstream):
         leaves = [x] + [arg for arg in args if arg.requires_grad]
         if not loss.requires_grad:  # a constant
             return loss, [torch.zeros_like(leaf) for leaf in leaves]
-        seed = None if upstream is None else chunk.rows_of(upstream).to(loss.dtype)
+        seed = None if upstream is None else chunk.take_rows(upstream).to(loss.dtype)
         found = torch.autograd.grad(loss, leaves, seed, allow_unused = True)
     found = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves)]
     return loss.detach(), found
@@ -207,7 +207,7 @@ def _chunked(
     by_args = [torch.zeros_like(arg) if want else None for arg, want in zip(row_args, wanted[3:])]
     for chunk in iterate_chunks(hidden, weight, job.plan):
         if not any(wanted):
-            args = [chunk.rows_of(arg) for arg in row_args]
+            args = [chunk.take_rows(arg) for arg in row_args]
             with torch.no_grad():
                 part = job.loss_fn(_wide(chunk.logits, bias), *args)
         else:

@@ -113,7 +113,7 @@ class _LinearLogProbs(torch.autograd.Function):
         with without_autocast(hidden.device.type):
             for chunk in iterate_chunks(hidden, weight, job.plan):
                 found, best = log_prob_rows(
-                    chunk.logits, chunk.rows_of(targets), job.spec, job.inverse_temperature, bias
+                    chunk.logits, chunk.take_rows(targets), job.spec, job.inverse_temperature, bias
                 )
                 chunk.place(found, values, dim = 1)
                 chunk.place(best, top1)
@@ -133,12 +133,12 @@ class _LinearLogProbs(torch.autograd.Function):
                 into = chunk.gradients(hidden.dtype)
                 log_prob_gradients(
                     chunk.logits,
-                    chunk.rows_of(targets),
+                    chunk.take_rows(targets),
                     job.spec,
                     job.inverse_temperature,
                     bias,
-                    chunk.rows_of(values, dim = 1),
-                    chunk.rows_of(upstream, dim = 1),
+                    chunk.take_rows(values, dim = 1),
+                    chunk.take_rows(upstream, dim = 1),
                     into,
                 )
                 gradients.add(chunk, into)

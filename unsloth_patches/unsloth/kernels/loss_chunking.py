@@ -214,7 +214,7 @@ class Chunk:
     hidden: torch.Tensor
     logits: torch.Tensor
 
-    def rows_of(
+    def take_rows(
         self,
         tensor: torch.Tensor,
         dim: int = 0,
@@ -230,9 +230,9 @@ class Chunk:
         whole: torch.Tensor,
         dim: int = 0,
     ) -> None:
-        """Writes ``part`` where ``rows_of(whole, dim)`` reads."""
+        """Writes ``part`` where ``take_rows(whole, dim)`` reads."""
         if self.index is None:
-            self.rows_of(whole, dim).copy_(part)
+            self.take_rows(whole, dim).copy_(part)
         else:
             whole.index_copy_(dim, self.index, part.to(whole.dtype))
 
@@ -344,7 +344,7 @@ class HeadGradients:
         """Adds alpha times what a chunk's logit gradients, in the head's dtype, give."""
         if self.hidden is not None:
             whole = chunk.index is None
-            part = chunk.rows_of(self.hidden) if whole else torch.empty_like(chunk.hidden)
+            part = chunk.take_rows(self.hidden) if whole else torch.empty_like(chunk.hidden)
             multiply_(part, logit_grads, self._weight, alpha, False)
             if not whole:
                 chunk.place(part, self.hidden)

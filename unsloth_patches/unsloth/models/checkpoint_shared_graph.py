@@ -99,7 +99,7 @@ def _is_first_run(layer: torch.nn.Module, hidden_states: torch.Tensor) -> bool:
     )
 
 
-def _leaf_of(hidden_states: torch.Tensor) -> torch.Tensor:
+def _as_leaf(hidden_states: torch.Tensor) -> torch.Tensor:
     """A leaf that wants grad, as in the second run: the graph is guarded on that. Block compile has
     marked sizes as dynamic, on the tensor object."""
     leaf = hidden_states.detach().requires_grad_()
@@ -119,7 +119,7 @@ def _first_run_with_grad(compiled: Callable) -> Callable:
         if not _is_first_run(self, hidden_states):
             return compiled(self, hidden_states, *args, **kwargs)
         with torch.enable_grad():
-            out = compiled(self, _leaf_of(hidden_states), *args, **kwargs)
+            out = compiled(self, _as_leaf(hidden_states), *args, **kwargs)
         return pytree.tree_map(_detached, out)
 
     return run

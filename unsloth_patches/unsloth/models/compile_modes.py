@@ -27,7 +27,7 @@ __all__ = [
     "enforce_full_graphs",
     "fullgraph_mode",
     "layers_by_state",
-    "regions_of",
+    "watched_regions",
 ]
 
 VARIABLE = "UNSLOTH_FULLGRAPH"
@@ -123,7 +123,7 @@ def fullgraph_mode() -> str:
     return value
 
 
-def regions_of(model: Optional[torch.nn.Module] = None) -> List[BlockRegion]:
+def watched_regions(model: Optional[torch.nn.Module] = None) -> List[BlockRegion]:
     """The watched regions of this process, or of `model`'s layers alone."""
     if model is None:
         return list(_regions)

@@ -15,7 +15,7 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 import torch
 
 from .compile_events import Compilation, CompileEvents
-from .compile_modes import BlockRegion, fullgraph_mode, layers_by_state, regions_of
+from .compile_modes import BlockRegion, fullgraph_mode, layers_by_state, watched_regions
 from .compile_strict import loss_state
 from .compile_table import table
 
@@ -49,7 +49,9 @@ class CompileReport:
             raise RuntimeError("CompileReport: it records already, or has; make a new one.")
         self._events = CompileEvents()
         self._memory_before = memory_peaks()
-        self._calls_before = {id(r): (r.compiled_calls, Counter(r.outside)) for r in regions_of()}
+        self._calls_before = {
+            id(r): (r.compiled_calls, Counter(r.outside)) for r in watched_regions()
+        }
         self._events.start()
         return self
 
@@ -98,7 +100,7 @@ class CompileReport:
         }
 
     def _regions(self) -> List[Dict[str, Any]]:
-        return [self._region(region) for region in regions_of(self.model)]
+        return [self._region(region) for region in watched_regions(self.model)]
 
     def _region(self, region: BlockRegion) -> Dict[str, Any]:
         compiled, outside = self._calls_before.get(id(region), (0, Counter()))
@@ -144,7 +146,7 @@ def save(summaries: List[Dict[str, Any]], folder: Union[str, os.PathLike]) -> Pa
 
 def _grouped(compilations: List[Compilation], reason: Any) -> List[Dict[str, Any]]:
     # Upstream's wrapper of a block's forward is called `gated` in Dynamo's metrics.
-    names = {region.place: region.name for region in regions_of()}
+    names = {region.place: region.name for region in watched_regions()}
     counted = Counter((names.get(c.place, c.frame), str(c.place), reason(c)) for c in compilations)
     return [
         {"frame": frame, "where": where, "why": why, "count": count}

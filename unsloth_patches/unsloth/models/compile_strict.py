@@ -11,7 +11,13 @@ from typing import Callable, Dict, Optional
 import torch
 from transformers import TrainerCallback
 
-from .compile_modes import VARIABLE, FullgraphError, fullgraph_mode, layers_by_state, regions_of
+from .compile_modes import (
+    VARIABLE,
+    FullgraphError,
+    fullgraph_mode,
+    layers_by_state,
+    watched_regions,
+)
 
 __all__ = ["FullgraphCallback", "loss_state", "require_compiled_blocks", "require_full_graphs"]
 
@@ -41,7 +47,7 @@ class FullgraphCallback(TrainerCallback):
 
 def require_compiled_blocks(model: Optional[torch.nn.Module]) -> None:
     """Strict mode, before the first step: raise FullgraphError unless blocks are set up for it."""
-    regions = regions_of(model) if model is not None else []
+    regions = watched_regions(model) if model is not None else []
     if not regions:
         raise FullgraphError(
             f"Unsloth: {VARIABLE}=strict, but no decoder block of this model is set up for "

@@ -29,7 +29,7 @@ from .step_graphs_buckets import (
     PaddedRows,
     SeparatedDocuments,
     bucket_length,
-    documents_of,
+    split_documents,
 )
 from .step_graphs_capture import Bucket, Pool, replay_blocks
 from .step_graphs_state import BlockState, global_hooks, why_not_capturable
@@ -321,7 +321,7 @@ def _lay_out(hidden: torch.Tensor, kwargs: dict) -> Tuple[str, Any]:
     lengths, rope = kwargs.get("packed_seq_lengths"), kwargs.get("position_embeddings")
     longest, documents = tokens, ()
     if lengths is not None:
-        documents = documents_of(lengths, tokens) if batch == 1 else None
+        documents = split_documents(lengths, tokens) if batch == 1 else None
         if not documents:
             return "packed lengths that are not those of one row", None
         longest = max(documents)

@@ -15,7 +15,7 @@ from typing import List, Optional, Sequence, Tuple
 
 import torch
 
-__all__ = ["PaddedRows", "SeparatedDocuments", "bucket_length", "documents_of"]
+__all__ = ["PaddedRows", "SeparatedDocuments", "bucket_length", "split_documents"]
 
 SHORT, SHORT_STEP = 512, 64
 WASTE = 0.12  # of a row's tokens at most, beyond SHORT
@@ -74,7 +74,7 @@ class SeparatedDocuments:
         return buffer.view(-1, *buffer.shape[2:]).index_select(0, self.places).unsqueeze(0)
 
 
-def documents_of(lengths: torch.Tensor, tokens: int) -> Optional[Tuple[int, ...]]:
+def split_documents(lengths: torch.Tensor, tokens: int) -> Optional[Tuple[int, ...]]:
     """The lengths of a packed row's documents; what they leave of the row is one more. None if they
     overrun it."""
     found = [n for n in lengths.reshape(-1).tolist() if n > 0]

@@ -70,7 +70,7 @@ def parse_tool_calls(
     text = _without_end(_as_text(text_or_ids, tokenizer), _end_tokens(tokenizer))
     known = None if tools is None else tool_names(tools)
     try:
-        calls = list(_calls_of(text))
+        calls = list(_read_calls(text))
         check_known(calls, known)
     except Broken as error:
         return {"role": "assistant", "content": text.strip(), "reason": str(error)}
@@ -82,7 +82,7 @@ def parse_tool_calls(
 # ---------------------------------------------------------------- replies and turns
 
 
-def _calls_of(text: str) -> Iterator[Dict[str, Any]]:
+def _read_calls(text: str) -> Iterator[Dict[str, Any]]:
     """Yields the calls of all turns, each as soon as it is read; none where the reply is a text.
 
     Raises Broken, possibly after some calls, where the reply is neither.
@@ -161,10 +161,10 @@ def read_json_call(text: str, position: int, number: int) -> Tuple[Dict[str, Any
         value, end = JSON_DECODER.raw_decode(text, position)
     except (ValueError, RecursionError) as error:
         raise Broken(f"call {number} is not complete, valid JSON ({error})") from None
-    return _call_of(value, number), end
+    return _as_call(value, number), end
 
 
-def _call_of(value: Dict[str, Any], number: int) -> Dict[str, Any]:
+def _as_call(value: Dict[str, Any], number: int) -> Dict[str, Any]:
     name, keys = value.get("name"), set(value)
     if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
         raise Broken(f"call {number} has no valid name: {name!r}")

@@ -73,7 +73,7 @@ class _Decoder:
         self._waiting += ids
         for kept in range(min(_TOKENS_OF_A_CHARACTER, len(self._waiting))):
             ready = self._waiting[: len(self._waiting) - kept]
-            text = self._text_of(ready)
+            text = self._decode_new(ready)
             if not text.endswith("\ufffd"):
                 return self._hand_out(ready, text)
         if len(self._waiting) < _TOKENS_OF_A_CHARACTER:
@@ -81,9 +81,9 @@ class _Decoder:
         return self.rest()  # the model wrote bytes that are no UTF-8
 
     def rest(self) -> str:
-        return self._hand_out(self._waiting, self._text_of(self._waiting))
+        return self._hand_out(self._waiting, self._decode_new(self._waiting))
 
-    def _text_of(self, ids: List[int]) -> str:
+    def _decode_new(self, ids: List[int]) -> str:
         if not ids:
             return ""
         before = decode(self._before, self._tokenizer) if self._before else ""
