@@ -32,7 +32,7 @@ class Target:
     wired_in: the fork's file that is edited; by default the file of ``attribute``'s module. Needed for
         names of unsloth_zoo, which a patch to Unsloth cannot edit.
     import_after: the line of that file that the decorator's import follows; by default the import that sorts
-        before it, or the next one that no unrelated patch edits. ``"beside"``: right above the definition,
+        before it; ``check`` names patches that meet there. ``"beside"``: right above the definition,
         as Unsloth does itself where a module's top has no place for it.
     optional: a supported release lacks the module or the name; the rest of the patch holds without it.
     """
@@ -636,6 +636,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models.llama:_legacy_block_compile",
                 replacement = "models.compile_lora_scales:share_graph_between_lora_scales",
+                import_after = "from ._utils import embedding_applies_scale",
             ),
         ),
         modules = ("kernels/lora_scale_inputs.py", "models/compile_lora_scales.py"),

@@ -13,7 +13,7 @@ from . import PatchesError
 from .git import Git, said
 from .project import Project
 from .upstream import Release, read_pins
-from .wiring import Places, wire
+from .wiring import wire
 
 
 @dataclass(frozen = True)
@@ -57,7 +57,6 @@ def build_patches(project: Project, folder: Path) -> Tuple[Git, List[Built]]:
         )
     commits: Dict[Tuple[str, ...], str] = {(): "base"}
     built: Dict[str, Built] = {}
-    places = Places(release.root)
 
     def with_all(names: Tuple[str, ...]) -> str:
         """The commit that has these patches."""
@@ -75,7 +74,7 @@ def build_patches(project: Project, folder: Path) -> Tuple[Git, List[Built]]:
     for patch in project.patches:
         *below, last = (each.name for each in project.required(patch))
         git.checkout(with_all(tuple(below)))
-        built[last] = commit_patch(project, patch, git, places)
+        built[last] = commit_patch(project, patch, git)
         commits[tuple(below) + (last,)] = built[last].commit
     return git, list(built.values())
 
@@ -94,7 +93,7 @@ def mails(built: Iterable[Built]) -> bytes:
     return b"\n".join(each.content for each in built)
 
 
-def commit_patch(project: Project, patch: Any, git: Git, places: Places) -> Built:
+def commit_patch(project: Project, patch: Any, git: Git) -> Built:
     """Land a patch on what is checked out, and commit it."""
     for landed, source in project.lands(patch).items():
         _copy(patch, source, git.folder / landed)
@@ -107,7 +106,7 @@ def commit_patch(project: Project, patch: Any, git: Git, places: Places) -> Buil
                 f"patches/callsites/{callsites.name} does not apply: {said(done)}",
                 "edit its hunks so that their context is what the pinned Unsloth says at that place",
             )
-    wire(patch, git.folder, places, {each.name for each in project.required(patch)})
+    wire(patch, git.folder)
     if not git.text("status", "--porcelain"):
         raise PatchesError(f"{patch.name} changes nothing in Unsloth", "give it modules or targets")
     commit = git.commit_all(project.commit_message(patch))

@@ -15,7 +15,6 @@ from .check import stale_target, syntax_errors
 from .git import Git, said
 from .project import Project
 from .upstream import Release, get_release, read_pins
-from .wiring import Places
 
 CLEAN, MERGED, REWIRED, STALE, NEWER = "clean", "merged", "rewired", "stale", "not for it"
 
@@ -36,7 +35,6 @@ def rebase(project: Project, version: str, scratch: Path) -> List[Outcome]:
     unsloth = get_release("unsloth", version)
     zoo = get_release("unsloth_zoo", version) if project.needs_zoo() else None
     git = _with_both_bases(project, unsloth, scratch / "rebase")
-    places = Places(unsloth.root)
     outcomes: Dict[str, Outcome] = {}
     for patch in project.patches:
         outcome = outcomes[patch.name] = Outcome(patch.name)
@@ -51,7 +49,7 @@ def rebase(project: Project, version: str, scratch: Path) -> List[Outcome]:
         outcome.notes = [
             f"{path} is not there: left out, its target is optional" for path in absent
         ]
-        _try(project, patch, git, outcome, [f"--exclude={path}" for path in absent], places)
+        _try(project, patch, git, outcome, [f"--exclude={path}" for path in absent])
         reasons = [stale_target(project, target, unsloth, zoo) for target in patch.targets]
         if any(reasons):
             outcome.state = STALE
@@ -98,9 +96,7 @@ def _absent_optional_files(patch: Any, pinned: Release, release: Release) -> Lis
     return [path for path, optional in files.items() if optional]
 
 
-def _try(
-    project: Project, patch: Any, git: Git, outcome: Outcome, options: List[str], places: Places
-) -> None:
+def _try(project: Project, patch: Any, git: Git, outcome: Outcome, options: List[str]) -> None:
     path = project.patch_file(patch)
     if not path.is_file():
         raise PatchesError(f"{path} is missing", "run `python scripts/patches.py export`")
@@ -114,7 +110,7 @@ def _try(
     if git.am(mail, "-3", *options):
         outcome.state = REWIRED
         try:
-            commit_patch(project, patch, git, places)
+            commit_patch(project, patch, git)
         except PatchesError as error:
             outcome.state = STALE
             outcome.notes.append(str(error))

@@ -21,27 +21,8 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 Edit = Tuple[int, List[str]]  # lines to insert, and how many of the file's lines stand above them
 
 
-class Places:
-    """Where earlier patches edit the release's files; hunks with less than three lines between them meet."""
-
-    def __init__(self, root: Path):
-        self.root = root  # of the release
-        self.taken: List[
-            Tuple[str, str, int]
-        ] = []  # file, patch, lines of the release above the edit
-
-    def line(self, path: str, lines: List[str], above: int) -> int:
-        """A place in a file that patches may have changed, in lines of the release."""
-        release = set(read_text(self.root / path).split("\n"))
-        return sum(line in release for line in lines[:above])
-
-    def free(self, path: str, line: int, related: set) -> bool:
-        others = (at for file, name, at in self.taken if file == path and name not in related)
-        return all(abs(line - at) >= 3 for at in others)
-
-
-def wire(patch: Any, folder: Path, places: Places, related: set) -> None:
-    """Edit the files of the fork in ``folder`` for this patch's targets. related: patches that are in."""
+def wire(patch: Any, folder: Path) -> None:
+    """Edit the files of the fork in ``folder`` for this patch's targets."""
     by_file: Dict[str, List[Any]] = {}
     for target in patch.targets:
         path = wired_path(target, folder)
@@ -49,9 +30,8 @@ def wire(patch: Any, folder: Path, places: Places, related: set) -> None:
             by_file.setdefault(path, []).append(target)
     for path, targets in by_file.items():
         text = read_text(folder / path)
-        file = _File(path, text.split("\n"), ast.parse(text), places, related)
+        file = _File(path, text.split("\n"), ast.parse(text))
         edits = _edits(file, targets)
-        places.taken += [(path, patch.name, places.line(path, file.lines, at)) for at, _ in edits]
         # From the end, and what belongs to one place in the order in which it was asked for.
         for above, new in sorted(reversed(edits), key = lambda edit: -edit[0]):
             file.lines[above:above] = new
@@ -63,8 +43,6 @@ class _File:
     path: str
     lines: List[str]
     tree: ast.Module
-    places: Places
-    related: set
 
 
 def wired_path(target: Any, folder: Path) -> str:
@@ -264,10 +242,7 @@ def _from_afar(targets: List[Any], path: str, tree: ast.Module) -> Edit:
 
 
 def _import(file: _File, module: str, targets: List[Any], first_use: int) -> Edit:
-    """The import line, after the relative import at the top that sorts next before it.
-
-    If an unrelated patch edits that place, the nearest import is taken that leaves both alone.
-    """
+    """The import line, after the relative import at the top that sorts next before it."""
     new = _importing(module, {_decorator(target) for target in targets})
     anchor = next((target.import_after for target in targets if target.import_after), "")
     if anchor == "beside":
@@ -293,10 +268,6 @@ def _import(file: _File, module: str, targets: List[Any], first_use: int) -> Edi
         best = max(earlier, key = lambda node: (relative[node], node.lineno)).end_lineno
     else:
         best = next(iter(relative)).lineno - 1 if relative else head[-1].end_lineno
-    for at in sorted({best, *(node.end_lineno for node in head)}, key = lambda at: abs(at - best)):
-        if file.places.free(file.path, file.places.line(file.path, file.lines, at), file.related):
-            best = at
-            break
     after = next((node for node in head if node.end_lineno == best), None)
     last = after is head[-1] and not _level(after) and not file.lines[best].strip()
     return best, ["", *new] if last else new
