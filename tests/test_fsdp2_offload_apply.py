@@ -11,16 +11,7 @@ from backend import require
 require("gloo")
 import pytest
 from fsdp2_ranks import checkpoints, load, losses, run_ranks  # noqa: F401
-
-GIB = 2**30
-LLAMA_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
+from llama_shapes import GIB, LLAMA_8B
 
 
 def test_an_unforeseen_out_of_memory_compares():

@@ -3,24 +3,7 @@
 """The offload plan moves the least to host memory with which a training fits, as counted."""
 
 import pytest
-
-GIB = 2**30
-LLAMA_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
-LLAMA_405B = {
-    "hidden_size": 16384,
-    "intermediate_size": 53248,
-    "num_hidden_layers": 126,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
+from llama_shapes import GIB, LLAMA_8B, LLAMA_405B
 
 
 @pytest.fixture

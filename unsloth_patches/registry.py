@@ -590,6 +590,7 @@ PATCHES: Tuple[Patch, ...] = (
             "tests/test_fsdp2_load_choice.py": "gloo",
             "tests/test_fsdp2_memory_count.py": "cpu",
         },
+        shared = ("llama_shapes.py",),
         requires = ("fsdp2-sharded-4bit",),
         since = "2026.10.9",
     ),

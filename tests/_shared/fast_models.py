@@ -151,43 +151,53 @@ def _stand_in_for_flash(patch):
     patch.setattr(packed_attention, "_varlen_runs", lambda *arguments: True)
 
 
+def _fast_inner_training_loop(self, *args, **kwargs):
+    raise NotImplementedError("these tests run no Trainer")
+
+
+def stand_in_for_kernels(patch):
+    """Replaces what loading a model does, and without a GPU the kernels, by ``patch`` (a MonkeyPatch)."""
+    from transformers.trainer import Trainer
+    from unsloth.kernels import fast_lora, swiglu
+    from unsloth.models import llama
+
+    if Trainer._inner_training_loop.__name__ != "_fast_inner_training_loop":
+        patch.setattr(Trainer, "_inner_training_loop", _fast_inner_training_loop)
+    patch.setattr(torch.utils.checkpoint, "CheckpointFunction", _UnslothCheckpoint)
+    patch.setattr(llama, "gc", SimpleNamespace(collect = lambda: 0))  # three a model, a second each
+    if DEVICE != "cpu":
+        return
+    stand_ins = {
+        "fast_rms_layernorm": _norm,
+        "fast_rope_embedding": _rope,
+        "fast_qk_norm_rope": _norm_and_rope,
+    }
+    for name, module in list(sys.modules.items()):
+        for attribute, function in stand_ins.items():
+            if name.startswith("unsloth.models") and hasattr(module, attribute):
+                patch.setattr(module, attribute, function)
+    patch.setattr(fast_lora, "swiglu_fg_kernel", lambda e, g: F.silu(e.float()).to(e.dtype) * g)
+    patch.setattr(fast_lora, "swiglu_DWf_DW_dfg_kernel", swiglu._DWf_DW_dfg_traced)
+    patch.setattr(llama, "DEVICE_COUNT", 1)
+    patch.setattr(llama._PerDeviceRopeCache, "_build_rope_cache", _build_rope_cache)
+
+
 @pytest.fixture(scope = "module")
 def unsloth_modules():
     """Unsloth's modules; without a GPU with traceable stand-ins for its kernels."""
-    from unsloth.kernels import fast_lora, swiglu  # noqa: I001  (before transformers)
+    from unsloth.kernels import fast_lora
     from unsloth.models import _block_compile, llama, mistral, qwen2, qwen3
     from unsloth.utils import attention_dispatch
-    from transformers.trainer import Trainer
 
     patch = pytest.MonkeyPatch()
+    stand_in_for_kernels(patch)
     if DEVICE == "cpu":
-        stand_ins = {
-            "fast_rms_layernorm": _norm,
-            "fast_rope_embedding": _rope,
-            "fast_qk_norm_rope": _norm_and_rope,
-        }
-        for name, module in list(sys.modules.items()):
-            for attribute, function in stand_ins.items():
-                if name.startswith("unsloth.models") and hasattr(module, attribute):
-                    patch.setattr(module, attribute, function)
-        patch.setattr(fast_lora, "swiglu_fg_kernel", lambda e, g: F.silu(e.float()).to(e.dtype) * g)
-        patch.setattr(fast_lora, "swiglu_DWf_DW_dfg_kernel", swiglu._DWf_DW_dfg_traced)
         for module in (fast_lora, sys.modules["unsloth.kernels.utils"]):
             patch.setattr(module, "fast_dequantize", _dequantize)
         patch.setattr(attention_dispatch, "_varlen_attn_call", _eager_varlen)
         _stand_in_for_flash(patch)
         for name in ("_torch_varlen_takes", "_torch_varlen_beats_segments"):
             patch.setattr(attention_dispatch, name, lambda *arguments: True)
-        patch.setattr(llama, "DEVICE_COUNT", 1)
-        # Three collections a model, a second each.
-        patch.setattr(llama, "gc", SimpleNamespace(collect = lambda: 0))
-        patch.setattr(llama._PerDeviceRopeCache, "_build_rope_cache", _build_rope_cache)
-
-    def _fast_inner_training_loop(self, *args, **kwargs):
-        raise NotImplementedError("these tests run no Trainer")
-
-    patch.setattr(Trainer, "_inner_training_loop", _fast_inner_training_loop)
-    patch.setattr(torch.utils.checkpoint, "CheckpointFunction", _UnslothCheckpoint)
     yield SimpleNamespace(
         blocks = _block_compile,
         llama = llama,

@@ -3,54 +3,12 @@
 """Small random-weight LoRA models on Unsloth's fast path. Without a GPU, torch forms stand for the
 Triton kernels of norm, rotation and activation."""
 
-import sys
-from types import SimpleNamespace
-
 import torch
 import torch.utils.checkpoint
 from backend import DEVICE
-from fast_models import (
-    PROJECTIONS,
-    _build_rope_cache,
-    _norm,
-    _norm_and_rope,
-    _rope,
-    _UnslothCheckpoint,
-)
-from torch.nn import functional as F
+from fast_models import PROJECTIONS, stand_in_for_kernels  # noqa: F401
 
 VOCABULARY, LONGEST, RANK = 96, 1024, 4
-
-
-def _fast_inner_training_loop(self, *args, **kwargs):
-    raise NotImplementedError("these models run in no Trainer")
-
-
-def stand_in_for_kernels(patch):
-    """Replaces what loading a model does, and without a GPU the kernels, by ``patch`` (a MonkeyPatch)."""
-    from transformers.trainer import Trainer
-    from unsloth.kernels import fast_lora, swiglu
-    from unsloth.models import llama
-
-    if Trainer._inner_training_loop.__name__ != "_fast_inner_training_loop":
-        patch.setattr(Trainer, "_inner_training_loop", _fast_inner_training_loop)
-    patch.setattr(torch.utils.checkpoint, "CheckpointFunction", _UnslothCheckpoint)
-    patch.setattr(llama, "gc", SimpleNamespace(collect = lambda: 0))  # three a model, a second each
-    if DEVICE != "cpu":
-        return
-    stand_ins = {
-        "fast_rms_layernorm": _norm,
-        "fast_rope_embedding": _rope,
-        "fast_qk_norm_rope": _norm_and_rope,
-    }
-    for name, module in list(sys.modules.items()):
-        for attribute, function in stand_ins.items():
-            if name.startswith("unsloth.models") and hasattr(module, attribute):
-                patch.setattr(module, attribute, function)
-    patch.setattr(fast_lora, "swiglu_fg_kernel", lambda e, g: F.silu(e.float()).to(e.dtype) * g)
-    patch.setattr(fast_lora, "swiglu_DWf_DW_dfg_kernel", swiglu._DWf_DW_dfg_traced)
-    patch.setattr(llama, "DEVICE_COUNT", 1)
-    patch.setattr(llama._PerDeviceRopeCache, "_build_rope_cache", _build_rope_cache)
 
 
 def small_model(

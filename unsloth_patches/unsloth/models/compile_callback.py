@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from .compile_modes import fullgraph_mode
 from .compile_report import CompileReport, batch_tokens, save
+from .compile_strict import around_sft_init
 from .compile_table import table
 
 __all__ = ["CompileReportCallback", "add_compile_report", "report_compilation"]
@@ -175,19 +176,4 @@ def _close_after_training(trainer_class: type) -> None:
 
 def report_compilation(stock: Callable) -> Callable:
     """``_backwards_compatible_trainer`` of trainer.py: an SFTTrainer gets the compile report."""
-
-    @functools.wraps(stock)
-    def _backwards_compatible_trainer(trainer_class, config_class):
-        init = stock(trainer_class, config_class)
-        if not trainer_class.__name__.endswith("SFTTrainer"):
-            return init
-
-        @functools.wraps(init)
-        def reporting_init(self, *args, **kwargs):
-            report_switch()  # a wrong value is told before any work is done
-            init(self, *args, **kwargs)
-            add_compile_report(self)
-
-        return reporting_init
-
-    return _backwards_compatible_trainer
+    return around_sft_init(stock, report_switch, add_compile_report)

@@ -19,7 +19,13 @@ from .compile_modes import (
     watched_regions,
 )
 
-__all__ = ["FullgraphCallback", "loss_state", "require_compiled_blocks", "require_full_graphs"]
+__all__ = [
+    "FullgraphCallback",
+    "around_sft_init",
+    "loss_state",
+    "require_compiled_blocks",
+    "require_full_graphs",
+]
 
 
 class FullgraphCallback(TrainerCallback):
@@ -85,9 +91,9 @@ def _fused_loss_calls() -> Dict[str, int]:
     return {name: count for name, count in calls().items() if count}
 
 
-def require_full_graphs(stock: Callable) -> Callable:
-    """``_backwards_compatible_trainer`` of trainer.py: an SFTTrainer refuses a mode that does not
-    exist before any work is done, and holds to strict mode."""
+def around_sft_init(stock: Callable, before: Callable, after: Callable) -> Callable:
+    """``_backwards_compatible_trainer`` of trainer.py: an SFTTrainer's ``__init__`` runs between
+    ``before()``, which tells a wrong value before any work is done, and ``after(trainer)``."""
 
     @functools.wraps(stock)
     def _backwards_compatible_trainer(trainer_class, config_class):
@@ -96,13 +102,23 @@ def require_full_graphs(stock: Callable) -> Callable:
             return init
 
         @functools.wraps(init)
-        def strict_init(self, *args, **kwargs):
-            fullgraph_mode()  # a wrong value is told before any work is done
+        def wrapped_init(self, *args, **kwargs):
+            before()
             init(self, *args, **kwargs)
-            present = self.callback_handler.callbacks
-            if not any(isinstance(callback, FullgraphCallback) for callback in present):
-                self.add_callback(FullgraphCallback())
+            after(self)
 
-        return strict_init
+        return wrapped_init
 
     return _backwards_compatible_trainer
+
+
+def require_full_graphs(stock: Callable) -> Callable:
+    """``_backwards_compatible_trainer``: an SFTTrainer refuses a mode that does not exist, and holds to
+    strict mode."""
+
+    def add_callback(trainer):
+        present = trainer.callback_handler.callbacks
+        if not any(isinstance(callback, FullgraphCallback) for callback in present):
+            trainer.add_callback(FullgraphCallback())
+
+    return around_sft_init(stock, fullgraph_mode, add_callback)
