@@ -62,10 +62,6 @@ class Code:
             (width(name) for name in self.accesses if name.startswith(instruction)), default = 0
         )
 
-    @property
-    def local_accesses(self) -> int:
-        return sum(n for name, n in self.accesses.items() if name.startswith(("LDL", "STL")))
-
 
 def width(instruction: str) -> int:
     """Bits that a thread moves with an instruction such as LDG.E.EF.128.CONSTANT or STG.E.U16."""

@@ -4,13 +4,10 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Callable, Dict, List, Set, Tuple
+from typing import Callable, Dict, List, Tuple
 
-KERNELS = Path(__file__).resolve().parents[1] / "unsloth" / "kernels"
 VOCAB = 128256  # Llama 3's; the launch shape of the loss kernels depends on it
 
 
@@ -159,19 +156,3 @@ def cases() -> List[Case]:
             ("values_ptr", "size"),
         ),
     ]
-
-
-def launched_kernels(folder: Path = KERNELS) -> Set[str]:
-    """Names of the @triton.jit functions under folder that no other one calls: those launched."""
-    defined, called = set(), set()
-    for path in folder.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding = "utf-8"))):
-            if isinstance(node, ast.FunctionDef) and any(map(_is_jit, node.decorator_list)):
-                defined.add(node.name)
-                calls = (part for part in ast.walk(node) if isinstance(part, ast.Call))
-                called |= {getattr(call.func, "id", "") for call in calls}
-    return defined - called
-
-
-def _is_jit(decorator: ast.expr) -> bool:
-    return ast.unparse(decorator).startswith(("triton.jit", "jit"))

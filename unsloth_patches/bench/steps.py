@@ -11,7 +11,6 @@ graphs captured, is told apart from the others. Last, long rows that keep the GP
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -20,8 +19,8 @@ from typing import Dict, List, Optional
 from . import harness
 from .fsdp2_checkpoint import fast_folder, make_checkpoint
 from .train import MODELS as TRAINED
-from .train import TOY, Model, slug
-from .train_turns import Worker
+from .train import Model, slug, start
+from .train_turns import alternate, own_caches, set_off, working
 
 FORMS = {"stock": "0", "patched": "0", "graphs": "1"}  # form -> UNSLOTH_STEP_GRAPHS
 MEDIAN, LONGEST, BATCH, ACCUMULATION = 490, 2048, 2, 4
@@ -72,14 +71,8 @@ def job_for(form: str, name: str, folder: Path, quick: bool) -> dict:
 
 
 def _environment(form: str, folder: Path) -> dict:
-    """This process's environment, with caches of the form's own."""
-    caches = folder / f"caches-{form}"
     return {
-        **os.environ,
-        "UNSLOTH_COMPILE_LOCATION": str(caches / "unsloth"),
-        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-        "TRITON_CACHE_DIR": str(caches / "triton"),
-        "HF_DATASETS_CACHE": str(caches / "datasets"),
+        **own_caches(form, folder),
         "UNSLOTH_PATCHES_DISABLE": "all" if form == "stock" else "",
         "UNSLOTH_STEP_GRAPHS": FORMS[form],
     }
@@ -90,19 +83,14 @@ def compare(name: str, model: Model, quick: bool) -> dict:
     if a process fails; Ctrl-C ends it with the cases that all forms have completed."""
     runs: Dict[str, dict] = {}
     with tempfile.TemporaryDirectory(prefix = "bench-steps-", dir = fast_folder()) as scratch:
-        folder, workers = Path(scratch), {}
-        try:
-            for form in FORMS:
-                job = job_for(form, name, folder, quick)
-                Path(job["scratch"]).mkdir()
-                workers[form] = Worker(job, _environment(form, folder), folder)
+        folder = Path(scratch)
+        jobs = {form: job_for(form, name, folder, quick) for form in FORMS}
+        with working(jobs, _environment, folder) as workers:
             make_checkpoint(folder / "model", model.shape, model.layers, model.tied)
-            _take_turns(workers, cases(quick), 2 if quick else STRETCH, runs)
-        except KeyboardInterrupt:
-            print("bench steps: stopped; keeping the cases that are complete", flush = True)
-        finally:
-            for worker in workers.values():
-                worker.stop()
+            set_off(workers)
+            for case, told in cases(quick).items():
+                alternate(workers, told["steps"], 2 if quick else STRETCH, runs)
+                print(f"{case}: {told['steps']} steps of each form", flush = True)
     complete = [
         c for c in cases(quick) if all(c in runs.get(f, {}).get("cases", {}) for f in FORMS)
     ]
@@ -110,22 +98,6 @@ def compare(name: str, model: Model, quick: bool) -> dict:
         raise RuntimeError("bench steps: stopped before anything was measured")
     compared = {case: compare_case(runs, case) for case in complete}
     return {"model": name, "title": model.title, "cases": compared, "runs": runs}
-
-
-def _take_turns(workers: Dict[str, Worker], chosen: dict, stretch: int, runs: dict) -> None:
-    """Import and load at once; then one process at a time. Fills runs as results come."""
-    for worker in workers.values():
-        worker.wait()  # Unsloth is imported
-    for worker in workers.values():
-        worker.go()
-    for worker in workers.values():
-        worker.wait()  # the model is loaded
-    for case, told in chosen.items():
-        for number in range(-(-told["steps"] // stretch)):
-            for form in list(workers) if number % 2 == 0 else reversed(workers):
-                workers[form].go()
-                runs[form] = workers[form].wait() or runs.get(form, {})
-        print(f"{case}: {told['steps']} steps of each form", flush = True)
 
 
 def compare_case(runs: Dict[str, dict], case: str) -> dict:
@@ -213,15 +185,10 @@ def run(
 
     Without a GPU a toy trains on Unsloth's CPU backend: losses are compared, times mean nothing.
     """
-    if model is not None and model not in MODELS:
-        print(f"bench steps: no model {model!r}; there are: {', '.join(MODELS)}", file = sys.stderr)
+    chosen = start("steps", MODELS, model, quick)
+    quick = "toy" in chosen
+    if not chosen:
         return 2
-    import torch
-
-    if not torch.cuda.is_available() and not quick:
-        print("bench steps: torch sees no CUDA GPU; comparing the losses of a toy on the CPU only.")
-        quick = True
-    chosen = {"toy": TOY} if quick else {name: MODELS[name] for name in [model] if name} or MODELS
     payloads = []
     for name, shape in chosen.items():
         try:

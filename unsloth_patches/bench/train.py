@@ -11,7 +11,6 @@ empty caches of compiled code. A third process is stock once more, for the losse
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from typing import Dict, List, Optional
 from . import harness
 from .fsdp2_checkpoint import fast_folder, make_checkpoint
 from .train_plot import plot
-from .train_turns import Worker
+from .train_turns import Worker, alternate, own_caches, set_off, working
 
 FORMS = ("stock", "patched")
 CONTROL = "stock again"  # how far two runs of stock lie apart, at the first share
@@ -114,14 +113,8 @@ def job_for(form: str, name: str, model: Model, folder: Path, shares: dict) -> d
 
 
 def _environment(form: str, folder: Path) -> dict:
-    """This process's environment, with caches of the form's own."""
-    caches = folder / f"caches-{form.replace(' ', '-')}"
     return {
-        **os.environ,
-        "UNSLOTH_COMPILE_LOCATION": str(caches / "unsloth"),
-        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-        "TRITON_CACHE_DIR": str(caches / "triton"),
-        "HF_DATASETS_CACHE": str(caches / "datasets"),
+        **own_caches(form, folder),
         "UNSLOTH_PATCHES_DISABLE": "" if form == "patched" else "all",
     }
 
@@ -134,21 +127,14 @@ def compare(name: str, model: Model, shares: dict) -> dict:
     """
     runs: Dict[str, dict] = {}
     with tempfile.TemporaryDirectory(prefix = "bench-train-", dir = fast_folder()) as scratch:
-        folder, workers = Path(scratch), {}
-        try:
-            for form in (*FORMS, CONTROL):
-                mine = shares if form != CONTROL else {PROFILED: shares[PROFILED]}
-                job = job_for(form, name, model, folder, mine)
-                Path(job["scratch"]).mkdir()
-                workers[form] = Worker(job, _environment(form, folder), folder)
+        folder = Path(scratch)
+        jobs = {form: job_for(form, name, model, folder, shares) for form in FORMS}
+        control = {PROFILED: shares[PROFILED]}
+        jobs[CONTROL] = job_for(CONTROL, name, model, folder, control)
+        with working(jobs, _environment, folder) as workers:
             make_checkpoint(folder / "model", model.shape, model.layers, model.tied)
             _free_gpu()
             _take_turns(workers, shares, runs)
-        except KeyboardInterrupt:
-            print("bench train: stopped; keeping the shares that are complete", flush = True)
-        finally:
-            for worker in workers.values():
-                worker.stop()
     complete = [s for s in shares if all(s in runs.get(f, {}).get("shares", {}) for f in FORMS)]
     if not complete:
         raise RuntimeError("bench train: stopped before anything was measured")
@@ -158,17 +144,9 @@ def compare(name: str, model: Model, shares: dict) -> dict:
 
 def _take_turns(workers: Dict[str, Worker], shares: dict, runs: Dict[str, dict]) -> None:
     """Import, load and compile at once; then one process at a time. Fills runs as results come."""
-    for worker in workers.values():
-        worker.wait()  # Unsloth is imported
-    for worker in workers.values():
-        worker.go()
-    for worker in workers.values():
-        worker.wait()  # the model is loaded, and the first steps have compiled everything
+    set_off(workers)  # to the first steps, which have compiled everything
     for share, (_, steps) in shares.items():
-        for number in range(-(-steps // STRETCH)):
-            for form in list(workers) if number % 2 == 0 else reversed(workers):
-                workers[form].go()
-                runs[form] = workers[form].wait() or runs.get(form, {})
+        alternate(workers, steps, STRETCH, runs)
         if share == PROFILED:
             workers.pop(CONTROL).stop()
         print(f"{share} ignored: {steps} steps of each form", flush = True)
@@ -235,6 +213,24 @@ def slug() -> str:
     return harness.gpu_slug(torch.cuda.get_device_name())
 
 
+def start(
+    bench: str, models: Dict[str, Model], model: Optional[str], quick: bool
+) -> Dict[str, Model]:
+    """The models to train: all, the one named, or a toy where it is quick or there is no GPU; {} if there
+    is none of that name."""
+    if model is not None and model not in models:
+        print(f"bench {bench}: no model {model!r}; there are: {', '.join(models)}", file = sys.stderr)
+        return {}
+    import torch
+
+    if not torch.cuda.is_available() and not quick:
+        print(
+            f"bench {bench}: torch sees no CUDA GPU; comparing the losses of a toy on the CPU only."
+        )
+        quick = True
+    return {"toy": TOY} if quick else {model: models[model]} if model else models
+
+
 def run(
     out: Path,
     quick: bool = False,
@@ -246,15 +242,10 @@ def run(
     Without a GPU a toy trains on Unsloth's CPU backend: losses are compared, times mean nothing.
     float32: instead, adds the losses of float32 to what an earlier run wrote there.
     """
-    if model is not None and model not in MODELS:
-        print(f"bench train: no model {model!r}; there are: {', '.join(MODELS)}", file = sys.stderr)
+    chosen = start("train", MODELS, model, quick)
+    quick = "toy" in chosen
+    if not chosen:
         return 2
-    import torch
-
-    if not torch.cuda.is_available() and not quick:
-        print("bench train: torch sees no CUDA GPU; comparing the losses of a toy on the CPU only.")
-        quick = True
-    chosen = {"toy": TOY} if quick else {name: MODELS[name] for name in [model] if name} or MODELS
     for name, shape in chosen.items():
         path = Path(out) / f"train_{slug()}_{name}.json"
         try:

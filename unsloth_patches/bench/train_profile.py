@@ -19,7 +19,6 @@ KINDS = (
     "norms, elementwise, optimizer",
     "copies",
 )
-IDLE = "idle"
 # A matrix product with a side this short is an adapter's: ranks are far below any hidden size.
 LONGEST_LORA_SIDE = 64
 _DEQUANTIZE = re.compile("dequant", re.IGNORECASE)

@@ -10,14 +10,27 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Dict, Iterator, Optional
 
 LIMIT_S = 600  # for one turn: a hang must not hold the GPU
+
+
+def own_caches(form: str, folder: Path) -> dict:
+    """This process's environment, with caches of compiled code and data of the form's own."""
+    caches = folder / f"caches-{form.replace(' ', '-')}"
+    return {
+        **os.environ,
+        "UNSLOTH_COMPILE_LOCATION": str(caches / "unsloth"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "HF_DATASETS_CACHE": str(caches / "datasets"),
+    }
 
 
 class Turns:
@@ -85,3 +98,40 @@ class Worker:
             self._process.kill()
             self._process.wait()
         self._line.close()
+
+
+@contextlib.contextmanager
+def working(
+    jobs: Dict[str, dict], environment: Callable[[str, Path], dict], folder: Path
+) -> Iterator[Dict[str, Worker]]:
+    """form -> its worker, all started at once and importing Unsloth. Ctrl-C ends the block, and what was
+    measured before is kept."""
+    workers: Dict[str, Worker] = {}
+    try:
+        for form, job in jobs.items():
+            Path(job["scratch"]).mkdir()
+            workers[form] = Worker(job, environment(form, folder), folder)
+        yield workers
+    except KeyboardInterrupt:
+        print("bench: stopped; keeping what is complete", flush = True)
+    finally:
+        for worker in workers.values():
+            worker.stop()
+
+
+def set_off(workers: Dict[str, Worker]) -> None:
+    """Wait until every worker has imported Unsloth, let them load at once, and wait for all."""
+    for worker in workers.values():
+        worker.wait()
+    for worker in workers.values():
+        worker.go()
+    for worker in workers.values():
+        worker.wait()
+
+
+def alternate(workers: Dict[str, Worker], steps: int, stretch: int, runs: Dict[str, dict]) -> None:
+    """Stretches of steps by turns, in the other order every other time. Fills runs as results come."""
+    for number in range(-(-steps // stretch)):
+        for form in list(workers) if number % 2 == 0 else reversed(workers):
+            workers[form].go()
+            runs[form] = workers[form].wait() or runs.get(form, {})
