@@ -84,7 +84,8 @@ def _alone(project: Project, git: Git, built: List[Built]) -> Iterator[str]:
     """Each patch on the pinned release and what it requires gives the tree that was exported."""
     for each in built:
         for option in ("--no-3way", "-3"):
-            reason = _apply(git, _with_required(project, built, [each]), option)
+            names = {patch.name for patch in project.required(each.patch)}
+            reason = _apply(git, [one for one in built if one.patch.name in names], option)
             if not reason and git.tree() != git.tree(each.commit):
                 reason = "the tree is not the one that was exported"
             if reason:
@@ -92,30 +93,16 @@ def _alone(project: Project, git: Git, built: List[Built]) -> Iterator[str]:
 
 
 def _series(project: Project, git: Git, built: List[Built]) -> Iterator[str]:
-    """The whole series in order; leaves it checked out. Names the pairs that do not go together."""
+    """The whole series in order; leaves it checked out."""
     for option in ("-3", "--no-3way"):
         reason = _apply(git, built, option)
         if reason:
-            pairs = _pairs_that_meet(project, git, built, option)
-            yield from (f"git am {option}: {each}" for each in [reason, *pairs])
+            yield f"git am {option}: {reason}"
+            yield "where two patches meet, let one require the other, or set a target's import_after"
             return
     for each, said in zip(reversed(built), git.text("log", "--format=%B%x00").split("\0")):
         if said.strip() != project.commit_message(each.patch).strip():
             yield f"{each.patch.name}: git am changes the commit message"
-
-
-def _pairs_that_meet(project: Project, git: Git, built: List[Built], option: str) -> Iterator[str]:
-    for number, later in enumerate(built):
-        for earlier in built[:number]:
-            files = sorted(set(earlier.lines) & set(later.lines))
-            if files and _apply(git, _with_required(project, built, [earlier, later]), option):
-                names = f"{earlier.patch.name} and {later.patch.name} meet in {', '.join(files)}"
-                yield f"{names}: let one require the other, or set a target's import_after"
-
-
-def _with_required(project: Project, built: List[Built], wanted: List[Built]) -> List[Built]:
-    names = {patch.name for each in wanted for patch in project.required(each.patch)}
-    return [each for each in built if each.patch.name in names]
 
 
 def _apply(git: Git, patches: List[Built], option: str) -> str:

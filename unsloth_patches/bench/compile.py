@@ -22,7 +22,7 @@ from typing import Dict, Iterator, List, NamedTuple, Tuple
 
 from . import DONE, FAILED, compile_attention, harness
 from .fsdp2_checkpoint import fast_folder, make_checkpoint
-from .train import MODELS, slug
+from .train import MODELS, free_gpu, slug
 
 COMMAND = "python -m unsloth_patches bench compile"
 LENGTHS = (512, 1024, 2048, 4096)
@@ -150,7 +150,7 @@ def measure(runs) -> Iterator[dict]:
         try:
             workers += [Worker(number, chosen, folder) for number, chosen in enumerate(runs)]
             make_checkpoint(folder / "model", model.shape, model.layers, model.tied)
-            _free_gpu()
+            free_gpu()
             ready = [worker for worker in workers if _is_ready(worker)]
             for worker in ready:
                 try:
@@ -173,12 +173,6 @@ def _is_ready(worker: Worker) -> bool:
     except RuntimeError as error:
         print(error, file = sys.stderr)
         return False
-
-
-def _free_gpu() -> None:
-    import torch
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def attention(out: Path) -> bool:

@@ -133,7 +133,7 @@ def compare(name: str, model: Model, shares: dict) -> dict:
         jobs[CONTROL] = job_for(CONTROL, name, model, folder, control)
         with working(jobs, _environment, folder) as workers:
             make_checkpoint(folder / "model", model.shape, model.layers, model.tied)
-            _free_gpu()
+            free_gpu()
             _take_turns(workers, shares, runs)
     complete = [s for s in shares if all(s in runs.get(f, {}).get("shares", {}) for f in FORMS)]
     if not complete:
@@ -160,7 +160,7 @@ def _take_turns(workers: Dict[str, Worker], shares: dict, runs: Dict[str, dict])
         worker.go()
 
 
-def _free_gpu() -> None:
+def free_gpu() -> None:
     import torch
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
