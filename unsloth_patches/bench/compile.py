@@ -214,10 +214,7 @@ def run(out: Path, quick: bool = False) -> int:
         harness.save_json(path, payload, COMMAND)  # what was measured outlives a later crash
     if payload["runs"]:
         show(payload)
-        try:
-            plot(payload, path.with_suffix(".png"))
-        except ImportError:
-            print("bench compile: no matplotlib here; the figures are in the JSON file.")
+        harness.draw("compile", plot, payload, path.with_suffix(".png"))
     return DONE if compared and payload["complete"] else FAILED
 
 

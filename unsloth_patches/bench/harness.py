@@ -326,6 +326,14 @@ def plot_style():
         plt.close("all")
 
 
+def draw(bench: str, plot: Callable, *arguments: object) -> None:
+    """Calls plot; a picture is no reason to fail where matplotlib is not installed."""
+    try:
+        plot(*arguments)
+    except ImportError:
+        print(f"bench {bench}: no matplotlib here; the figures are in the JSON file.")
+
+
 def grouped_bars(
     axes,
     labels: Sequence[str],

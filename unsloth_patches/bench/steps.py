@@ -199,8 +199,5 @@ def run(
         harness.save_json(Path(out) / f"steps_{slug()}_{name}.json", payloads[-1], command(name))
         show(payloads[-1])
     if not quick:
-        try:
-            plot(payloads, Path(out) / f"steps_{slug()}.png")
-        except ImportError:
-            print("bench steps: no matplotlib here; the figures are in the JSON file.")
+        harness.draw("steps", plot, payloads, Path(out) / f"steps_{slug()}.png")
     return 0

@@ -353,7 +353,5 @@ def draw(out: Path, gpu: str) -> None:
     payloads = [
         json.loads(p.read_text()) for p in sorted(out.glob(f"train_{gpu}_*.json"), reverse = True)
     ]
-    try:
-        plot([(p, breakdowns(p)) for p in payloads], out / f"train_{gpu}.png", LOSS_BOUND)
-    except ImportError:
-        print("bench train: no matplotlib here; the figures are in the JSON file.")
+    results = [(p, breakdowns(p)) for p in payloads]
+    harness.draw("train", plot, results, out / f"train_{gpu}.png", LOSS_BOUND)
