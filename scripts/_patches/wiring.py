@@ -246,9 +246,11 @@ def _import(file: _File, module: str, targets: List[Any], first_use: int) -> Edi
     new = _importing(module, {_decorator(target) for target in targets})
     anchor = next((target.import_after for target in targets if target.import_after), "")
     if anchor == "beside":
-        node = next(node for node in file.tree.body if node.end_lineno >= first_use + 1)
-        starts = [node.lineno, *(each.lineno for each in getattr(node, "decorator_list", ()))]
-        return min(starts) - 1, [*new, "", ""]
+        starts = [
+            min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", ()))])
+            for node in file.tree.body
+        ]
+        return max(start for start in starts if start <= first_use + 1) - 1, [*new, "", ""]
     if anchor:
         if anchor not in file.lines[:first_use]:
             raise PatchesError(f"no line {anchor!r} before the first use", "correct import_after")

@@ -78,13 +78,15 @@ def test_fork_behaves_as_the_replacements_say(root, tmp_path):
 
 def test_an_import_can_stand_beside_what_it_decorates(root, tmp_path):
     """Above the definition, or its class; a line to follow that the file lacks is an error."""
-    target = (
-        'Target(attribute = "unsloth.sub.b:%s", replacement = "sub.double:%s", import_after = "%s"),'
-    )
+    target = 'Target(attribute = "unsloth.sub.b:%s", replacement = "sub.double:%s", import_after = "%s"),'
     write_registry(root, target % ("Shape.corners", "doubled", "beside"))
     build_fork(Project(root), tmp_path / "fork")
     text = (tmp_path / "fork/unsloth/sub/b.py").read_text(encoding = "utf-8")
     assert "x * x\n\n\nfrom .double import doubled\n\n\nclass Shape:\n" in text
+    write_registry(root, target % ("Round.corners", "doubled", "beside"))
+    build_fork(Project(root), tmp_path / "inherited")
+    text = (tmp_path / "inherited/unsloth/sub/b.py").read_text(encoding = "utf-8")
+    assert "from .double import doubled\n\n\nclass Round(Shape):\n    corners = static" in text
     write_registry(root, target % ("area", "doubled", "import nothing"))
     with pytest.raises(PatchesError, match = "no line 'import nothing'"):
         build_fork(Project(root), tmp_path / "refused")

@@ -29,6 +29,7 @@ UPSTREAM = {
         "class Shape:\n"
         "    @staticmethod\n    def corners(n):\n        return n\n\n"
         "    def name(self):\n        return 'shape'\n\n\n"
+        "class Round(Shape):\n    pass\n\n\n"
         "if len(TABLE) == 3:\n\n    def branch():\n        return 1\n"
     ),
     "unsloth/zoo_user.py": "from unsloth_zoo.losses import loss\n",
