@@ -10,7 +10,13 @@ python=.venv/bin/python
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 
 logs=$(mktemp -d)
-trap 'rm -rf "$logs"' EXIT
+pid_beside=
+clean_up() {
+  if [ -n "$pid_beside" ]; then kill -- "-$pid_beside" 2>/dev/null; fi
+  rm -rf "$logs"
+}
+trap clean_up EXIT
+trap 'exit 130' INT TERM # else what comes next would start after Ctrl-C
 summaries=()
 failed=()
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
@@ -36,23 +42,28 @@ beside() {
   name_beside=$1
   shift
   say "$name_beside: started, shown below"
-  "$@" > "$logs/beside" 2>&1 &
+  setsid "$@" > "$logs/beside" 2>&1 & # a process group of its own, so that it can be ended as one
   pid_beside=$!
 }
 catch_up() {
   run "$name_beside" tail --pid="$pid_beside" -f -n +1 "$logs/beside"
   wait "$pid_beside" || failed+=("$name_beside (exit code $?)")
+  pid_beside=
 }
 
 # Two at a time: each is one process after another, on one core.
-beside "form: stock" "$python" scripts/patches.py test --form stock
+patches="$python scripts/patches.py"
+beside "forms: stock and upstream; rebase on the other supported releases" bash -c "
+  code=0
+  $patches test --form stock || code=1
+  $patches test --form upstream || code=1
+  $patches rebase || code=1
+  exit \$code"
 run "own tests" "$python" -m pytest tests/project -q --color=no
 catch_up
-run "form: upstream" "$python" scripts/patches.py test --form upstream
 beside "form: fork" "$python" scripts/patches.py test --form fork
 run "form: import" "$python" scripts/patches.py test --form import
 catch_up
-run "rebase on the other supported releases" "$python" scripts/patches.py rebase
 
 say "summary after $SECONDS s"
 mkdir -p .pytest_cache
