@@ -518,8 +518,8 @@ def test_levels(tokenizer, notices, monkeypatch):
 
 
 def test_other_templates_are_untouched():
-    """Another template, also after a Llama one, leaves a plain tokenizer; so does an error on the
-    way."""
+    """Another template, also after a Llama one, leaves a tokenizer without these checks; an error on
+    the way leaves them."""
     from unsloth.chat_templates import get_chat_template
 
     plain = type(make_llama_tokenizer())
@@ -534,7 +534,8 @@ def test_other_templates_are_untouched():
     own = "{{ messages[0].tool_calls }}"
     assert tokenizer.apply_chat_template([{"role": "x"}], chat_template = own, tokenize = False) == ""
     tokenizer = get_chat_template(tokenizer, "llama-3", map_eos_token = False)
-    assert type(tokenizer) is plain
+    checks = importlib.import_module("unsloth.tool_calls.checks")
+    assert isinstance(tokenizer, plain) and not isinstance(tokenizer, checks._ChecksToolCalls)
     mapping = {"role": "from", "content": "value", "user": "human", "assistant": "gpt"}
     mapped = get_chat_template(tokenizer, "llama-3.1", mapping = mapping)
     assert "Hi" in mapped.apply_chat_template([{"from": "human", "value": "Hi"}], tokenize = False)

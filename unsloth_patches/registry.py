@@ -192,6 +192,19 @@ PATCHES: Tuple[Patch, ...] = (
         requires = ("llama-chat-templates", "tool-call-datasets"),
     ),
     Patch(
+        name = "tool-call-other-templates",
+        title = "Give other chat templates tool calls as they render them, or warn",
+        targets = (
+            Target(
+                attribute = "unsloth.chat_templates:get_chat_template",
+                replacement = "tool_calls.other_templates:show_tool_calls",
+            ),
+        ),
+        modules = ("tool_calls/other_templates.py",),
+        tests = {"tests/test_tool_call_other_templates.py": "cpu"},
+        requires = ("tool-call-checks",),
+    ),
+    Patch(
         name = "parallel-tool-calls",
         title = "Render several tool calls in one message of Llama 3.x",
         targets = (

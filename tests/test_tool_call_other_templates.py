@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the contributors
+"""Tool calls after standardize_sharegpt in templates other than Llama 3.x: shown right, or one warning."""
+
+import copy
+import importlib
+import json
+import logging
+import pickle
+
+from backend import require
+
+require("cpu")
+
+import pytest  # noqa: E402
+import unsloth  # noqa: E402, F401  (has to come before transformers)
+from llama_chat import assistant, calls, made, make_llama_tokenizer, result, user  # noqa: E402
+
+SHOWING = ["qwen-2.5", "qwen-3", "gemma-4", "gpt-oss"]
+BLIND = ["chatml", "phi-4", "llama-3", "mistral", "gemma", "gemma-3"]
+OPENAI = [
+    user("q"),
+    calls(made("get_weather", {"city": "Rome"})),
+    result("20"),
+    assistant("Done."),
+]
+SHAREGPT = [
+    {"from": "human", "value": "q"},
+    {"from": "function_call", "value": '{"name": "get_weather", "arguments": {"city": "Rome"}}'},
+    {"from": "observation", "value": "20"},
+    {"from": "gpt", "value": "Done."},
+]
+
+
+def made_for(name):
+    from unsloth.chat_templates import get_chat_template
+    return get_chat_template(make_llama_tokenizer(), name, map_eos_token = False)
+
+
+def standardized():
+    datasets = pytest.importorskip("datasets")
+    standardize = importlib.import_module("unsloth.chat_templates").standardize_sharegpt
+    return standardize(datasets.Dataset.from_list([{"conversations": SHAREGPT}] * 2))
+
+
+def rendered_by_plain(name, messages):
+    """What the template's text gives in a tokenizer that nothing was mixed into."""
+    plain = make_llama_tokenizer()
+    plain.chat_template = made_for(name).chat_template
+    return plain.apply_chat_template(messages, tokenize = False)
+
+
+@pytest.mark.parametrize("name", SHOWING)
+def test_calls_are_rendered_as_objects(name):
+    """Arguments that were stored as JSON text render as those of OpenAI messages with a dict."""
+    tokenizer = made_for(name)
+    conversation = standardized()[0]["conversations"]
+    clean = [dict(message) for message in OPENAI]
+    clean[1] = {**clean[1], "content": ""}
+    text = tokenizer.apply_chat_template(conversation, tokenize = False)
+    assert text == rendered_by_plain(name, clean)
+    assert "Rome" in text and '\\"city' not in text
+    batch = tokenizer.apply_chat_template([conversation, clean], tokenize = False)
+    assert batch == [text, text]
+
+
+def test_arguments_become_text_where_a_template_joins_them():
+    """DeepSeek's way: arguments are added to a text, so that a dict raises."""
+    own = (
+        "{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}"
+        "{{ c['function']['name'] + ' ' + c['function']['arguments'] }}"
+        "{% endfor %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    tokenizer = made_for("chatml")
+    tokenizer.chat_template = own
+    expected = 'qget_weather {"city": "Rome"}20Done.'
+    assert tokenizer.apply_chat_template(OPENAI, tokenize = False) == expected
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_templates_without_calls_warn_once(name, caplog, monkeypatch):
+    """One warning a template, which says what to do."""
+    module = importlib.import_module("unsloth.tool_calls.other_templates")
+    monkeypatch.setattr(module, "_warned", set())
+    monkeypatch.setattr(module.logger, "propagate", True)
+    tokenizer = made_for(name)
+    with caplog.at_level(logging.WARNING, logger = module.logger.name):
+        for row in standardized():
+            try:
+                tokenizer.apply_chat_template(row["conversations"], tokenize = False)
+            except Exception as error:  # roles that the template refuses, as in stock
+                assert "role" in str(error)
+    notices = [record for record in caplog.records if "cannot show tool calls" in record.message]
+    assert len(notices) == 1 and "qwen-2.5" in notices[0].message
+
+
+@pytest.mark.parametrize("name", SHOWING + BLIND)
+def test_other_conversations_render_as_before(name, caplog):
+    """Without calls nothing changes, and nothing is said."""
+    messages = [user("Hi"), assistant("Ho"), user("And?")]
+    with caplog.at_level(logging.WARNING):
+        text = made_for(name).apply_chat_template(messages, tokenize = False)
+    assert text == rendered_by_plain(name, messages)
+    assert "cannot show" not in caplog.text
+
+
+def test_data_and_tokenizer_are_left_alone(monkeypatch, tmp_path):
+    """Conversations are not changed; copies, pickles, saving and another template work."""
+    from unsloth.chat_templates import get_chat_template
+
+    tokenizer = made_for("qwen-2.5")
+    given = copy.deepcopy(OPENAI)
+    given[1]["tool_calls"][0]["function"]["arguments"] = json.dumps({"city": "Rome"})
+    before = copy.deepcopy(given)
+    text = tokenizer.apply_chat_template(given, tokenize = False)
+    assert given == before and '\\"city' not in text
+    for other in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+        assert other.apply_chat_template(given, tokenize = False) == text
+    tokenizer.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding = "utf-8"))
+    plain = type(make_llama_tokenizer())
+    make_llama_tokenizer().save_pretrained(tmp_path / "plain")
+    text_of_plain = (tmp_path / "plain" / "tokenizer_config.json").read_text(encoding = "utf-8")
+    assert saved["tokenizer_class"] == json.loads(text_of_plain)["tokenizer_class"]
+    with pytest.raises(KeyError):
+        get_chat_template(tokenizer, "no-such-template")
+    assert tokenizer.apply_chat_template(given, tokenize = False) == text
+    monkeypatch.setenv("UNSLOTH_TOOL_CHECKS", "off")
+    assert '\\"city' in tokenizer.apply_chat_template(given, tokenize = False)
+    monkeypatch.delenv("UNSLOTH_TOOL_CHECKS")
+    llama = get_chat_template(tokenizer, "llama-3.1")
+    assert isinstance(llama, plain) and type(llama).__name__ == plain.__name__
+    assert "Rome" in llama.apply_chat_template(given, tokenize = False)

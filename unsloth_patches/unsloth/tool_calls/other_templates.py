@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the contributors
+"""Tool calls for templates other than Llama 3.x: in the form that the template renders, or a warning.
+
+``standardize_sharegpt`` stores arguments as JSON text, since Arrow would fill objects with nulls.
+Most templates (qwen, mistral, gpt-oss) print that text quoted a second time, and some (chatml, llama-3)
+print no calls at all. How a template takes them is found out by rendering a call with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any, Optional
+
+from .checks import checkable_parts, checks_level, is_llama_3x
+
+logger = logging.getLogger(__name__)
+
+_FILLED = ("tool_calls", "tool_call_id", "name")  # None in every other message after Arrow
+_PROBE = {"probe_key": "probe_value"}
+
+
+def show_tool_calls(stock):
+    """``get_chat_template`` whose other templates get tool calls as they render them.
+
+    Conversations without calls, and calls that are in the right form, are rendered as before.
+
+    Decorates ``unsloth.chat_templates.get_chat_template``.
+    """
+    signature = inspect.signature(stock)
+    if not {"tokenizer", "chat_template"} <= set(signature.parameters):
+        raise NotImplementedError("get_chat_template has other parameters than the known ones")
+
+    @functools.wraps(stock)
+    def get_chat_template(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        before = [p for p in checkable_parts(given["tokenizer"]) if isinstance(p, _ShowsToolCalls)]
+        for part in before:
+            part.__class__ = part._plain_class
+        try:
+            tokenizer = stock(*args, **kwargs)
+        except BaseException:
+            for part in before:
+                part.__class__ = _showing_class(type(part))
+            raise
+        if not is_llama_3x(given.get("chat_template")):
+            for part in checkable_parts(tokenizer):
+                part.__class__ = _showing_class(type(part))
+        return tokenizer
+
+    return get_chat_template
+
+
+class _ShowsToolCalls:
+    """Mixed into the class of a tokenizer or processor, so that copies and pickles keep it."""
+
+    _plain_class: type
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        if checks_level() != "off" and not args and isinstance(conversation, (list, tuple)):
+            template = kwargs.get("chat_template") or self.chat_template
+            if isinstance(template, str):
+                conversation = _prepared(conversation, super().apply_chat_template, template)
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        make, arguments, *state = super().__reduce_ex__(max(protocol, 2))
+        return (_new_showing, (self._plain_class, make, tuple(arguments[1:])), *state)
+
+
+@functools.lru_cache(maxsize = None)
+def _showing_class(plain_class: type) -> type:
+    attributes = {
+        "__module__": plain_class.__module__,
+        "__qualname__": plain_class.__qualname__,
+        "__doc__": plain_class.__doc__,
+        "_plain_class": plain_class,
+    }
+    return type(plain_class.__name__, (_ShowsToolCalls, plain_class), attributes)
+
+
+def _new_showing(plain_class: type, make, arguments):
+    """Unpickles an object of the showing class, which no module has under its name."""
+    return make(_showing_class(plain_class), *arguments)
+
+
+# ---------------------------------------------------------------- conversations
+
+
+def _prepared(conversation, render, template: str):
+    """The conversation, or batch of them; the same object where there is nothing to change."""
+    if conversation and isinstance(conversation[0], (list, tuple)):
+        return [_prepared(messages, render, template) for messages in conversation]
+    if not any(isinstance(m, Mapping) and "tool_calls" in m for m in conversation):
+        return conversation
+    messages = [_without_filled(message) for message in conversation]
+    if not any(isinstance(m, Mapping) and m.get("tool_calls") for m in messages):
+        return messages
+    form = form_of_arguments(template, render)
+    if form is None:
+        _warn_once(template)
+        return messages
+    return [_in_form(message, form) for message in messages]
+
+
+def _without_filled(message: Any) -> Any:
+    if not isinstance(message, Mapping):
+        return message
+    return {k: v for k, v in message.items() if v is not None or k not in _FILLED}
+
+
+def _in_form(message: Any, form: str) -> Any:
+    calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+    if not isinstance(calls, (list, tuple)) or not calls:
+        return message
+    return {**message, "tool_calls": [_call_in_form(call, form) for call in calls]}
+
+
+def _call_in_form(call: Any, form: str) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        return call
+    arguments = function.get("arguments")
+    if form == "text" and isinstance(arguments, Mapping):
+        arguments = json.dumps(arguments, ensure_ascii = False)
+    elif form == "object" and isinstance(arguments, str):
+        try:
+            read = json.loads(arguments) if arguments.strip() else {}
+        except ValueError:
+            return call
+        arguments = read if isinstance(read, dict) else arguments
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+# ---------------------------------------------------------------- templates
+
+_forms: dict = {}
+
+
+def form_of_arguments(template: str, render) -> Optional[str]:
+    """``"object"`` or ``"text"``, as the template prints arguments right; None: it shows no calls."""
+    if template not in _forms:
+        _forms[template] = _form(template, render)
+    return _forms[template]
+
+
+def _form(template: str, render) -> Optional[str]:
+    as_object = _rendered_probe(template, render, _PROBE)
+    if "probe_value" in as_object and "probe_tool" in as_object and "{'probe" not in as_object:
+        return "object"
+    as_text = _rendered_probe(template, render, json.dumps(_PROBE))
+    return "text" if json.dumps(_PROBE) in as_text and "probe_tool" in as_text else None
+
+
+def _rendered_probe(template: str, render, arguments: Any) -> str:
+    function = {"name": "probe_tool", "arguments": arguments}
+    calls = [{"id": "probe0001", "type": "function", "function": function}]
+    ask = {"role": "user", "content": "Hi"}
+    for content in ("", None):
+        messages = [ask, {"role": "assistant", "content": content, "tool_calls": calls}]
+        try:
+            return render(messages, chat_template = template, tokenize = False)
+        except Exception:  # whatever a template raises for what it does not take
+            continue
+    return ""
+
+
+_warned = set()
+
+
+def _warn_once(template: str) -> None:
+    if template not in _warned:
+        _warned.add(template)
+        logger.warning(
+            "Unsloth: this tokenizer's chat template cannot show tool calls: they are missing from "
+            "what is rendered and trained. Choose a template that has them, such as llama-3.1 or "
+            "qwen-2.5, or write the calls into the content."
+        )
