@@ -192,19 +192,6 @@ PATCHES: Tuple[Patch, ...] = (
         requires = ("llama-chat-templates", "tool-call-datasets"),
     ),
     Patch(
-        name = "tool-call-other-templates",
-        title = "Give other chat templates tool calls as they render them, or warn",
-        targets = (
-            Target(
-                attribute = "unsloth.chat_templates:get_chat_template",
-                replacement = "tool_calls.other_templates:show_tool_calls",
-            ),
-        ),
-        modules = ("tool_calls/other_templates.py",),
-        tests = {"tests/test_tool_call_other_templates.py": "cpu"},
-        requires = ("tool-call-checks",),
-    ),
-    Patch(
         name = "parallel-tool-calls",
         title = "Render several tool calls in one message of Llama 3.x",
         targets = (
@@ -266,6 +253,20 @@ PATCHES: Tuple[Patch, ...] = (
         # The last two decorate get_chat_template, too.
         requires = ("llama-chat-templates", "parallel-tool-calls"),
         after = ("assistant-masks",),
+    ),
+    Patch(
+        name = "tool-call-other-templates",
+        title = "Give other chat templates tool calls as they render them, or warn",
+        targets = (
+            Target(
+                attribute = "unsloth.chat_templates:get_chat_template",
+                replacement = "tool_calls.other_templates:show_tool_calls",
+            ),
+        ),
+        modules = ("tool_calls/other_templates.py",),
+        tests = {"tests/test_tool_call_other_templates.py": "cpu"},
+        requires = ("tool-call-checks",),
+        after = ("parallel-tool-calls", "assistant-masks", "tool-call-ollama"),
     ),
     Patch(
         name = "nf4-kernel",
