@@ -416,6 +416,34 @@ PATCHES: Tuple[Patch, ...] = (
         requires = ("loss-options",),
     ),
     Patch(
+        name = "fast-model-loss",
+        title = "Give FastModel's models the fused loss in fewer products, and its options",
+        targets = (
+            Target(
+                attribute = "unsloth_zoo.loss_utils:unsloth_fused_ce_loss",
+                replacement = "fused_loss_models:loss_of_compiled_forwards",
+                # 2026.10.9, .7
+                fingerprints = frozenset(["f90bc40b4e42a1c5", "0cd37c91e1fc3d12"]),
+                wired_in = "unsloth/models/_utils.py",
+            ),
+            Target(
+                attribute = "unsloth_zoo.fused_losses.forward_adapter:unsloth_fused_ce_loss",
+                replacement = "fused_loss_models:loss_of_compiled_forwards",
+                fingerprints = frozenset(["f90bc40b4e42a1c5", "0cd37c91e1fc3d12"]),
+                wired_in = "unsloth/models/_utils.py",
+                optional = True,
+            ),
+            Target(
+                attribute = "unsloth.models.vision:post_patch_loss_function",
+                replacement = "fused_loss_models:loaded_models_take_options",
+                signature = ("model",),
+            ),
+        ),
+        modules = ("fused_loss_models.py",),
+        tests = {"tests/test_fused_loss_models.py": "interpreter"},
+        requires = ("loss-options",),
+    ),
+    Patch(
         name = "loss-metrics",
         title = "Log token accuracy and entropy of a training that holds no logits",
         targets = (),
