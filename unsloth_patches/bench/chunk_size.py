@@ -266,7 +266,10 @@ def _print_check(payload: dict) -> None:
         ("model on shapes that it never saw", payload["check"]["model"]),
     ):
         cells = [
-            ["-" if row[c] is None else f"{row[c]:.1%}" if p else row[c] for c, p in columns.items()]
+            [
+                "-" if row[c] is None else f"{row[c]:.1%}" if p else row[c]
+                for c, p in columns.items()
+            ]
             for row in rows
         ]
         harness.print_table(title, [c.replace("_", " ") for c in columns], cells)

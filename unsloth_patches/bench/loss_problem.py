@@ -187,7 +187,9 @@ def log_prob_candidates() -> Dict[str, Callable]:
         logits = torch.nn.functional.linear(hidden, weight).float()
         return -torch.nn.functional.cross_entropy(logits, labels, reduction = "none")
 
-    found = {"ours": lambda hidden, weight, labels: linear_log_probs(hidden, weight, labels).log_probs}
+    found = {
+        "ours": lambda hidden, weight, labels: linear_log_probs(hidden, weight, labels).log_probs
+    }
     try:
         import unsloth  # noqa: F401  (the zoo wants it first)
         from unsloth_zoo.fused_losses.fused_linear import fused_linear_logprobs

@@ -105,7 +105,7 @@ def dense_loss_with_model_options(stock):
                 labels = options.shifted_labels.to(labels.device)
             if options.shifted_labels is None:
                 options = _with_shifted_columns(options)
-            if options.loss_fn is not None:
+            if options.loss_fn is not None or options.observe is not None:
                 return _loss_of_logits(logits, labels, *args, options = options, **kwargs)
             kwargs = {**options.changed(*_OF_THE_HEAD), **kwargs}
         return stock(logits, labels, *args, **kwargs)
@@ -135,6 +135,8 @@ def _loss_of_logits(
     options: LossOptions,
 ):
     """The loss that the options ask for, of logits that are there anyway and labels in their places."""
+    if options.observe is not None:
+        _observe(logits, labels, logit_softcapping, logit_scaling, options)
     if options.loss_fn is None:
         from .kernels.dense_cross_entropy import dense_cross_entropy
 
@@ -153,6 +155,17 @@ def _loss_of_logits(
     return custom_loss(
         options.loss_fn, total_of, rows, options.ignore_index, n_items, transform, **settings
     )
+
+
+def _observe(logits, labels, softcap, scale, options: LossOptions) -> None:
+    from .kernels.cross_entropy_spec import RowLoss, padded_columns
+
+    keep = (labels != -100) & (labels != options.ignore_index)
+    rows, vocab_size = logits.detach()[keep], logits.shape[-1]
+    rows = torch.nn.functional.pad(rows, (0, padded_columns(vocab_size) - vocab_size))
+    transform = RowLoss(logit_scale = scale or 1.0, softcap = softcap or 0.0)
+    training = torch.is_grad_enabled()
+    options.observe(rows[:, :vocab_size], labels[keep].long(), transform, None, training)
 
 
 def _with_shifted_columns(options: LossOptions) -> LossOptions:
