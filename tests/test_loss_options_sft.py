@@ -223,7 +223,6 @@ def test_weights_of_tokens_of_prompts_and_completions(checkpoint, packed):
         completion_only_loss = True,
         padding_free = packed,
         max_length = 32,
-        dataset_kwargs = {"skip_prepare_dataset": True},
         train_sampling_strategy = "sequential",
         bf16 = GPU,
     )

@@ -157,12 +157,6 @@ def _lay_out(rows: List[torch.Tensor], batch: dict) -> torch.Tensor:
 
 def refuse_other_losses(trainer: Any) -> None:
     """NotImplementedError for a trainer that computes a loss of its own (DPO, ORPO, KTO, GRPO)."""
-    if getattr(trainer, "compute_loss_func", None) is not None:
-        raise NotImplementedError(
-            "compute_loss_func computes a loss of its own, which the options of set_loss_options do not "
-            "reach; give this loss as their loss_fn, which holds no logits, or remove them with "
-            "set_loss_options(model, reset = True)."
-        )
     for kind in type(trainer).__mro__:
         own = kind.__module__.partition(".")[0] == "trl" and kind.__name__ not in _ALIKE
         if own and "compute_loss" in vars(kind):
@@ -170,6 +164,13 @@ def refuse_other_losses(trainer: Any) -> None:
                 f"{kind.__name__} computes a loss of its own, which the options of set_loss_options do "
                 "not reach; remove them with set_loss_options(model, reset = True)."
             )
+    # After them: GRPO's has a string there.
+    if getattr(trainer, "compute_loss_func", None) is not None:
+        raise NotImplementedError(
+            "compute_loss_func computes a loss of its own, which the options of set_loss_options do not "
+            "reach; give this loss as their loss_fn, which holds no logits, or remove them with "
+            "set_loss_options(model, reset = True)."
+        )
 
 
 # Trainers of TRL whose loss is the model's.
