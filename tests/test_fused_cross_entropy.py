@@ -92,10 +92,28 @@ def test_options_that_the_stock_loss_lacks(call):
         loss(class_weights = by_class)
 
 
+def test_a_mask_and_a_bias_of_the_logits(call):
+    """What the compiled forwards of FastModel's models pass: labels that do not count, Bart's bias."""
+    from unsloth.kernels.loss_calls import calls
+
+    loss, hidden, weight, bias, labels = call
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1]], device = DEVICE)
+    extra = torch.randn(1, 11, device = DEVICE)
+    before = calls().get("fused", 0)
+    found = loss(mask = mask, logits_bias = extra, lm_head_bias = bias)
+    assert calls()["fused"] == before + 1
+    targets = labels[1:].masked_fill(mask[0, 1:] == 0, -100)
+    wanted = F.cross_entropy(F.linear(hidden, weight, bias + extra[0])[:-1], targets)
+    torch.testing.assert_close(found, wanted, rtol = 1e-4, atol = 1e-4)
+    got = torch.autograd.grad(found, (hidden, weight, bias))
+    for a, b in zip(got, torch.autograd.grad(wanted, (hidden, weight, bias))):
+        torch.testing.assert_close(a, b, rtol = 1e-3, atol = 1e-5)
+
+
 @pytest.mark.parametrize(
     "cause, reason",
     [
-        ({"mask": True}, "mask"),
+        ({"mask": True}, "a mask that is not shaped as the labels"),
         ({"target_gb": 1}, "memory target of the stock loss"),
         ({"something_new": 1}, "keyword something_new"),
         ("UNSLOTH_CE_LOSS_N_CHUNKS", "memory target of the stock loss"),
@@ -110,7 +128,7 @@ def test_what_we_do_not_serve_goes_to_stock_or_is_refused(call, monkeypatch, cau
         monkeypatch.setenv(cause, "2")
         cause = {}
     elif "mask" in cause:
-        cause = {"mask": torch.ones_like(labels[None])}
+        cause = {"mask": torch.ones_like(labels[None, None])}
     before = calls().get(f"stock: {reason}", 0)
     found = loss(torch_compile = False, **cause)
     wanted = F.cross_entropy(F.linear(hidden, weight)[:-1], labels[1:])

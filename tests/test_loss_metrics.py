@@ -55,6 +55,41 @@ def test_metrics_are_those_of_the_logits(checkpoint, accumulated):  # noqa: F811
     assert [entry["loss"] for entry in logged] == pytest.approx(plain, abs = 1e-6)
 
 
+def test_compute_metrics_gets_token_ids_without_logits(checkpoint):  # noqa: F811
+    """The argmax of transformers' own logits where the next token has a label; early stopping sees them."""
+    import numpy as np
+    from transformers import EarlyStoppingCallback
+    from unsloth.loss_metrics import log_token_metrics
+
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append(prediction)
+        keep = prediction.label_ids[:, 1:] != -100
+        hits = prediction.predictions[:, :-1] == prediction.label_ids[:, 1:]
+        return {"hits": float(hits[keep].mean())}
+
+    _, trainer = train(checkpoint, lambda model: log_token_metrics(model, token_ids = True))
+    trainer.compute_metrics = compute_metrics
+    found = trainer.evaluate()
+    rows = reference_rows(checkpoint)[:2]
+    for row, (logits, labels) in enumerate(rows):
+        ids = logits.argmax(1).masked_fill(labels == -100, -100)
+        same = seen[0].predictions[row, :-1] == ids.numpy()
+        assert same.mean() > 0.9 if GPU else same.all()  # bfloat16 ties
+    assert seen[0].predictions.dtype == np.int64 and seen[0].predictions.shape == (2, 12)
+    _, accuracy = expected(rows)
+    assert found["eval_hits"] == pytest.approx(accuracy, abs = EXACT)
+    assert found["eval_mean_token_accuracy"] == pytest.approx(accuracy, abs = EXACT)
+    # The metric does not get better with learning_rate = 1e-9, so training stops after two evaluations.
+    trainer.add_callback(EarlyStoppingCallback(1))
+    trainer.args.eval_strategy, trainer.args.eval_steps = "steps", 1
+    trainer.args.load_best_model_at_end, trainer.args.metric_for_best_model = False, "eval_hits"
+    trainer.args.greater_is_better = True
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 def test_metrics_are_read_once_and_apart_for_training():
     """Reading starts again; a model whose loss is not ours is refused."""
     from unsloth.kernels.cross_entropy_spec import RowLoss

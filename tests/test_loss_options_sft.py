@@ -101,30 +101,154 @@ def test_evaluation_and_prediction_honour_the_options(checkpoint):
 
 
 def test_trainers_with_a_loss_of_their_own_refuse_options(checkpoint):
-    """loss_type = "dft", and trainers like DPO's, in training and in evaluation."""
-    from unsloth import loss_in_trainers
+    """loss_type = "dft", in training."""
     from unsloth.fused_loss import set_loss_options
 
     set_options = lambda model: set_loss_options(model, z_loss = 0.1)  # noqa: E731
     with pytest.raises(NotImplementedError, match = 'loss_type = "dft"'):
         train(checkpoint, set_options, loss_type = "dft")
 
-    class DPOTrainer:
-        __module__ = "trl.trainer.dpo_trainer"
 
-        def compute_loss(self):
-            pass
+def preference_rows():
+    make = torch.Generator().manual_seed(2)
+    words = lambda count: " ".join(  # noqa: E731
+        f"w{i}" for i in torch.randint(3, 64, (count,), generator = make).tolist()
+    )
+    return [{"prompt": words(3), "chosen": words(5), "rejected": words(4)} for _ in range(2)]
 
-    class UnslothDPOTrainer(DPOTrainer):
-        pass
 
-    class MyTrainer:
-        def compute_loss(self):
-            pass
+@pytest.mark.skipif(GPU, reason = "the losses are those of the CPU backend")
+@pytest.mark.parametrize("kind", ["DPO", "ORPO", "KTO"])
+def test_preference_trainers_keep_their_losses_and_refuse_options(checkpoint, tmp_path, kind):
+    """Two real steps beside plain transformers' model in the same trainer; options set there stop it."""
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, set_seed
+    from unsloth.fused_loss import set_loss_options
 
-    loss_in_trainers.refuse_other_losses(MyTrainer())
-    with pytest.raises(NotImplementedError, match = "DPOTrainer computes a loss of its own"):
-        loss_in_trainers.refuse_other_losses(UnslothDPOTrainer())
+    if kind == "ORPO":
+        from trl.experimental.orpo import ORPOConfig as Config
+        from trl.experimental.orpo import ORPOTrainer as Trainer
+    else:
+        Config, Trainer = getattr(trl, f"{kind}Config"), getattr(trl, f"{kind}Trainer")
+    rows = preference_rows()
+    if kind == "KTO":
+        rows = [
+            {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+            for row in rows
+            for name in ("chosen", "rejected")
+        ]
+
+    def steps(model, tokenizer):
+        set_seed(0)
+        config = Config(
+            output_dir = str(tmp_path),
+            per_device_train_batch_size = 2,
+            max_steps = 2,
+            logging_steps = 1,
+            learning_rate = 1e-9,
+            report_to = "none",
+            save_strategy = "no",
+            use_cpu = True,
+        )
+        trainer = Trainer(
+            model = model,
+            args = config,
+            train_dataset = Dataset.from_list(rows),
+            processing_class = tokenizer,
+        )
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    model, tokenizer = load(checkpoint)
+    plain = steps(AutoModelForCausalLM.from_pretrained(checkpoint, dtype = torch.float32), tokenizer)
+    assert steps(model, tokenizer) == pytest.approx(plain, abs = 1e-4) and len(plain) == 2
+    model, tokenizer = load(checkpoint)
+    set_loss_options(model, z_loss = 0.1)
+    with pytest.raises(NotImplementedError, match = f"{kind}Trainer computes a loss of its own"):
+        steps(model, tokenizer)
+
+
+@pytest.mark.skipif(GPU, reason = "generation of the CPU backend")
+def test_grpo_refuses_options(checkpoint, tmp_path):
+    """A real step without options; with them the first step says why it stops."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+    from unsloth.fused_loss import set_loss_options
+
+    def step(model, tokenizer):
+        config = GRPOConfig(
+            output_dir = str(tmp_path),
+            per_device_train_batch_size = 2,
+            num_generations = 2,
+            max_completion_length = 4,
+            max_steps = 1,
+            logging_steps = 1,
+            report_to = "none",
+            save_strategy = "no",
+            use_cpu = True,
+        )
+        trainer = GRPOTrainer(
+            model = model,
+            args = config,
+            reward_funcs = lambda completions, **_: [float(len(c)) for c in completions],
+            train_dataset = Dataset.from_list([{"prompt": "w3 w4 w5"}] * 2),
+            processing_class = tokenizer,
+        )
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    model, tokenizer = load(checkpoint)
+    assert len(step(model, tokenizer)) == 1
+    set_loss_options(model, z_loss = 0.1)
+    with pytest.raises(NotImplementedError, match = "GRPOTrainer computes a loss of its own"):
+        step(model, tokenizer)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_weights_of_tokens_of_prompts_and_completions(checkpoint, packed):
+    """TRL's own preparation: completion_only_loss masks the prompt; packing keeps sequences apart."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    from unsloth.fused_loss import set_loss_options
+
+    model, tokenizer = load(checkpoint)
+    set_loss_options(model, class_weight_mean = "weights")
+    rows = rows_of_tokens()[:2]
+    for number, row in enumerate(rows):
+        row["completion_mask"] = [0] * 4 + [1] * 8
+        row["loss_weights"] = [0.25 + number] * 12
+        del row["labels"]
+    config = SFTConfig(
+        output_dir = checkpoint + "/out",
+        per_device_train_batch_size = 2,
+        max_steps = 1,
+        logging_steps = 1,
+        learning_rate = 1e-9,
+        report_to = "none",
+        save_strategy = "no",
+        completion_only_loss = True,
+        padding_free = packed,
+        max_length = 32,
+        train_sampling_strategy = "sequential",
+        bf16 = GPU,
+    )
+    trainer = SFTTrainer(
+        model = model,
+        args = config,
+        train_dataset = Dataset.from_list(rows),
+        processing_class = tokenizer,
+    )
+    trainer.train()
+    total = weights = 0.0
+    for row, (logits, _) in zip(rows, reference_rows(checkpoint)):
+        keep = torch.tensor(row["completion_mask"][1:])
+        each = torch.tensor(row["loss_weights"])[1:] * keep
+        labels = torch.tensor(row["input_ids"][1:])
+        total = total + (F.cross_entropy(logits, labels, reduction = "none") * each).sum()
+        weights = weights + each.sum()
+    found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert found == [pytest.approx((total / weights).item(), abs = 5 * EXACT)]
 
 
 def focal(logits, labels):
@@ -218,30 +342,6 @@ def test_model_arguments_that_stock_drops_are_honoured(checkpoint):
     assert renamed.item() == pytest.approx(F.cross_entropy(logits, other).item(), abs = EXACT)
 
 
-@pytest.mark.parametrize("padding_free", [False, True])
-def test_columns_of_the_loss_are_collated_with_their_tokens(padding_free):
-    """A number a row or a value a token, padded or one behind the other, by TRL's own collator."""
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-    from unsloth.loss_in_trainers import ColumnCollator
-
-    stock = DataCollatorForLanguageModeling(pad_token_id = 0, padding_free = padding_free)
-    collator = ColumnCollator(stock, ["loss_weights", "ids"])
-    rows = [
-        {"input_ids": [5, 6, 7], "loss_weights": 2, "ids": [[1, 2], [3, 4], [5, 6]]},
-        {"input_ids": [8, 9], "loss_weights": [0.5, 0.25], "ids": [[7, 8], [9, 10]]},
-    ]
-    batch = collator(rows)
-    assert batch["ids"].shape == (*batch["labels"].shape, 2) and batch["ids"].dtype == torch.int64
-    if padding_free:
-        assert batch["loss_weights"].tolist() == [[2.0, 2.0, 2.0, 0.5, 0.25]]
-    else:
-        assert batch["loss_weights"].tolist() == [[2.0, 2.0, 2.0], [0.5, 0.25, 0.0]]
-        assert batch["ids"][1].tolist() == [[7, 8], [9, 10], [0, 0]]
-    rows[0]["loss_weights"] = [1.0]
-    with pytest.raises(ValueError, match = "3 tokens and 1 values of 'loss_weights'"):
-        collator(rows)
-
-
 def test_reduction_is_honoured_and_lookalikes_are_refused(checkpoint):
     """reduction in a call of the model; class_weights, weight and the like name the right argument."""
     model, _ = load(checkpoint)
@@ -269,38 +369,6 @@ def test_reduction_is_honoured_and_lookalikes_are_refused(checkpoint):
             model(**arguments, **{name: 0.1})
     # What transformers passes goes through.
     model(**arguments, num_items_in_batch = torch.tensor(9), use_cache = False, return_dict = True)
-
-
-@pytest.mark.parametrize(
-    "options, error, words",
-    [
-        ({"smoothing": 0.1}, TypeError, "'label_smoothing' is what it is called"),
-        ({"temperature": 0.1}, TypeError, "no option 'temperature'"),
-        ({"class_weight": torch.ones(3)}, ValueError, r"class_weight must be \[64\]"),
-        ({"class_weight": [-1.0] * 64}, ValueError, "not negative"),
-        ({"class_weight": [float("nan")] * 64}, ValueError, "finite"),
-        ({"class_weight": [0] * 64}, ValueError, "a weight that is not 0"),
-        ({"label_smoothing": 2.0}, ValueError, "between 0 and 1"),
-        ({"z_loss": -1.0}, ValueError, "z_loss must not be negative"),
-        ({"z_loss": "much"}, ValueError, "z_loss must be a finite number"),
-        ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer"),
-        ({"class_weight_mean": "sum"}, ValueError, '"weights" or "labels"'),
-        ({"chunk_rows": 0}, ValueError, "positive number of rows"),
-        ({"logits_dtype": torch.float16}, ValueError, "torch.float32 or left out"),
-        ({"loss_fn": 3}, TypeError, "loss_fn must be a function"),
-        ({"loss_columns": ("a",)}, ValueError, "are for a loss_fn"),
-        ({"loss_fn": focal, "z_loss": 0.1}, ValueError, "which loss_fn replaces"),
-    ],
-)
-def test_set_loss_options_names_what_is_wrong(options, error, words):
-    """When it is set, not in the first step; what was in force stays."""
-    from unsloth.fused_loss import set_loss_options
-
-    model = tiny_gemma2()
-    before = set_loss_options(model, label_smoothing = 0.25)
-    with pytest.raises(error, match = words):
-        set_loss_options(model, **options)
-    assert set_loss_options(model) is before and before.label_smoothing == 0.25
 
 
 def tiny_gemma2():
@@ -332,6 +400,9 @@ def test_options_are_converted_shown_and_removed():
     shown = set_loss_options(model, class_weight = list(range(64)), ignore_index = None)
     assert shown.class_weight.dtype == torch.float32 and shown.class_weight[5] == 5
     assert set_loss_options(model) is shown
+    with pytest.raises(ValueError, match = "between 0 and 1"):
+        set_loss_options(model, label_smoothing = 2.0)
+    assert set_loss_options(model) is shown  # what was in force stays
     assert set_loss_options(model, reset = True) == LossOptions() == set_loss_options(model)
     with pytest.raises(ValueError, match = "no causal language model"):
         set_loss_options(torch.nn.Linear(2, 2), label_smoothing = 0.1)

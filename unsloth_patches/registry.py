@@ -297,6 +297,19 @@ PATCHES: Tuple[Patch, ...] = (
         requires = ("nf4-kernel",),
     ),
     Patch(
+        name = "cross-entropy-kernel",
+        title = "Add a cross entropy kernel that turns logits into their gradients in place",
+        targets = (),
+        modules = (
+            "kernels/cross_entropy_kernel.py",
+            "kernels/cross_entropy_rows.py",
+            "kernels/cross_entropy_spec.py",
+            "kernels/cross_entropy_torch.py",
+        ),
+        tests = {"tests/test_cross_entropy_kernel.py": "interpreter"},
+        requires = ("test-backends",),
+    ),
+    Patch(
         name = "cross-entropy-options",
         title = "Give fast_cross_entropy_loss the options of nn.CrossEntropyLoss",
         targets = (
@@ -307,29 +320,29 @@ PATCHES: Tuple[Patch, ...] = (
             ),
         ),
         modules = (
-            "kernels/cross_entropy_kernel.py",
-            "kernels/cross_entropy_rows.py",
-            "kernels/cross_entropy_spec.py",
-            "kernels/cross_entropy_torch.py",
             "kernels/dense_cross_entropy.py",
             "kernels/loss_calls.py",
             "kernels/second_derivative.py",
         ),
         tests = {"tests/test_cross_entropy_options.py": "interpreter"},
-        requires = ("test-backends",),
+        requires = ("cross-entropy-kernel",),
+    ),
+    Patch(
+        name = "loss-chunking",
+        title = "Hold the logits of a loss a few thousand rows at a time",
+        targets = (),
+        modules = ("kernels/loss_chunk_size.py", "kernels/loss_chunking.py"),
+        tests = {"tests/test_loss_chunk_size.py": "cpu"},
+        requires = ("cross-entropy-kernel",),
     ),
     Patch(
         name = "linear-custom-loss",
         title = "Compute any loss that treats tokens by themselves without holding the logits",
         targets = (),
-        modules = (
-            "kernels/linear_custom_loss.py",
-            "kernels/loss_chunk_size.py",
-            "kernels/loss_chunking.py",
-        ),
+        modules = ("kernels/linear_custom_loss.py",),
         tests = {"tests/test_linear_custom_loss.py": "cpu"},
         shared = ("loss_problems.py",),
-        requires = ("cross-entropy-options",),
+        requires = ("cross-entropy-options", "loss-chunking"),
     ),
     Patch(
         name = "linear-cross-entropy",
@@ -376,6 +389,14 @@ PATCHES: Tuple[Patch, ...] = (
         requires = ("linear-cross-entropy",),
     ),
     Patch(
+        name = "trainer-loss-options",
+        title = "Check the options of a loss, and carry them through trainers and their evaluation",
+        targets = (),
+        modules = ("loss_in_trainers.py", "loss_options.py"),
+        tests = {"tests/test_loss_options_in_trainers.py": "cpu"},
+        requires = ("linear-cross-entropy",),
+    ),
+    Patch(
         name = "loss-options",
         title = "Let class weights, z-loss and label smoothing of a model reach its fused loss",
         targets = (
@@ -407,9 +428,9 @@ PATCHES: Tuple[Patch, ...] = (
                 fingerprints = frozenset(["30e41e06b2a4262d"]),
             ),
         ),
-        modules = ("fused_loss.py", "loss_in_trainers.py", "loss_options.py"),
+        modules = ("fused_loss.py",),
         tests = {"tests/test_loss_options.py": "interpreter"},
-        requires = ("fused-cross-entropy",),
+        requires = ("fused-cross-entropy", "trainer-loss-options"),
     ),
     Patch(
         name = "cpu-loss-options",
@@ -435,6 +456,34 @@ PATCHES: Tuple[Patch, ...] = (
         tests = {"tests/test_loss_options_sft.py": "cpu"},
         shared = ("loss_trainer.py",),
         wraps_later = ("transformers.trainer:Trainer.compute_loss",),
+        requires = ("loss-options",),
+    ),
+    Patch(
+        name = "fast-model-loss",
+        title = "Give FastModel's models the fused loss in fewer products, and its options",
+        targets = (
+            Target(
+                attribute = "unsloth_zoo.loss_utils:unsloth_fused_ce_loss",
+                replacement = "fused_loss_models:loss_of_compiled_forwards",
+                # 2026.10.9, .7
+                fingerprints = frozenset(["f90bc40b4e42a1c5", "0cd37c91e1fc3d12"]),
+                wired_in = "unsloth/models/_utils.py",
+            ),
+            Target(
+                attribute = "unsloth_zoo.fused_losses.forward_adapter:unsloth_fused_ce_loss",
+                replacement = "fused_loss_models:loss_of_compiled_forwards",
+                fingerprints = frozenset(["f90bc40b4e42a1c5", "0cd37c91e1fc3d12"]),
+                wired_in = "unsloth/models/_utils.py",
+                optional = True,
+            ),
+            Target(
+                attribute = "unsloth.models.vision:post_patch_loss_function",
+                replacement = "fused_loss_models:loaded_models_take_options",
+                signature = ("model",),
+            ),
+        ),
+        modules = ("fused_loss_models.py",),
+        tests = {"tests/test_fused_loss_models.py": "interpreter"},
         requires = ("loss-options",),
     ),
     Patch(

@@ -73,7 +73,7 @@ def _read_compile_report() -> None:
 
 
 SWITCHES: Dict[str, Switch] = {
-    "UNSLOTH_LOSS_CHUNK_ROWS": Switch("linear-custom-loss", _read_chunk_rows),
+    "UNSLOTH_LOSS_CHUNK_ROWS": Switch("loss-chunking", _read_chunk_rows),
     "UNSLOTH_FSDP2_OFFLOAD": Switch("fsdp2-offload-plan", _read_offload),
     "UNSLOTH_FULLGRAPH": Switch("compile-strict", _read_fullgraph),
     "UNSLOTH_COMPILE_REPORT": Switch("compile-report-trainer", _read_compile_report),

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Dict, List
 
 from . import harness
-from .loss_problem import Problem, Shape, ours
+from .loss_problem import Problem, Shape, ours, stock_loss
 
-BUDGETS_MIB = (32, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024)
+BUDGETS_MIB = (64, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048)
 SHAPES = (
     Shape(8192, 4096, 128256, False, 0.0),
     Shape(8192, 2304, 256000, False, 0.0),
@@ -117,9 +117,16 @@ def _modelled() -> List[dict]:
 
 
 def sweep(shape: Shape, rounds: int) -> dict:
-    """{rows, time_us, peak_mib} by budget."""
+    """{rows, time_us, peak_mib} by budget, and of Unsloth's own loss where it is installed."""
     problem = Problem(shape)
     steps, peaks, rows = {}, {}, {}
+    stock = stock_loss()
+    if stock is not None:
+        steps["stock"] = problem.step(stock)
+        steps["stock"]()
+        problem.drop()
+        peaks["stock"] = harness.peak_memory(steps["stock"])["peak_bytes"] / 2**20
+        problem.drop()
     for budget in BUDGETS_MIB:
         rows[budget] = rows_of(shape, budget)
         steps[str(budget)] = problem.step(ours(chunk_rows = rows[budget]))
@@ -133,6 +140,7 @@ def sweep(shape: Shape, rounds: int) -> dict:
         "shape": shape.name,
         "rows": rows,
         "time_us": {budget: timed[str(budget)] for budget in BUDGETS_MIB},
+        "stock": {"time_us": timed.get("stock"), "peak_mib": peaks.pop("stock", None)},
         "peak_mib": peaks,
     }
 
@@ -147,7 +155,7 @@ def run(out: Path, quick: bool = False) -> int:
 
     from unsloth_patches.unsloth.kernels.loss_chunk_size import BUDGET_MIB
 
-    shapes, rounds = (QUICK, 3) if quick else (SHAPES, 6)
+    shapes, rounds = (QUICK, 3) if quick else (SHAPES, 10)
     swept = [sweep(shape, rounds) for shape in shapes]
     held_out = [sweep(shape, rounds) for shape in (QUICK if quick else CHECK_SHAPES)]
     means = {
@@ -220,6 +228,7 @@ def check_model(swept: List[dict], budget_mib: int) -> List[dict]:
                 "model_choice_regret": measured[choice] / best - 1,
                 "training_mib": nearest,
                 "training_regret": measured[nearest] / best - 1,
+                "within_stock_regret": _within_stock(part, measured, nearest),
                 "model_error": max(
                     abs(modelled[b] / modelled_best / (measured[b] / best) - 1) for b in measured
                 ),
@@ -229,12 +238,24 @@ def check_model(swept: List[dict], budget_mib: int) -> List[dict]:
     return rows
 
 
+def _within_stock(part: dict, measured: Dict[int, float], nearest: int):
+    """Training's time over the best among budgets that take no more memory than Unsloth's own loss."""
+    most = part["stock"]["peak_mib"]
+    if most is None:
+        return None
+    there = [time for budget, time in measured.items() if part["peak_mib"][budget] <= most]
+    return measured[nearest] / min(there, default = measured[nearest]) - 1
+
+
 def _print_sweep(payload: dict) -> None:
     rows = []
     for part in (*payload["swept"], *payload["check"]["shapes"]):
         for b in BUDGETS_MIB:
             time = f"{part['time_us'][b]['median'] / 1e3:.2f}"
             rows.append([part["shape"], b, part["rows"][b], time, f"{part['peak_mib'][b]:.0f}"])
+        if part["stock"]["time_us"] is not None:
+            time = f"{part['stock']['time_us']['median'] / 1e3:.2f}"
+            rows.append([part["shape"], "stock", "", time, f"{part['stock']['peak_mib']:.0f}"])
     columns = ["shape", "logits MiB", "rows", "ms", "peak MiB"]
     harness.print_table("chunk size, forward + backward", columns, rows)
 
@@ -248,6 +269,7 @@ def _print_check(payload: dict) -> None:
         "model_choice_regret": "%",
         "training_mib": "",
         "training_regret": "%",
+        "within_stock_regret": "%",
         "model_error": "%",
     }
     for title, rows in (
@@ -255,7 +277,10 @@ def _print_check(payload: dict) -> None:
         ("model on shapes that it never saw", payload["check"]["model"]),
     ):
         cells = [
-            [f"{row[c]:.1%}" if percent else row[c] for c, percent in columns.items()]
+            [
+                "-" if row[c] is None else f"{row[c]:.1%}" if p else row[c]
+                for c, p in columns.items()
+            ]
             for row in rows
         ]
         harness.print_table(title, [c.replace("_", " ") for c in columns], cells)

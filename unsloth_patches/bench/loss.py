@@ -18,12 +18,15 @@ from .loss_problem import (
     Problem,
     Shape,
     candidates,
+    log_prob_candidates,
     oracle,
     ours,
     products_alone,
     relative_error,
 )
 from .loss_report import plot, print_tables, summary
+
+LOG_PROB_SHAPES = (Shape(8192, 4096, 128256, False, 0.0), Shape(8192, 2048, 151936, True, 0.0))
 
 # ------------------------------------------------------------------------------- measurements
 
@@ -97,6 +100,8 @@ def option_price(shape: Shape, rounds: int) -> dict:
     """Microseconds with each option on, beside the plain loss."""
     import torch
 
+    from unsloth_patches.unsloth.loss_metrics import TokenMetrics
+
     problem = Problem(shape)
     class_weight = torch.rand(shape.vocab, device = "cuda") + 0.5
     variants = {
@@ -106,6 +111,7 @@ def option_price(shape: Shape, rounds: int) -> dict:
         "softcap": {"softcap": 30.0},
         "z-loss": {"z_loss": 1e-4},
         "token weights": {"loss_weights": torch.rand(problem.labels.shape, device = "cuda") + 0.5},
+        "metrics": {"observe": TokenMetrics()},
         "all four": {
             "class_weight": class_weight,
             "label_smoothing": 0.1,
@@ -116,6 +122,30 @@ def option_price(shape: Shape, rounds: int) -> dict:
     steps = {name: problem.step(ours(**options)) for name, options in variants.items()}
     timed = harness.measure(steps, rounds = rounds, warmup = 1, lead_cycles = 0)
     return {"shape": shape.name, "time_us": timed}
+
+
+def log_probs(shape: Shape, rounds: int) -> dict:
+    """Per-token log-probabilities, forward and backward of a weighted sum, as a GRPO step takes them."""
+    import torch
+
+    problem = Problem(shape)
+    advantage = torch.randn(shape.tokens, device = "cuda")
+
+    def loss_of(function: Callable) -> Callable:
+        return lambda *arguments: (function(*arguments) * advantage).mean()
+
+    losses = {name: loss_of(function) for name, function in log_prob_candidates().items()}
+    gradients = {}
+    for name, loss in losses.items():
+        problem.step(loss)()
+        gradients[name] = problem.hidden.grad.float()
+        problem.drop()
+    part = time_and_memory(shape, losses, product_rate(), rounds)
+    reference = gradients.pop("dense")
+    part["gradient_over_dense"] = {
+        name: relative_error(gradient, reference.double()) for name, gradient in gradients.items()
+    }
+    return part
 
 
 def chunk_count_errors(shape: Shape, counts = (1, 2, 4, 8, 16, 64, 256)) -> dict:
@@ -158,12 +188,14 @@ def run(out: Path, quick: bool = False) -> int:
     accuracy = [gradient_errors(shape, losses) for shape in small]
     options = option_price(shapes[0], rounds)
     chunks = chunk_count_errors(QUICK[1] if quick else Shape(4096, 2048, 128256, True, 0.0))
+    scored = [log_probs(shape, rounds) for shape in (QUICK if quick else LOG_PROB_SHAPES)]
     payload = {
         "product_tflops": rate / 1e12,
         "rows": rows,
         "summary": summary(rows),
         "accuracy": accuracy,
         "options": options,
+        "log_probs": scored,
         "chunks": chunks,
     }
     name = "loss_" + harness.gpu_slug(torch.cuda.get_device_name())

@@ -41,6 +41,10 @@ SHAPES = (
     Shape(8192, 2304, 256000, False, 0.0),
     Shape(2048, 4096, 128256, False, 0.5),
     Shape(8192, 2048, 128256, True, 0.0),  # Llama 3.2 1B, tied
+    # Heads that FastModel's forwards train on: Gemma 3 1B, Qwen3 30B-A3B, Qwen2.5-VL 7B.
+    Shape(8192, 1152, 262144, False, 0.0),
+    Shape(8192, 2048, 151936, False, 0.0),
+    Shape(8192, 3584, 152064, False, 0.5),
 )
 QUICK = (Shape(1024, 512, 8192, False, 0.5), Shape(1024, 512, 8192, True, 0.0))
 
@@ -103,6 +107,14 @@ def _zoo() -> Callable:
     return loss
 
 
+def stock_loss() -> Optional[Callable]:
+    """Unsloth's own fused loss, or None where it is not installed."""
+    try:
+        return _zoo()
+    except ImportError:
+        return None
+
+
 def _liger() -> Callable:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
     function = LigerFusedLinearCrossEntropyLoss()
@@ -122,6 +134,25 @@ def _torch() -> Callable:
     return lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels)
 
 
+def _quack() -> Callable:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+    return lambda hidden, weight, labels: chunked_linear_cross_entropy(hidden, weight, labels)
+
+
+def _trl() -> Callable:
+    """The loss of TRL's SFTTrainer, ``chunked_nll``: log-probabilities of the labelled rows."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    def loss(hidden, weight, labels):
+        keep = labels != IGNORED
+        found = ChunkedLogProbFunction.apply(
+            hidden[keep], weight, None, labels[keep], 1.0, 32768, None, 1.0, ()
+        )
+        return -found[0].sum() / keep.sum()
+
+    return loss
+
+
 def dense(hidden, weight, labels):
     import torch.nn.functional as F
     return F.cross_entropy(F.linear(hidden, weight).float(), labels)
@@ -136,12 +167,42 @@ def candidates() -> Dict[str, Optional[Callable]]:
         "ours, float32 logits": ours(logits_dtype = torch.float32),
     }
     peers = {"unsloth_zoo": _zoo, "liger": _liger, "cce": _cce, "torch": _torch}
+    peers.update(quack = _quack, trl = _trl)
     for name, make in peers.items():
         try:
             found[name] = make()
         except ImportError as error:
             print(f"bench loss: {name} left out: {error}")
     found["dense"] = dense
+    return found
+
+
+def log_prob_candidates() -> Dict[str, Callable]:
+    """name -> per-token log-probabilities as GRPO takes them: ours, Unsloth's and those of dense logits."""
+    import torch
+
+    from unsloth_patches.unsloth.kernels.linear_log_probs import linear_log_probs
+
+    def of_logits(hidden, weight, labels):
+        logits = torch.nn.functional.linear(hidden, weight).float()
+        return -torch.nn.functional.cross_entropy(logits, labels, reduction = "none")
+
+    found = {
+        "ours": lambda hidden, weight, labels: linear_log_probs(hidden, weight, labels).log_probs
+    }
+    try:
+        import unsloth  # noqa: F401  (the zoo wants it first)
+        from unsloth_zoo.fused_losses.fused_linear import fused_linear_logprobs
+    except ImportError as error:
+        print(f"bench loss: unsloth_zoo's log-probabilities left out: {error}")
+    else:
+
+        def zoo(hidden, weight, labels):
+            found = fused_linear_logprobs(hidden, weight, labels)
+            return found[0] if isinstance(found, tuple) else found
+
+        found["unsloth_zoo"] = zoo
+    found["dense"] = of_logits
     return found
 
 

@@ -17,7 +17,7 @@ def summary(rows) -> dict:
             row["shape"]: _median(row, "ours") / row["products_us"]["median"] for row in rows
         },
     }
-    for peer in ("unsloth_zoo", "liger", "cce", "torch", "dense"):
+    for peer in ("unsloth_zoo", "liger", "cce", "torch", "quack", "trl", "dense"):
         ratios = {
             row["shape"]: _median(row, peer) / _median(row, "ours")
             for row in rows
@@ -70,6 +70,18 @@ def print_tables(payload: dict) -> None:
         [name, t["median"] / 1e3, f"{t['median'] / plain - 1:+.1%}"] for name, t in timed.items()
     ]
     harness.print_table("options, ms", ["option", "ms", "over plain"], cells)
+    for part in payload["log_probs"]:
+        cells = [
+            [
+                name,
+                f"{_median(part, name) / 1e3:.2f}",
+                f"{part['peak_mib'][name]:.0f}",
+                f"{part['gradient_over_dense'].get(name, 0):.1e}",
+            ]
+            for name in part["time_us"]
+        ]
+        columns = ["", "ms", "peak MiB", "gradient, from dense"]
+        harness.print_table(f"log-probabilities, {part['shape']}", columns, cells)
     cells = [
         [sums, count, f"{errors['weight']:.2e}", f"{errors['hidden']:.2e}"]
         for sums, by_count in payload["chunks"]["errors"].items()
@@ -100,6 +112,8 @@ def plot(payload: dict, path: Path) -> None:
         "liger": harness.COLORS["peer"],
         "cce": harness.COLORS["extra"],
         "torch": "#a78bfa",
+        "quack": "#f472b6",
+        "trl": "#facc15",
         "dense": harness.COLORS["baseline"],
     }
     rows = payload["rows"]

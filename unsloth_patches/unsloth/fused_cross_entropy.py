@@ -29,6 +29,7 @@ _STOCK_KEYWORDS = (
     "logit_scale_divide",
     "ignore_index",
     "label_smoothing",
+    "logits_bias",
 )
 _REFUSED_BY_STOCK = ("class_weight", "z_loss", "loss_weights", "loss_fn")
 _OUR_KEYWORDS = _REFUSED_BY_STOCK + (
@@ -76,8 +77,11 @@ def _stock_alone(stock, reason: str):
 def on_linear_cross_entropy(stock):
     """The fused loss of ``models/llama.py`` and ``models/mistral.py``; stock serves what we do not.
 
-    It takes the options of `head_loss` besides the stock loss's keywords.
+    It takes the options of `head_loss` besides the stock loss's keywords. A loss that is ours already,
+    as a name of unsloth_zoo is that was imported after its own replacement, stays as it is.
     """
+    if getattr(stock, "_on_linear_cross_entropy", False):
+        return stock
     require_parameters(stock, _PARAMETERS)
 
     @functools.wraps(stock)
@@ -97,7 +101,9 @@ def on_linear_cross_entropy(stock):
         **kwargs,
     ):
         refuse_lookalikes("unsloth_fused_ce_loss", kwargs, _STOCK_KEYWORDS + _OUR_KEYWORDS)
-        reason = _unserved(hidden_states, lm_head_weight, mask, target_gb, overwrite, kwargs)
+        reason = _unserved(
+            hidden_states, lm_head_weight, labels, mask, target_gb, overwrite, kwargs
+        )
         if reason:
             count_call(f"stock: {reason}")
             return stock(
@@ -117,19 +123,23 @@ def on_linear_cross_entropy(stock):
             )
         count_call("fused")
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        if mask is not None:  # shifted with the labels: position t's tells whether label t counts
+            ignored = kwargs.get("ignore_index", -100)
+            labels = labels.masked_fill(mask.to(labels.device) == 0, ignored)
         return head_loss(
             hidden_states, lm_head_weight, labels, lm_head_bias, n_items, shift_labels, **kwargs
         )
 
+    unsloth_fused_ce_loss._on_linear_cross_entropy = True
     return unsloth_fused_ce_loss
 
 
-def _unserved(hidden, weight, mask, target_gb, overwrite, keywords) -> str:
+def _unserved(hidden, weight, labels, mask, target_gb, overwrite, keywords) -> str:
     """Why the stock loss has to run; empty where ours does."""
     if torch.compiler.is_compiling():
         return "inside torch.compile"
-    if mask is not None:
-        return "mask"
+    if mask is not None and mask.shape != labels.shape:
+        return "a mask that is not shaped as the labels"
     if target_gb is not None or any(os.environ.get(name) for name in _STOCK_SETTINGS):
         return "memory target of the stock loss"
     if overwrite:
@@ -175,6 +185,7 @@ def head_loss(
     logit_softcapping = 0,
     logit_scale_multiply = 0,
     logit_scale_divide = 0,
+    logits_bias: Optional[torch.Tensor] = None,
     logits_dtype: Optional[torch.dtype] = None,
     loss_weights: Optional[torch.Tensor] = None,
     loss_fn: Optional[Callable] = None,
@@ -203,6 +214,9 @@ def head_loss(
     scale = (logit_scale_multiply or 1.0) / (logit_scale_divide or 1.0)
     softcap = logit_softcapping or 0.0
     bias = None if bias is None else bias.to(device)
+    if logits_bias is not None:  # Bart's, without a gradient
+        logits_bias = logits_bias.detach().reshape(-1).to(device)
+        bias = logits_bias if bias is None else bias + logits_bias
     if loss_fn is not None:
         from .kernels.linear_custom_loss import linear_loss
 

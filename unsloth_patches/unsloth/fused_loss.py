@@ -74,6 +74,8 @@ def set_loss_options(
 
 def fused_loss_with_model_options(stock):
     """``unsloth_fused_ce_loss`` with the options of the forward that calls it."""
+    if getattr(stock, "_takes_model_options", False):
+        return stock
 
     @functools.wraps(stock)
     def unsloth_fused_ce_loss(
@@ -88,6 +90,7 @@ def fused_loss_with_model_options(stock):
             kwargs.update(options.changed("bias", "shifted_labels"))
         return stock(trainer, hidden_states, lm_head_weight, lm_head_bias, labels, *args, **kwargs)
 
+    unsloth_fused_ce_loss._takes_model_options = True
     return unsloth_fused_ce_loss
 
 
@@ -102,7 +105,7 @@ def dense_loss_with_model_options(stock):
                 labels = options.shifted_labels.to(labels.device)
             if options.shifted_labels is None:
                 options = _with_shifted_columns(options)
-            if options.loss_fn is not None:
+            if options.loss_fn is not None or options.observe is not None:
                 return _loss_of_logits(logits, labels, *args, options = options, **kwargs)
             kwargs = {**options.changed(*_OF_THE_HEAD), **kwargs}
         return stock(logits, labels, *args, **kwargs)
@@ -132,6 +135,8 @@ def _loss_of_logits(
     options: LossOptions,
 ):
     """The loss that the options ask for, of logits that are there anyway and labels in their places."""
+    if options.observe is not None:
+        _observe(logits, labels, logit_softcapping, logit_scaling, options)
     if options.loss_fn is None:
         from .kernels.dense_cross_entropy import dense_cross_entropy
 
@@ -150,6 +155,17 @@ def _loss_of_logits(
     return custom_loss(
         options.loss_fn, apply_to_rows, rows, options.ignore_index, n_items, transform, **settings
     )
+
+
+def _observe(logits, labels, softcap, scale, options: LossOptions) -> None:
+    from .kernels.cross_entropy_spec import RowLoss, padded_columns
+
+    keep = (labels != -100) & (labels != options.ignore_index)
+    rows, vocab_size = logits.detach()[keep], logits.shape[-1]
+    rows = torch.nn.functional.pad(rows, (0, padded_columns(vocab_size) - vocab_size))
+    transform = RowLoss(logit_scale = scale or 1.0, softcap = softcap or 0.0)
+    training = torch.is_grad_enabled()
+    options.observe(rows[:, :vocab_size], labels[keep].long(), transform, None, training)
 
 
 def _with_shifted_columns(options: LossOptions) -> LossOptions:
@@ -211,7 +227,7 @@ def taking_options(
 
     shifts_itself: it knows ``shift_labels``; otherwise they reach the loss past it.
     computes_loss: whether a call on this model ends in one of our losses. Where it does not, a call
-        with options gets its loss from the logits.
+        with options gets its loss from the logits; None: the first such call finds out.
     in_force: False while whoever put the loss in has taken it out again, to compare: the call is stock.
     """
 
@@ -231,13 +247,29 @@ def taking_options(
                 del kwargs["shift_labels"]
         if options is PLAIN:
             return forward(self, *args, **kwargs)
-        if kwargs.get("labels") is not None and not computes_loss(self):
-            return _with_dense_loss(forward, self, args, kwargs, options)
+        if kwargs.get("labels") is not None:
+            served = computes_loss(self)
+            if not served:
+                with_loss = _with_dense_loss if served is False else _with_whichever_loss
+                return with_loss(forward, self, args, kwargs, options)
         with using_options(options):
             return forward(self, *args, **kwargs)
 
     with_options._takes_loss_options = True
     return with_options
+
+
+def _with_whichever_loss(forward, model, args, kwargs, options: LossOptions):
+    """``forward``'s outputs where its loss turns out to be ours; else as `_with_dense_loss`, from then on."""
+    as_logits = os.environ.get("UNSLOTH_RETURN_LOGITS", "0") == "1"
+    if not as_logits and not vars(model).get("_unsloth_loss_of_logits", False):
+        before = calls().get("fused", 0)
+        with using_options(options):
+            outputs = forward(model, *args, **kwargs)
+        if calls().get("fused", 0) > before:
+            return outputs
+        model._unsloth_loss_of_logits = True
+    return _with_dense_loss(forward, model, args, kwargs, options)
 
 
 def _with_dense_loss(forward, model, args, kwargs, options: LossOptions):
@@ -265,8 +297,12 @@ def _with_dense_loss(forward, model, args, kwargs, options: LossOptions):
     return outputs.to_tuple() if wants_dict is False else outputs
 
 
-def take_options_from_logits(model: Any, in_force = lambda: True) -> None:
-    """``model`` computes its loss from its logits wherever it has loss options."""
+def take_options_from_logits(
+    model: Any,
+    in_force = lambda: True,
+    computes_loss = lambda model: False,
+) -> None:
+    """``model`` computes its loss from its logits wherever it has loss options; see `taking_options`."""
     bound = model.forward
     if getattr(bound, "__self__", None) is model:
         forward = bound.__func__  # as deepcopy rebinds the method to the copy
@@ -276,7 +312,7 @@ def take_options_from_logits(model: Any, in_force = lambda: True) -> None:
         def forward(self, *args, **kwargs):
             return bound(*args, **kwargs)
 
-    taking = taking_options(forward, True, computes_loss = lambda model: False, in_force = in_force)
+    taking = taking_options(forward, True, computes_loss, in_force)
     model.forward = types.MethodType(taking, model)
     model._takes_loss_options = True
 

@@ -164,6 +164,13 @@ def refuse_other_losses(trainer: Any) -> None:
                 f"{kind.__name__} computes a loss of its own, which the options of set_loss_options do "
                 "not reach; remove them with set_loss_options(model, reset = True)."
             )
+    # After them: GRPO's has a string there.
+    if getattr(trainer, "compute_loss_func", None) is not None:
+        raise NotImplementedError(
+            "compute_loss_func computes a loss of its own, which the options of set_loss_options do not "
+            "reach; give this loss as their loss_fn, which holds no logits, or remove them with "
+            "set_loss_options(model, reset = True)."
+        )
 
 
 # Trainers of TRL whose loss is the model's.

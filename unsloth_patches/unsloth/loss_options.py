@@ -212,4 +212,6 @@ def causal_model(model: Any) -> Any:
     """The causal language model inside wrappers, of whatever kind, or None."""
     kinds = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
     named = (part for part in _inside(model) if type(part).__name__.endswith(kinds))
-    return next((part for part in named if part.get_output_embeddings() is not None), None)
+    found = next((part for part in named if part.get_output_embeddings() is not None), None)
+    # The labels of encoders with decoders (T5, Whisper) are in their places: nothing is shifted.
+    return None if getattr(getattr(found, "config", None), "is_encoder_decoder", False) else found

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the contributors
+"""The kernel behind every cross entropy beside its torch counterpart in float64."""
+
+import pytest
+import torch
+from backend import DEVICE, require
+
+require("interpreter")
+import unsloth  # noqa: F401, E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def kernel():
+    from types import SimpleNamespace
+    from unsloth.kernels import cross_entropy_rows, cross_entropy_spec
+    return SimpleNamespace(**{**vars(cross_entropy_rows), **vars(cross_entropy_spec)})
+
+
+@pytest.mark.parametrize("vocab", [1, 3, 16, 37, 4097])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 5.0, "logit_scale": 0.5}, {"label_smoothing": 0.1, "z_loss": 1e-3}]
+)
+def test_the_kernel_equals_its_torch_counterpart(kernel, vocab, dtype, options):
+    """In place, out of place and over float32 logits; whatever stands behind the last column."""
+    rows, columns = 3, kernel.padded_columns(vocab)
+    make = torch.Generator().manual_seed(vocab)
+    values = (torch.randn(rows, vocab, generator = make) * 3).to(DEVICE, dtype)
+    labels = torch.randint(0, vocab, (rows,), generator = make).to(DEVICE)
+    bias = torch.randn(vocab, generator = make).to(DEVICE, dtype)
+    spec = kernel.RowLoss(torch.rand(vocab, generator = make).to(DEVICE), **options)
+    scale = torch.rand(rows, generator = make).to(DEVICE)
+    exact, expected = (
+        torch.empty(s, dtype = torch.float64, device = DEVICE) for s in ((rows,), (rows, vocab))
+    )
+    kernel.cross_entropy_rows(values.double(), labels, spec, exact, expected, scale, bias)
+    tolerance = (
+        {"rtol": 1e-2, "atol": 1e-3} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    )
+    for held in (dtype, torch.float32):
+        buffer = torch.full((rows, columns), float("nan"), dtype = held, device = DEVICE)
+        logits = buffer[:, :vocab]
+        logits.copy_(values)
+        losses = torch.full((rows,), float("nan"), device = DEVICE)
+        grads = kernel.narrow_view(logits, dtype)
+        kernel.cross_entropy_rows(logits, labels, spec, losses, grads, scale, bias, scratch = True)
+        torch.testing.assert_close(losses, exact.float(), rtol = 1e-4, atol = 1e-5)
+        torch.testing.assert_close(grads.double(), expected, **tolerance)
+    apart = torch.full_like(values, float("nan"))
+    before = values.clone()
+    kernel.cross_entropy_rows(values, labels, spec, losses, apart, scale, bias)
+    torch.testing.assert_close(apart.double(), expected, **tolerance)
+    assert torch.equal(values, before)
+
+
+@pytest.mark.parametrize("scratch", [False, True])
+def test_the_kernel_marks_labels_outside_the_vocabulary(kernel, scratch):
+    """Loss and gradients of such a row are NaN, of others they are not; nothing else is read."""
+    vocab = 20
+    buffer = torch.zeros(4, kernel.padded_columns(vocab), device = DEVICE)
+    logits = buffer[:, :vocab]
+    labels = torch.tensor([3, 20, -7, 10**12], device = DEVICE)
+    losses, grads = torch.zeros(4, device = DEVICE), torch.zeros(4, vocab, device = DEVICE)
+    kernel.cross_entropy_rows(logits, labels, kernel.RowLoss(), losses, grads, scratch = scratch)
+    assert losses.isnan().tolist() == [False, True, True, True]
+    assert grads.isnan().all(1).tolist() == [False, True, True, True]
+    assert not grads[0].isnan().any()

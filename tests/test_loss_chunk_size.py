@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the contributors
+"""How many rows of logits a chunked loss holds at once."""
+
+import pytest
+import torch
+from backend import require
+
+require("cpu")
+import unsloth  # noqa: F401, E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def chunk_size():
+    from unsloth.kernels import loss_chunk_size
+    return loss_chunk_size
+
+
+def test_chunk_rows_come_from_caller_environment_and_store(chunk_size, monkeypatch, tmp_path):
+    """Explicit value, then the environment, then the stored choice; never more than the rows."""
+    choose = chunk_size.choose_chunk_rows
+    cpu = torch.device("cpu")
+    assert choose(100, 1000, 2, cpu, 7) == 7
+    assert choose(5, 1000, 2, cpu, 7) == 5
+    assert choose(0, 1000, 2, cpu) == 1
+    monkeypatch.setenv("UNSLOTH_LOSS_CHUNK_ROWS", "9")
+    assert choose(100, 1000, 2, cpu) == 9
+    assert choose(100, 1000, 2, cpu, 7) == 7
+    monkeypatch.setenv("UNSLOTH_LOSS_CHUNK_ROWS", "many")
+    with pytest.raises(ValueError, match = "UNSLOTH_LOSS_CHUNK_ROWS must be a positive number"):
+        choose(100, 1000, 2, cpu)
+    monkeypatch.delenv("UNSLOTH_LOSS_CHUNK_ROWS")
+    large = choose(10**6, 128256, 2, cpu)
+    assert large * 128256 * 2 <= 64 << 20 < (large + 1) * 128256 * 2
+    stored = tmp_path / "chunk.json"
+    monkeypatch.setenv("UNSLOTH_LOSS_CHUNK_FILE", str(stored))
+    assert chunk_size.stored_budget("A GPU") is None
+    for text, found in (('{"A GPU": 384}', 384), ('{"A GPU": "x"}', None), ("[384]", None)):
+        stored.write_text(text)
+        assert chunk_size.stored_budget("A GPU") == found
+    fitted = {most: chunk_size.fit_rows(most) for most in (1, 20, 130, 300, 511, 700, 1308)}
+    assert fitted == {1: 16, 20: 20, 130: 128, 300: 256, 511: 384, 700: 512, 1308: 1280}
+
+
+def test_chunk_rows_follow_the_memory_that_is_free(chunk_size, monkeypatch):
+    """A quarter of what is free at most; a roomy GPU is not asked before every loss."""
+    gpu, asked = torch.device("cuda", 0), []
+    free = {"driver": 100 << 30, "held": 0}
+
+    def ask(index):
+        asked.append(index)
+        return free["driver"], 0
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", ask)
+    monkeypatch.setattr(chunk_size, "_held_bytes", lambda index: free["held"])
+    monkeypatch.setattr(chunk_size, "_gpu_budget", lambda index: 320)
+    monkeypatch.setattr(chunk_size, "_room", {})
+    rows = [chunk_size.choose_chunk_rows(10**6, 128256, 2, gpu) for _ in range(70)]
+    assert set(rows) == {1280} and len(asked) == 3
+    # A trained head takes as much as its gradient has, up to 1 GiB.
+    assert chunk_size.choose_chunk_rows(10**6, 128256, 2, gpu, None, 1 << 40) == 4096
+    free.update(driver = 100 << 20, held = 300 << 20)
+    chunk_size._room.clear()
+    assert chunk_size.choose_chunk_rows(10**6, 128256, 2, gpu) == 384  # 100 MiB of logits
+    free["driver"] = 100 << 30
+    assert chunk_size.choose_chunk_rows(10**6, 128256, 2, gpu) == 1280  # a tight GPU is asked again
