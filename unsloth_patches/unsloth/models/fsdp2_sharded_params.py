@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Iterator, Optional, Tuple
+from typing import Any, Iterator, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -192,13 +192,13 @@ class _LeanGather:
         local = self.sharded_param._local_tensor
         if not hasattr(self, "_unsharded_param"):
             return super().all_gather_inputs
-        if self._inputs[0] is not local or self.offload_to_cpu:
-            shard = get_shard(self._module_info.module)
+        shard = get_shard(self._module_info.module)
+        if self.offload_to_cpu:
+            # One copy for bytes and scales, on the stream of the gather that asks.
+            return shard.host.to(self.device, non_blocking = True).split(shard.sizes())
+        if self._inputs[0] is not local:
             parts = (local.as_subclass(torch.Tensor), *shard.scales())
-            inputs = [part.to(self.device, non_blocking = True).view(-1) for part in parts]
-            if self.offload_to_cpu:
-                return inputs
-            self._inputs = (local, inputs)
+            self._inputs = (local, [part.view(-1) for part in parts])
         return self._inputs[1]
 
     def init_all_gather_outputs(self, numels, dtypes, world_size, device, *args, **kwargs):
@@ -244,8 +244,8 @@ class WeightShard:
 
     packed: uint8 ``(local_rows, row / 2)``; absmax: ``(local_rows, 256)``, uint8 with nested
     quantization, else float32; nested: float32 ``(local_rows, 1)`` or None; state: what the
-    gathered weight is dequantized with. Tensors are on the rank's device, or in host memory once
-    offloaded.
+    gathered weight is dequantized with. Tensors are on the rank's device, or, once offloaded, views
+    of ``host``, one buffer that is copied to the device at once.
     """
 
     layout: RowLayout
@@ -253,8 +253,12 @@ class WeightShard:
     absmax: torch.Tensor
     nested: Optional[torch.Tensor]
     state: ShardedQuantState
-    on_host: bool = False
+    host: Optional[torch.Tensor] = None
     _gathered_storage: int = 0
+
+    @property
+    def on_host(self) -> bool:
+        return self.host is not None
 
     def scales(self) -> Tuple[torch.Tensor, ...]:
         return (self.absmax,) if self.nested is None else (self.absmax, self.nested)
@@ -273,19 +277,24 @@ class WeightShard:
             nested = scales[1].view(-1)[: self.layout.nested_blocks]
         self.state.set_gathered(absmax, nested)
 
+    def sizes(self) -> List[int]:
+        """Bytes of the packed weights and of each of the scales."""
+        return [t.numel() * t.element_size() for t in (self.packed, *self.scales())]
+
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.packed, *self.scales()))
+        return sum(self.sizes())
 
     def to_host(self, pin: bool) -> None:
         """Move the bytes and scales to host memory, pinned for copies that run beside computation."""
-
-        def moved(tensor):
-            tensor = tensor.cpu()
-            return tensor.pin_memory() if pin else tensor
-
-        self.packed, self.absmax = moved(self.packed), moved(self.absmax)
-        self.nested = None if self.nested is None else moved(self.nested)
-        self.on_host = True
+        parts = (self.packed, *self.scales())
+        self.host = torch.empty(self.nbytes(), dtype = torch.uint8, pin_memory = pin)
+        # Each part's size is a multiple of the next one's item size: no padding between them.
+        pieces = self.host.split(self.sizes())
+        moved = [piece.view(part.dtype).view(part.shape) for piece, part in zip(pieces, parts)]
+        for target, part in zip(moved, parts):
+            target.copy_(part)
+        self.packed, self.absmax = moved[:2]
+        self.nested = None if self.nested is None else moved[2]
         if not self.state.gathered:  # it names the device's copies, and would keep them there
             self.state.absmax = self.absmax.view(-1)
             if self.nested is not None:
