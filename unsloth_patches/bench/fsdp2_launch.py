@@ -56,6 +56,8 @@ class Group:
             "UNSLOTH_COMPILE_DISABLE": "1",
             "TORCHDYNAMO_DISABLE": "1",
             "UNSLOTH_FSDP2": "1" if self.world > 1 else "0",
+            # The worker's own package would patch the Unsloth that it is to measure.
+            "UNSLOTH_PATCHES_DISABLE": "all" if self.mode == "upstream" else "",
         }
         for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
