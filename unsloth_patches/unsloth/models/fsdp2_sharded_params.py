@@ -9,19 +9,20 @@ a multiple of the world size, so every rank holds equally many.
 
 FSDP2 sees a frozen uint8 parameter of ``(rows, 8192)`` whose local tensor is a ``PackedShard``. Its
 all-gather extension (``fsdp_pre_all_gather``, ``fsdp_post_all_gather``; torch's own hook for
-quantized parameters) gathers bytes and scales in the same collective; ``_LeanGather`` spares the
-host what going through it costs at every gather.
+quantized parameters) gathers bytes and scales in the same collective; ``fsdp2_lean_gather`` spares
+the host what going through it costs at every gather.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Iterator, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
+
+from .fsdp2_lean_gather import SHARD, lean_class
 
 try:
     from bitsandbytes import functional as bnb_functional
@@ -50,8 +51,6 @@ __all__ = [
 NESTED_BLOCKSIZE = 256  # of bitsandbytes' compress_statistics
 # Launch plans of Unsloth's own kernels: they keep the scales' addresses and key on the tensors.
 _ADDRESS_CACHES = ("_unsloth_nf4_plan", "_unsloth_gemv_plan")
-_SHARD = "_fsdp2_weight_shard"
-_ALIGNMENT = 256  # bytes; of tensors that are gathered into one storage
 
 
 @dataclass(frozen = True)
@@ -178,66 +177,6 @@ class PackedShard(torch.Tensor):
         return None if out is not None else (gathered[0], ())
 
 
-class _LeanGather:
-    """What torch's FSDPParam does at a gather of a ``PackedShard``, after the first with less work
-    for the host: inputs are made once, and one storage for all gathered tensors is freed and
-    allocated.
-    """
-
-    _inputs: Tuple[Any, Any] = (None, None)
-    _gathered: Any = None
-
-    @property
-    def all_gather_inputs(self):
-        local = self.sharded_param._local_tensor
-        if not hasattr(self, "_unsharded_param"):
-            return super().all_gather_inputs
-        shard = get_shard(self._module_info.module)
-        if self.offload_to_cpu:
-            # One copy for bytes and scales, on the stream of the gather that asks.
-            return shard.host.to(self.device, non_blocking = True).split(shard.sizes())
-        if self._inputs[0] is not local:
-            parts = (local.as_subclass(torch.Tensor), *shard.scales())
-            self._inputs = (local, [part.view(-1) for part in parts])
-        return self._inputs[1]
-
-    def init_all_gather_outputs(self, numels, dtypes, world_size, device, *args, **kwargs):
-        if self.all_gather_outputs:  # type: ignore[has-type]
-            return
-        sizes = [numel * world_size * dtype.itemsize for numel, dtype in zip(numels, dtypes)]
-        padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-        whole = torch.empty(sum(padded), dtype = torch.uint8, device = device)
-        parts = zip(torch.split(whole, padded), sizes, dtypes)
-        self.all_gather_outputs = [part[:size].view(dtype) for part, size, dtype in parts]
-        self._gathered = whole.untyped_storage()
-        self._gathered_size = sum(padded)
-
-    def alloc_all_gather_outputs(self):
-        if self._gathered.size() == 0:
-            self._gathered.resize_(self._gathered_size)
-
-    def free_unsharded_param(self):
-        if self._gathered is not None and self._gathered.size() != 0:
-            self._gathered.resize_(0)
-
-    def init_unsharded_param(self):
-        if hasattr(self, "_unsharded_param"):
-            get_shard(self._module_info.module).set_gathered(self.all_gather_outputs[1:])
-        else:
-            super().init_unsharded_param()
-
-
-@functools.lru_cache(maxsize = None)
-def _lean_class(stock: type) -> type:
-    """``stock`` (torch's FSDPParam) with ``_LeanGather``; ``stock`` itself where it is not as known
-    here.
-    """
-    names = [name for name in vars(_LeanGather) if not name.startswith("_")]
-    if issubclass(stock, _LeanGather) or not all(hasattr(stock, name) for name in names):
-        return stock
-    return type(stock.__name__, (_LeanGather, stock), {})
-
-
 @dataclass
 class WeightShard:
     """This rank's part of one Linear4bit weight.
@@ -321,7 +260,7 @@ class WeightShard:
         fsdp_param._orig_size = torch.Size((self.layout.packed_bytes, 1))
         fsdp_param._contiguous_orig_stride = (1, 1)
         self._keep_class_and_state(fsdp_param, module)
-        fsdp_param.__class__ = _lean_class(type(fsdp_param))
+        fsdp_param.__class__ = lean_class(type(fsdp_param))
 
     def _keep_class_and_state(self, fsdp_param: Any, module: Linear4bit) -> None:
         """What Unsloth's FSDP2 hooks put back onto the gathered parameter, which torch makes a
@@ -338,18 +277,18 @@ class WeightShard:
         fsdp_param._unsloth_quant_meta = meta
         fsdp_param._unsloth_param_cls = Params4bit
         fsdp_param._unsloth_param_module = module
-        for name, value in {**meta, _SHARD: self}.items():
+        for name, value in {**meta, SHARD: self}.items():
             setattr(fsdp_param.sharded_param, name, value)
 
 
 def get_shard(module: torch.nn.Module) -> Optional[WeightShard]:
     """The shard that ``module`` (a Linear4bit) holds, or None."""
-    return module.__dict__.get(_SHARD)
+    return module.__dict__.get(SHARD)
 
 
 def set_shard(module: Linear4bit, shard: WeightShard) -> None:
     """``shard`` as what ``module`` holds of its weight, with the QuantState that goes with it."""
-    module.__dict__[_SHARD] = shard
+    module.__dict__[SHARD] = shard
     module.quant_state = shard.state
 
 
