@@ -94,6 +94,9 @@ def make_checkpoint(
 
 def make_checkpoints(wanted: Sequence[Tuple[Path, dict, int]]) -> None:
     """make_checkpoint of every (folder, shape, layers), side by side."""
+    # Imported here first: transformers imports its names lazily, and threads in that get in each
+    # other's way.
+    from transformers import LlamaConfig, PreTrainedTokenizerFast  # noqa: F401
     with ThreadPoolExecutor(max_workers = max(1, len(wanted))) as pool:
         list(pool.map(lambda one: make_checkpoint(*one), wanted))
 
