@@ -5,7 +5,6 @@
 Without a GPU, blocks are compiled with aot_eager.
 """
 
-
 import pytest
 import torch
 from backend import require

@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 @pytest.fixture
 def kernel():
     from types import SimpleNamespace
+
     from unsloth.kernels import cross_entropy_rows, cross_entropy_spec
     return SimpleNamespace(**{**vars(cross_entropy_rows), **vars(cross_entropy_spec)})
 

@@ -301,7 +301,9 @@ def test_disabled_adapters_without_grad(fast_lora, kind):
 
 
 def test_weights_of_another_kind_stay_with_stock(fast_lora):
-    """A quant state that is not bitsandbytes', or a dtype that is not X's, is not touched."""
+    """A quant state that is neither bitsandbytes' nor a class below it (FSDP2's sharded one), or a
+    dtype that is not X's, is not touched.
+    """
     functions = importlib.import_module("unsloth.kernels.lora_functions")
     X = make_X(torch.bfloat16)
     (W, _, A, B, S), *_ = make_projections("LoRA_W", torch.bfloat16)
@@ -313,6 +315,10 @@ def test_weights_of_another_kind_stay_with_stock(fast_lora):
     assert not handled(W.float(), None, A, B, S)
     assert not handled(W, SimpleNamespace(dtype = torch.bfloat16), A, B, S)
     assert not handled(W, torch.ones(1), A, B, S)
+    if functions._QuantState is not None:
+        below = type("Below", (functions._QuantState,), {"__init__": lambda self: None})()
+        below.dtype = torch.bfloat16
+        assert handled(W, below, A, B, S)
     assert not functions._handles(X[0], [functions.Projection(W, None, A, B, S)], ())
 
 

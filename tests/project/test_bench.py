@@ -18,6 +18,8 @@ from unsloth_patches.bench import (
     BENCHMARKS,
     every,
     fsdp2,
+    fsdp2_cards,
+    fsdp2_launch,
     fsdp2_worker,
     harness,
     train,
@@ -274,6 +276,53 @@ def test_fsdp2_shows_nothing_where_nothing_was_measured(monkeypatch, capsys):
     assert "no CUDA GPU" in said and "Not measured: memory of a GPU" in said
     row = fsdp2.merged_row(group, 0, [fsdp2_result(train_peak = 1.5), fsdp2_result(train_peak = 2.0)])
     assert row["train_peak"] == 2.0
+
+
+def test_fsdp2_measures_stock_without_the_patches(tmp_path, monkeypatch):
+    """A rank's own package would patch the Unsloth that is shown as stock."""
+    started = []
+    monkeypatch.setattr(fsdp2_launch.subprocess, "Popen", lambda *_, env, **__: started.append(env))
+    for mode in ("ours", "upstream"):
+        fsdp2_launch.Group([], mode, 1, tmp_path)
+    assert [env["UNSLOTH_PATCHES_DISABLE"] for env in started] == ["", "all"]
+
+
+def test_fsdp2_does_not_wait_for_ranks_that_a_failed_one_left(tmp_path, monkeypatch):
+    class Hanging:
+        def poll(self):
+            return None
+
+    monkeypatch.setattr(fsdp2_launch.subprocess, "Popen", lambda *_, **__: Hanging())
+    monkeypatch.setattr(fsdp2_launch, "AFTER_A_FAILURE", 0.2)
+    group = fsdp2_launch.Group([{"name": "a"}], "upstream", 2, tmp_path)
+    group._outputs[0].write_text('{"error": "out of memory"}\n', encoding = "utf-8")
+    row = fsdp2.merged_row(group, 0, group.run(0))
+    assert row["error"] == "out of memory"
+
+
+def test_fsdp2_rounds_become_one_row():
+    """Medians of the times over all rounds' steps, the largest memory."""
+    group = types.SimpleNamespace(
+        cases = [{"name": "sharded", "length": 10}], mode = "upstream", world = 2
+    )
+    rounds = [
+        fsdp2.merged_row(
+            group,
+            0,
+            [fsdp2_result(load_s = load, train_peak = peak, steps_s = [9.0, 9.0, *steps])],
+        )
+        for load, peak, steps in [(3.0, 1.5, [0.2]), (2.0, 1.7, [0.4]), (4.0, 1.6, [0.3])]
+    ]
+    (row,) = fsdp2.over_rounds(rounds)
+    assert (row["load_s"], row["train_peak"], row["step_s"]) == (3.0, 1.7, 0.3)
+    assert row["tokens_per_s"] == 66.7 and len(row["ranks"]) == 3
+
+
+def test_fsdp2_cards_are_narrowed_to_where_training_begins():
+    assert fsdp2_cards.between(1.0, 4.0, 2) == [2.0, 3.0]
+    tried = [(2.0, False), (3.0, True), (2.5, True)]
+    assert fsdp2_cards.narrowed(1.0, 4.0, tried) == (2.0, 2.5)
+    assert fsdp2_cards.narrowed(1.0, 4.0, [(2.0, False), (3.0, False)]) == (3.0, 4.0)
 
 
 def test_fsdp2_names_no_card_and_no_gpu_without_one(tmp_path):

@@ -124,8 +124,8 @@ def test_plan_says_what_it_does_not_know(tmp_path, capsys):
 
 def _toy(folder):
     code = (
-        "import sys; from pathlib import Path; from unsloth_patches.bench.fsdp2 import TOY, "
-        "make_checkpoint;"
+        "import sys; from pathlib import Path; from unsloth_patches.bench.fsdp2_cells import TOY;"
+        "from unsloth_patches.bench.fsdp2_checkpoint import make_checkpoint;"
         "make_checkpoint(Path(sys.argv[1]), TOY, 2)"
     )
     subprocess.run([sys.executable, "-c", code, str(folder)], check = True, timeout = 120, cwd = ROOT)
@@ -171,7 +171,7 @@ def test_train_script_runs_on_two_ranks(tmp_path):
         **os.environ,
         "UNSLOTH_FSDP2": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     merged = ["--merged", str(tmp_path / "merged")] if gpus else []
     for load, extra in (

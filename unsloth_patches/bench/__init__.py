@@ -23,6 +23,7 @@ BENCHMARKS = {
     "compile": Benchmark("compile", "graphs and graph breaks of a toy"),
     "dequant": Benchmark("dequant"),
     "fsdp2": Benchmark("fsdp2", "losses of a toy on CPU ranks, no memory"),
+    "fsdp2-cards": Benchmark("fsdp2_cards"),
     "fsdp2-plan": Benchmark("fsdp2_plan", "a toy on CPU ranks, nothing measured"),
     "lora": Benchmark("lora"),
     "loss": Benchmark("loss"),

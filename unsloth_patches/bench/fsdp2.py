@@ -16,10 +16,10 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 from .fsdp2_cells import SHAPES, TOY, planned_peak, whole_frozen
-from .fsdp2_checkpoint import fast_folder, make_checkpoint
+from .fsdp2_checkpoint import fast_folder, make_checkpoints
 from .fsdp2_launch import Group
 from .fsdp2_plot import plot
 from .harness import print_table, save_json
@@ -35,6 +35,11 @@ NOT_THERE = "-"
 LARGEST = ("load_s", "load_peak", "after_load", "wrap_peak", "after_wrap", "train_peak")
 LARGEST += ("step_s", "offloaded_blocks", "planned_peak", "shards")
 LARGEST += ("wrap_s", "gather_host_ms", "gather_ms")
+MEDIANS = ("load_s", "step_s", "wrap_s", "gather_host_ms", "gather_ms")
+# The host's speed changes from minute to minute: what is compared takes turns, so many times.
+ROUNDS = 3
+# The whole model of an 8B: its load, its losses beside one GPU's, its speed.
+WHOLE, WHOLE_LAYERS = "8B-128k", 32
 # Of a process's first case, which is not shown: kernels are compiled, workers start, caches fill.
 WARM_UP = {"name": "warm-up", "steps": 2, "shown": False}
 
@@ -56,6 +61,33 @@ def merged_row(group: Group, index: int, found: List[dict]) -> dict:
         row["planned_peak"] = planned_peak(case, group.world)
     row["ranks"] = [{k: v for k, v in f.items() if k != "case"} for f in found]
     return row
+
+
+def over_rounds(rows: List[dict]) -> List[dict]:
+    """One row for the rounds of a case: medians of the times, the largest memory, all rounds' ranks."""
+    whole: List[dict] = []
+    for row in rows:
+        same = (r for r in whole if all(r[k] == row[k] for k in ("who", "world", "case")))
+        known = next(same, None)
+        if known is None:
+            whole.append({**row, "rounds": [row]})
+        else:
+            known["rounds"].append(row)
+    for row in whole:
+        rounds = row.pop("rounds")
+        if len(rounds) == 1:
+            continue
+        for key in LARGEST:
+            values = sorted(r[key] for r in rounds if r[key] is not None)
+            if values:
+                row[key] = values[len(values) // 2] if key in MEDIANS else values[-1]
+        times = [one for r in rounds for one in r["ranks"][0].get("steps_s", [])[TIMED["warmup"] :]]
+        if times:
+            row["step_s"] = sorted(times)[len(times) // 2]
+            row["tokens_per_s"] = round(row["case"]["length"] * row["world"] / row["step_s"], 1)
+        row["error"] = next((r["error"] for r in rounds if r["error"]), "")
+        row["ranks"] = [rank for r in rounds for rank in r["ranks"]]
+    return whole
 
 
 def show(title: str, rows: List[dict]) -> None:
@@ -88,8 +120,10 @@ def _cases(
     length: int,
     emulated: bool = True,
     gpu: bool = True,
+    big: Optional[Path] = None,
 ) -> List[tuple]:
-    """(mode, one GPU only?, case) in the order in which they run: both sides alternate.
+    """(mode, one GPU only?, case) in the order in which they run: both sides alternate. big: the
+    checkpoint of a whole model, which runs too.
 
     emulated: cards by a memory fraction, for a model that has the size for it.
     """
@@ -106,19 +140,49 @@ def _cases(
         card, on_card = {**card, "card_gib": None, "steps": 2}, "short, no card"
     auto = {"load": "auto", "offload": "auto"}
     stock = {"layout": "sharded"}
+    turns = [
+        ("ours", False, case("sharded", **TIMED)),
+        ("upstream", False, case("stock, sharded layout", **stock, **TIMED)),
+        ("ours", False, case("half of blocks offloaded", offload = f"blocks:{layers // 2}", **TIMED)),
+    ]
     return [
         ("ours", False, {**case("warm-up"), **WARM_UP}),
         ("upstream", False, {**case("warm-up", **stock), **WARM_UP}),
-        ("ours", False, case("sharded", **TIMED)),
-        ("upstream", False, case("stock, sharded layout", **stock, **TIMED)),
+        *turns * (ROUNDS if gpu else 1),
         ("upstream", False, case("stock layout", **TIMED)),
-        ("ours", False, case(f"auto, {on_card}", **auto, **card)),
-        ("upstream", False, case(f"stock, {on_card}", **stock, **card)),
         ("ours", False, case("auto", load = "auto", **TIMED)),
         ("ours", False, case("sharded, next block prefetched", prefetch = 1, **TIMED)),
-        ("ours", False, case("half of blocks offloaded", offload = f"blocks:{layers // 2}", **TIMED)),
+        *(_whole_cases(big) if big else ()),
+        ("ours", False, case(f"auto, {on_card}", **auto, **card)),
+        ("upstream", False, case(f"stock, {on_card}", **stock, **card)),
         ("ours", True, case("one GPU" if gpu else "one rank", **TIMED)),
     ]
+
+
+def _whole_cases(checkpoint: Path) -> List[tuple]:
+    case = {"checkpoint": str(checkpoint), "shape": SHAPES[WHOLE], "layers": WHOLE_LAYERS}
+    case.update(length = LENGTH, checkpointing = True, steps = 5, warmup = 2)
+    name = f"all {WHOLE_LAYERS} layers of {WHOLE}"
+    return [
+        ("ours", False, {**case, "name": f"{name}, sharded"}),
+        (
+            "upstream",
+            False,
+            {**case, "name": f"{name}, stock, sharded layout", "layout": "sharded"},
+        ),
+        ("ours", True, {**case, "name": f"{name}, one GPU"}),
+    ]
+
+
+def load_bound(case: dict, world: int) -> float:
+    """What a sharded load may need at most, in GiB: its part of the blocks' 4-bit weights and the
+    largest weight in 16 bits, and 15% more. Embedding and head wait in host memory.
+    """
+    sizes = case["shape"]
+    tables = 2 * 2 * sizes["vocab_size"] * sizes["hidden_size"]
+    blocks = whole_frozen(sizes, case["layers"]) - tables // (2 if sizes["tied"] else 1)
+    largest = 2 * sizes["hidden_size"] * sizes["intermediate_size"]
+    return round(1.15 * (blocks / world + largest) / GIB, 3)
 
 
 def units(gpus: int) -> str:
@@ -156,28 +220,39 @@ def run(out: Path, quick: bool = False) -> int:
 def _measure(out: Path, work: Path, quick: bool, gpus: int, groups: List[Group]) -> List[dict]:
     shape, layers, length = (TOY, 2, 32) if quick else (SHAPE, LAYERS, LENGTH)
     world = max(gpus, 2)
-    order = _cases(work / "llama", shape, layers, length, emulated = not quick, gpu = gpus > 0)
-    for _, alone, case in order:
-        if alone:
-            case["micro_batches"] = world  # the batch that all ranks have together
-    places = []
-    for key in dict.fromkeys((mode, alone) for mode, alone, _ in order):
-        mode, alone = key
-        cases = [case for *other, case in order if tuple(other) == key]
-        group = Group(cases, mode, 1 if alone else world, work, gpus == 1 and not alone)
-        groups.append(group)
-        places += [(order.index((*key, case)), group, index) for index, case in enumerate(cases)]
+    big = None if quick else work / "whole"
+    options = {"emulated": not quick, "gpu": gpus > 0, "big": big}
+    order = _cases(work / "llama", shape, layers, length, **options)
+    cases: Dict[tuple, List[dict]] = {}
+    places = []  # of every case: which group runs it, as which of its cases
+    for mode, alone, case in order:
+        # One GPU takes the batch that all ranks have together.
+        case = {**case, "micro_batches": world} if alone else case
+        of_group = cases.setdefault((mode, alone), [])
+        places.append(((mode, alone), len(of_group)))
+        of_group.append(case)
+    started = {
+        (mode, alone): Group(some, mode, 1 if alone else world, work, gpus == 1 and not alone)
+        for (mode, alone), some in cases.items()
+    }
+    groups += started.values()
     begin = time.perf_counter()
-    make_checkpoint(work / "llama", shape, layers)
-    print(f"checkpoint of {layers} layers in {time.perf_counter() - begin:.1f} s")
+    wanted = [(work / "llama", shape, layers)]
+    make_checkpoints([*wanted, (big, SHAPES[WHOLE], WHOLE_LAYERS)] if big else wanted)
+    print(f"checkpoints in {time.perf_counter() - begin:.1f} s", flush = True)
     rows: List[dict] = []
     name = "fsdp2-quick.json" if quick else "fsdp2.json"
-    for _, group, index in sorted(places, key = lambda place: place[0]):
+    for key, index in places:
+        group = started[key]
         row = merged_row(group, index, group.run(index))
         if not group.cases[index].get("shown", True):
             continue
+        if row["shards"] and row["load_peak"]:
+            row["load_bound"] = load_bound(row["case"], world)
         rows.append(row)
-        save_json(out / name, {"rows": rows}, "python -m unsloth_patches bench fsdp2")
+        print(row["who"], row["case"]["name"], row["step_s"], row["error"][:300], flush = True)
+        save_json(out / name, {"rows": over_rounds(rows)}, "python -m unsloth_patches bench fsdp2")
+    rows = over_rounds(rows)
     if not quick:
         plot(rows, world, out / "fsdp2.png")
     return rows

@@ -41,7 +41,7 @@ SHAPES = {
         "vocab_size": 32000,
     },
 }
-SHAPES["8B-128k"] = {**SHAPES["8B"], "vocab_size": 128256}
+SHAPES["8B-128k"] = SHAPES["8B-128k-whole"] = {**SHAPES["8B"], "vocab_size": 128256}
 TOY = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -63,6 +63,8 @@ CELLS = [
     ("70B", 4, {"length": 2048, "checkpointing": False}),
     ("70B", 4, {"length": 4096, "offload": "blocks:2"}),
     ("8B-128k", 8, {"length": 8192, "checkpointing": "unsloth"}),
+    ("8B-128k-whole", 32, {"length": 2048}),
+    ("8B-128k-whole", 32, {"length": 4096, "batch": 2, "offload": "blocks:16"}),
 ]
 
 

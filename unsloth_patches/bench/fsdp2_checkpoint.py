@@ -7,10 +7,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Sequence, Tuple
 
-__all__ = ["fast_folder", "make_checkpoint"]
+__all__ = ["fast_folder", "make_checkpoint", "make_checkpoints"]
 
 
 def make_checkpoint(
@@ -89,6 +90,15 @@ def make_checkpoint(
         unk_token = "<unk>",
     ).save_pretrained(folder)
     return folder
+
+
+def make_checkpoints(wanted: Sequence[Tuple[Path, dict, int]]) -> None:
+    """make_checkpoint of every (folder, shape, layers), side by side."""
+    # Imported here first: transformers imports its names lazily, and threads in that get in each
+    # other's way.
+    from transformers import LlamaConfig, PreTrainedTokenizerFast  # noqa: F401
+    with ThreadPoolExecutor(max_workers = max(1, len(wanted))) as pool:
+        list(pool.map(lambda one: make_checkpoint(*one), wanted))
 
 
 def fast_folder() -> Optional[str]:

@@ -19,6 +19,8 @@ __all__ = ["Group"]
 SECONDS = 120
 # The first case waits for the imports too, five processes at once.
 IMPORT_SECONDS = 240
+# How long the other ranks of a case have for their own result once one rank failed.
+AFTER_A_FAILURE = 10
 
 
 class Group:
@@ -56,6 +58,8 @@ class Group:
             "UNSLOTH_COMPILE_DISABLE": "1",
             "TORCHDYNAMO_DISABLE": "1",
             "UNSLOTH_FSDP2": "1" if self.world > 1 else "0",
+            # The worker's own package would patch the Unsloth that it is to measure.
+            "UNSLOTH_PATCHES_DISABLE": "all" if self.mode == "upstream" else "",
         }
         for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
@@ -77,6 +81,9 @@ class Group:
         while time.monotonic() < limit:
             results = [_lines(output) for output in self._outputs]
             over = all(process.poll() is not None for process in self._processes)
+            if any("error" in lines[index] for lines in results if len(lines) > index):
+                # The other ranks may wait for the failed one in a collective, for minutes.
+                limit = min(limit, time.monotonic() + AFTER_A_FAILURE)
             if over or all(len(lines) > index for lines in results):
                 break
             time.sleep(0.05)

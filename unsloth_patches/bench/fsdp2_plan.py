@@ -17,7 +17,7 @@ from typing import Dict, List
 
 from . import fsdp2_cells
 from .fsdp2 import merged_row, say_without_gpu, show, units
-from .fsdp2_checkpoint import fast_folder, make_checkpoint
+from .fsdp2_checkpoint import fast_folder, make_checkpoints
 from .fsdp2_launch import Group
 from .fsdp2_plot import plot_plan
 from .harness import save_json
@@ -62,6 +62,5 @@ def _measure(work: Path, quick: bool, gpus: int, groups: List[Group]) -> List[di
     folders = {name: work / name for name in depths}
     cases = fsdp2_cells.planner_cases(folders, cells)
     groups.append(Group(cases, "ours", max(gpus, 2), work, gpus == 1))
-    for name, layers in depths.items():
-        make_checkpoint(folders[name], shapes[name], layers)
+    make_checkpoints([(folders[name], shapes[name], layers) for name, layers in depths.items()])
     return [merged_row(groups[0], i, groups[0].run(i)) for i in range(len(cases))]

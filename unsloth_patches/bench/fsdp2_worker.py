@@ -151,50 +151,71 @@ def _measure(case: dict, found: dict) -> None:
     case.
     """
     import torch
-    from unsloth import FastLanguageModel
 
-    world = int(os.environ["WORLD_SIZE"])
     memory = Memory(torch)
-    model = _wrap(_load(case, found, memory), found, memory)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr = 1e-4, foreach = False
-    )
-    FastLanguageModel.for_training(model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator().manual_seed(0)
-    batch, micro_batches = case.get("batch", 1), case.get("micro_batches", 1)
-    size = (micro_batches * world, batch, case["length"])
-    ids = torch.randint(10, case["shape"]["vocab_size"], size, generator = generator).to(device)
-    rank = int(os.environ["RANK"])
-    inputs = [ids[index * world + rank] for index in range(micro_batches)]
-    memory.reset()
-    losses, seconds = [], []
-    for _ in range(case.get("steps", STEPS)):
-        begin = time.perf_counter()
+    training = _Training(case, found, memory)
+    training.run(case, found, memory)
+    _time_gathers(training.model, found, torch)
+    found["stage"] = "done"
+
+
+class _Training:
+    """A loaded, wrapped model with its optimizer and one batch for every step."""
+
+    def __init__(self, case: dict, found: dict, memory: Memory):
+        import torch
+        from unsloth import FastLanguageModel
+
+        world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+        self.model = _wrap(_load(case, found, memory), found, memory)
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad], lr = 1e-4, foreach = False
+        )
+        FastLanguageModel.for_training(self.model)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        generator = torch.Generator().manual_seed(0)
+        batch, micro_batches = case.get("batch", 1), case.get("micro_batches", 1)
+        size = (micro_batches * world, batch, case["length"])
+        ids = torch.randint(10, case["shape"]["vocab_size"], size, generator = generator)
+        ids = ids.to(self.device)
+        self.tokens = ids.numel()
+        self.inputs = [ids[index * world + rank] for index in range(micro_batches)]
+
+    def step(self) -> float:
+        """The loss of one optimizer step."""
+        import torch
+
         total = 0.0
-        for tokens in inputs:
-            with torch.autocast(device, dtype = torch.bfloat16):
-                loss = model(input_ids = tokens, labels = tokens).loss / len(inputs)
+        for tokens in self.inputs:
+            with torch.autocast(self.device, dtype = torch.bfloat16):
+                loss = self.model(input_ids = tokens, labels = tokens).loss / len(self.inputs)
             loss.backward()
             total += loss.item()
             del loss  # as the Trainer does: its graph would hold memory through the next forward
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    timed = sorted(seconds[min(case.get("warmup", WARMUP), len(seconds) - 1) :])
-    middle = timed[len(timed) // 2]
-    found.update(
-        train_peak = _gib(memory.peak()),
-        step_s = round(middle, 4),
-        steps_s = [round(value, 4) for value in seconds],
-        tokens_per_s = round(ids.numel() / middle, 1),
-        losses = [round(value, 5) for value in losses],
-    )
-    _time_gathers(model, found, torch)
-    found["stage"] = "done"
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total
+
+    def run(self, case: dict, found: dict, memory: Memory) -> None:
+        import torch
+
+        memory.reset()
+        losses, seconds = [], []
+        for _ in range(case.get("steps", STEPS)):
+            begin = time.perf_counter()
+            losses.append(self.step())
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        timed = sorted(seconds[min(case.get("warmup", WARMUP), len(seconds) - 1) :])
+        middle = timed[len(timed) // 2]
+        found.update(
+            train_peak = _gib(memory.peak()),
+            step_s = round(middle, 4),
+            steps_s = [round(value, 4) for value in seconds],
+            tokens_per_s = round(self.tokens / middle, 1),
+            losses = [round(value, 5) for value in losses],
+        )
 
 
 def _time_gathers(model, found: dict, torch) -> None:
@@ -230,8 +251,6 @@ def main() -> None:
     cases_file, result_file, mode = sys.argv[1:4]
     with open(cases_file, encoding = "utf-8") as handle:
         cases = json.load(handle)
-    if mode == "ours":
-        import unsloth_patches  # noqa: F401
     import torch
     import unsloth  # noqa: F401
 

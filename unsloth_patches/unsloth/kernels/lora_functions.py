@@ -140,9 +140,14 @@ def _handles(X: torch.Tensor, projections: Sequence[Projection], extras: Sequenc
         if p.W_quant is None:
             if type(p.W) not in (torch.Tensor, torch.nn.Parameter) or p.W.dtype != X.dtype:
                 return False
-        elif type(p.W_quant) is not _QuantState or p.W_quant.dtype != X.dtype:
+        elif not _is_bitsandbytes(p.W_quant) or p.W_quant.dtype != X.dtype:
             return False
     return True
+
+
+def _is_bitsandbytes(state: Any) -> bool:
+    # FSDP2's sharded state is a class of its own below it, and an ordinary state while gathered.
+    return _QuantState is not None and isinstance(state, _QuantState)
 
 
 # autograd.Functions; made by the decorators below, with the amp decorators of the stock module.

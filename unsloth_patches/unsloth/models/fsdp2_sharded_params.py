@@ -9,19 +9,20 @@ a multiple of the world size, so every rank holds equally many.
 
 FSDP2 sees a frozen uint8 parameter of ``(rows, 8192)`` whose local tensor is a ``PackedShard``. Its
 all-gather extension (``fsdp_pre_all_gather``, ``fsdp_post_all_gather``; torch's own hook for
-quantized parameters) gathers bytes and scales in the same collective; ``_LeanGather`` spares the
-host what going through it costs at every gather.
+quantized parameters) gathers bytes and scales in the same collective; ``fsdp2_lean_gather`` spares
+the host what going through it costs at every gather.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Iterator, Optional, Tuple
+from typing import Any, Iterator, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
+
+from .fsdp2_lean_gather import SHARD, lean_class
 
 try:
     from bitsandbytes import functional as bnb_functional
@@ -50,8 +51,6 @@ __all__ = [
 NESTED_BLOCKSIZE = 256  # of bitsandbytes' compress_statistics
 # Launch plans of Unsloth's own kernels: they keep the scales' addresses and key on the tensors.
 _ADDRESS_CACHES = ("_unsloth_nf4_plan", "_unsloth_gemv_plan")
-_SHARD = "_fsdp2_weight_shard"
-_ALIGNMENT = 256  # bytes; of tensors that are gathered into one storage
 
 
 @dataclass(frozen = True)
@@ -178,74 +177,14 @@ class PackedShard(torch.Tensor):
         return None if out is not None else (gathered[0], ())
 
 
-class _LeanGather:
-    """What torch's FSDPParam does at a gather of a ``PackedShard``, after the first with less work
-    for the host: inputs are made once, and one storage for all gathered tensors is freed and
-    allocated.
-    """
-
-    _inputs: Tuple[Any, Any] = (None, None)
-    _gathered: Any = None
-
-    @property
-    def all_gather_inputs(self):
-        local = self.sharded_param._local_tensor
-        if not hasattr(self, "_unsharded_param"):
-            return super().all_gather_inputs
-        if self._inputs[0] is not local or self.offload_to_cpu:
-            shard = get_shard(self._module_info.module)
-            parts = (local.as_subclass(torch.Tensor), *shard.scales())
-            inputs = [part.to(self.device, non_blocking = True).view(-1) for part in parts]
-            if self.offload_to_cpu:
-                return inputs
-            self._inputs = (local, inputs)
-        return self._inputs[1]
-
-    def init_all_gather_outputs(self, numels, dtypes, world_size, device, *args, **kwargs):
-        if self.all_gather_outputs:  # type: ignore[has-type]
-            return
-        sizes = [numel * world_size * dtype.itemsize for numel, dtype in zip(numels, dtypes)]
-        padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-        whole = torch.empty(sum(padded), dtype = torch.uint8, device = device)
-        parts = zip(torch.split(whole, padded), sizes, dtypes)
-        self.all_gather_outputs = [part[:size].view(dtype) for part, size, dtype in parts]
-        self._gathered = whole.untyped_storage()
-        self._gathered_size = sum(padded)
-
-    def alloc_all_gather_outputs(self):
-        if self._gathered.size() == 0:
-            self._gathered.resize_(self._gathered_size)
-
-    def free_unsharded_param(self):
-        if self._gathered is not None and self._gathered.size() != 0:
-            self._gathered.resize_(0)
-
-    def init_unsharded_param(self):
-        if hasattr(self, "_unsharded_param"):
-            get_shard(self._module_info.module).set_gathered(self.all_gather_outputs[1:])
-        else:
-            super().init_unsharded_param()
-
-
-@functools.lru_cache(maxsize = None)
-def _lean_class(stock: type) -> type:
-    """``stock`` (torch's FSDPParam) with ``_LeanGather``; ``stock`` itself where it is not as known
-    here.
-    """
-    names = [name for name in vars(_LeanGather) if not name.startswith("_")]
-    if issubclass(stock, _LeanGather) or not all(hasattr(stock, name) for name in names):
-        return stock
-    return type(stock.__name__, (_LeanGather, stock), {})
-
-
 @dataclass
 class WeightShard:
     """This rank's part of one Linear4bit weight.
 
     packed: uint8 ``(local_rows, row / 2)``; absmax: ``(local_rows, 256)``, uint8 with nested
     quantization, else float32; nested: float32 ``(local_rows, 1)`` or None; state: what the
-    gathered weight is dequantized with. Tensors are on the rank's device, or in host memory once
-    offloaded.
+    gathered weight is dequantized with. Tensors are on the rank's device, or, once offloaded, views
+    of ``host``, one buffer that is copied to the device at once.
     """
 
     layout: RowLayout
@@ -253,8 +192,12 @@ class WeightShard:
     absmax: torch.Tensor
     nested: Optional[torch.Tensor]
     state: ShardedQuantState
-    on_host: bool = False
+    host: Optional[torch.Tensor] = None
     _gathered_storage: int = 0
+
+    @property
+    def on_host(self) -> bool:
+        return self.host is not None
 
     def scales(self) -> Tuple[torch.Tensor, ...]:
         return (self.absmax,) if self.nested is None else (self.absmax, self.nested)
@@ -273,19 +216,24 @@ class WeightShard:
             nested = scales[1].view(-1)[: self.layout.nested_blocks]
         self.state.set_gathered(absmax, nested)
 
+    def sizes(self) -> List[int]:
+        """Bytes of the packed weights and of each of the scales."""
+        return [t.numel() * t.element_size() for t in (self.packed, *self.scales())]
+
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.packed, *self.scales()))
+        return sum(self.sizes())
 
     def to_host(self, pin: bool) -> None:
         """Move the bytes and scales to host memory, pinned for copies that run beside computation."""
-
-        def moved(tensor):
-            tensor = tensor.cpu()
-            return tensor.pin_memory() if pin else tensor
-
-        self.packed, self.absmax = moved(self.packed), moved(self.absmax)
-        self.nested = None if self.nested is None else moved(self.nested)
-        self.on_host = True
+        parts = (self.packed, *self.scales())
+        self.host = torch.empty(self.nbytes(), dtype = torch.uint8, pin_memory = pin)
+        # Each part's size is a multiple of the next one's item size: no padding between them.
+        pieces = self.host.split(self.sizes())
+        moved = [piece.view(part.dtype).view(part.shape) for piece, part in zip(pieces, parts)]
+        for target, part in zip(moved, parts):
+            target.copy_(part)
+        self.packed, self.absmax = moved[:2]
+        self.nested = None if self.nested is None else moved[2]
         if not self.state.gathered:  # it names the device's copies, and would keep them there
             self.state.absmax = self.absmax.view(-1)
             if self.nested is not None:
@@ -312,7 +260,7 @@ class WeightShard:
         fsdp_param._orig_size = torch.Size((self.layout.packed_bytes, 1))
         fsdp_param._contiguous_orig_stride = (1, 1)
         self._keep_class_and_state(fsdp_param, module)
-        fsdp_param.__class__ = _lean_class(type(fsdp_param))
+        fsdp_param.__class__ = lean_class(type(fsdp_param))
 
     def _keep_class_and_state(self, fsdp_param: Any, module: Linear4bit) -> None:
         """What Unsloth's FSDP2 hooks put back onto the gathered parameter, which torch makes a
@@ -329,18 +277,18 @@ class WeightShard:
         fsdp_param._unsloth_quant_meta = meta
         fsdp_param._unsloth_param_cls = Params4bit
         fsdp_param._unsloth_param_module = module
-        for name, value in {**meta, _SHARD: self}.items():
+        for name, value in {**meta, SHARD: self}.items():
             setattr(fsdp_param.sharded_param, name, value)
 
 
 def get_shard(module: torch.nn.Module) -> Optional[WeightShard]:
     """The shard that ``module`` (a Linear4bit) holds, or None."""
-    return module.__dict__.get(_SHARD)
+    return module.__dict__.get(SHARD)
 
 
 def set_shard(module: Linear4bit, shard: WeightShard) -> None:
     """``shard`` as what ``module`` holds of its weight, with the QuantState that goes with it."""
-    module.__dict__[_SHARD] = shard
+    module.__dict__[SHARD] = shard
     module.quant_state = shard.state
 
 
