@@ -139,6 +139,51 @@ def _bound_names(tree: ast.AST) -> Iterator[str]:
             yield from _bound_names(node)
 
 
+def target_misfit(target: Any, find_file: FindFile) -> str:
+    """Why a target (see ``registry.Target``) cannot be replaced, judged by the sources that ``find_file``
+    finds; empty where it can, and where an optional one is not there."""
+    if find_file(target.module) is None:
+        return "" if target.optional else f"this Unsloth has no module {target.module}"
+    found = find_definitions(target.module, target.name, find_file)
+    if not found:
+        known = binds(target.module, target.name, find_file)
+        read = target.fingerprints or target.signature or target.uses
+        if known and not read or target.optional:
+            return ""
+        return f"{target.attribute} is not defined in this Unsloth"
+    reason = _unknown_code(target, found)
+    if reason:
+        return reason
+    for place in target.names:
+        module, _, name = place.rpartition(":")
+        if not binds(module or target.module, name, find_file):
+            return f"{module or target.module} has no {name}, which the patch relies on"
+    return ""
+
+
+def _unknown_code(target: Any, definitions: List[ast.AST]) -> str:
+    """One definition that is known is enough: another may be for another device. The live one is
+    checked once it is there."""
+    prints = {fingerprint_node(node) for node in definitions}
+    if target.fingerprints and not prints & target.fingerprints:
+        found = ", ".join(sorted(prints))
+        return f"{target.attribute} is a version that this patch does not know ({found})"
+    reasons = [
+        parameter_misfit(node, target.signature) or _unused(node, target.uses)
+        for node in definitions
+    ]
+    return f"{target.attribute}: {reasons[0]}" if all(reasons) else ""
+
+
+def _unused(node: ast.AST, uses: Sequence[str]) -> str:
+    """Which of the dotted names the definition does not use; empty where it uses all of them."""
+    used = {
+        ast.unparse(each) for each in ast.walk(node) if isinstance(each, (ast.Name, ast.Attribute))
+    }
+    missing = [name for name in uses if name not in used]
+    return f"its code does not use {', '.join(missing)}" if missing else ""
+
+
 def parameter_misfit(node: ast.AST, signature: Sequence[str]) -> str:
     """What a definition lacks of a target's ``signature``; empty where it has all of it."""
     arguments = getattr(node, "args", None)

@@ -8,7 +8,6 @@ stand in modules that nobody has imported yet.
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib.machinery
 import re
@@ -16,13 +15,7 @@ import sys
 from pathlib import Path
 from typing import List, Optional, Set
 
-from .fingerprints import (
-    binds,
-    find_definitions,
-    fingerprint_module,
-    fingerprint_node,
-    parameter_misfit,
-)
+from . import fingerprints
 from .registry import Patch, Target
 
 
@@ -59,13 +52,13 @@ def is_upstreamed(patch: Patch) -> bool:
 
 def upstream_fingerprints(target: Target) -> Set[str]:
     """Fingerprints of a target's definitions in the installed Unsloth, read without importing it."""
-    return fingerprint_module(target.module, target.name, _source_file)
+    return fingerprints.fingerprint_module(target.module, target.name, _source_file)
 
 
 @functools.lru_cache(maxsize = None)
 def is_absent(target: Target) -> bool:
     """This Unsloth's sources have no such module, or it binds no such name."""
-    return not binds(target.module, target.name, _source_file)
+    return not fingerprints.binds(target.module, target.name, _source_file)
 
 
 def on_cpu_backend() -> bool:
@@ -77,31 +70,7 @@ def on_cpu_backend() -> bool:
 @functools.lru_cache(maxsize = None)
 def target_misfit(target: Target) -> str:
     """Why a target cannot be replaced, judged by the source alone; empty where it can."""
-    if not has_module(target.module):
-        return "" if target.optional else f"this Unsloth has no module {target.module}"
-    if target.fingerprints or target.signature:
-        found = find_definitions(target.module, target.name, _source_file)
-        if not found:
-            return "" if target.optional else f"{target.attribute} is not defined in this Unsloth"
-        reason = _unknown_code(target, found)
-        if reason:
-            return reason
-    for place in target.names:
-        module, _, name = place.rpartition(":")
-        if not binds(module or target.module, name, _source_file):
-            return f"{module or target.module} has no {name}, which the patch relies on"
-    return ""
-
-
-def _unknown_code(target: Target, definitions: List[ast.AST]) -> str:
-    """One definition that is known is enough: another may be for another device. The live one is
-    checked once it is there."""
-    prints = {fingerprint_node(node) for node in definitions}
-    if target.fingerprints and not prints & target.fingerprints:
-        found = ", ".join(sorted(prints))
-        return f"{target.attribute} is a version that this patch does not know ({found})"
-    reasons = [parameter_misfit(node, target.signature) for node in definitions]
-    return f"{target.attribute}: {reasons[0]}" if all(reasons) else ""
+    return fingerprints.target_misfit(target, _source_file)
 
 
 @functools.lru_cache(maxsize = None)
