@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Dict, FrozenSet, Tuple
 
-SUPPORTED_UPSTREAM = ("2026.10.7", "2026.10.9")
+SUPPORTED_UPSTREAM = ("2026.10.6", "2026.10.7", "2026.10.8", "2026.10.9")
 
 
 @dataclass(frozen = True)

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import List, Optional, Set
 
-from . import fingerprints
+from . import fingerprints, private_names
 from .registry import Patch, Target
 
 
@@ -30,7 +30,9 @@ def _package_folder(root: str) -> Optional[Path]:
     return Path(list(locations)[0]) if locations else None
 
 
-def _source_file(module: str) -> Optional[Path]:
+@functools.lru_cache(maxsize = None)
+def source_file(module: str) -> Optional[Path]:
+    """Where a module of any package lies, found without importing it."""
     root, _, rest = module.partition(".")
     folder = _package_folder(root)
     if folder is None:
@@ -42,7 +44,7 @@ def _source_file(module: str) -> Optional[Path]:
 
 def has_module(module: str) -> bool:
     """The installed Unsloth has this module, as a file or as a package."""
-    return _source_file(module) is not None
+    return source_file(module) is not None
 
 
 def is_upstreamed(patch: Patch) -> bool:
@@ -52,13 +54,13 @@ def is_upstreamed(patch: Patch) -> bool:
 
 def upstream_fingerprints(target: Target) -> Set[str]:
     """Fingerprints of a target's definitions in the installed Unsloth, read without importing it."""
-    return fingerprints.fingerprint_module(target.module, target.name, _source_file)
+    return fingerprints.fingerprint_module(target.module, target.name, source_file)
 
 
 @functools.lru_cache(maxsize = None)
 def is_absent(target: Target) -> bool:
     """This Unsloth's sources have no such module, or it binds no such name."""
-    return not fingerprints.binds(target.module, target.name, _source_file)
+    return not fingerprints.binds(target.module, target.name, source_file)
 
 
 def on_cpu_backend() -> bool:
@@ -70,13 +72,13 @@ def on_cpu_backend() -> bool:
 @functools.lru_cache(maxsize = None)
 def target_misfit(target: Target) -> str:
     """Why a target cannot be replaced, judged by the source alone; empty where it can."""
-    return fingerprints.target_misfit(target, _source_file)
+    return fingerprints.target_misfit(target, source_file)
 
 
 @functools.lru_cache(maxsize = None)
 def _release() -> str:
     """This Unsloth's version, read from its source; empty where it does not say."""
-    source = _source_file("unsloth._version")
+    source = source_file("unsloth._version")
     text = source.read_text(encoding = "utf-8") if source else ""
     found = re.search(r'^__version__ = "([0-9.]+)"', text, re.MULTILINE)
     return found[1] if found else ""
@@ -89,14 +91,17 @@ def _numbers(version: str) -> List[int]:
 def patch_misfit(patch: Patch) -> str:
     """Why a patch cannot go in whole, judged by the sources alone; empty where it can."""
     if patch.since and _release() and _numbers(_release()) < _numbers(patch.since):
-        return f"made for Unsloth {patch.since} and newer; this is {_release()}"
+        return (
+            f"not in this release: made for Unsloth {patch.since} and newer, this is {_release()}"
+        )
     for module in map("unsloth.{}".format, patch.dotted_modules):
         if has_module(module):
             return f"this Unsloth has a module of its own at {module}"
-    return next(filter(None, map(target_misfit, patch.targets)), "")
+    reason = next(filter(None, map(target_misfit, patch.targets)), "")
+    return reason or private_names.why_skipped(patch.name, source_file)
 
 
 def forget() -> None:
     """Look again: another Unsloth may be first on the path by now."""
-    for cache in (_package_folder, _release, is_absent, target_misfit):
+    for cache in (_package_folder, source_file, _release, is_absent, target_misfit):
         cache.cache_clear()

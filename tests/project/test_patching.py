@@ -340,7 +340,9 @@ def test_an_older_release_is_refused_by_a_patch_for_a_newer_one(fake):
         catalogue(since("new", "2026.10.1"), since("same", "2026.9.30"), since("old", "2026.9.4"))
         import unsloth
         assert states() == {"new": "skipped", "same": "applied", "old": "applied"}
-        assert reasons()["new"] == "made for Unsloth 2026.10.1 and newer; this is 2026.9.30"
+        assert reasons()["new"] == (
+            "not in this release: made for Unsloth 2026.10.1 and newer, this is 2026.9.30"
+        )
         """,
         fake,
     )
