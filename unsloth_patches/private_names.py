@@ -14,7 +14,7 @@ from typing import List, NamedTuple, Tuple
 
 from .fingerprints import FindFile, binds
 
-_SKIPPED = "the patch is skipped"
+SKIPPED = "the patch is skipped"
 
 
 class PrivateName(NamedTuple):
@@ -25,7 +25,7 @@ class PrivateName(NamedTuple):
 
     place: str
     patches: Tuple[str, ...]
-    without: str = _SKIPPED
+    without: str = SKIPPED
     gpu: bool = False
 
     def is_there(self, find_file: FindFile) -> bool:
@@ -85,7 +85,7 @@ def missing(find_file: FindFile, on_gpu: bool) -> List[PrivateName]:
 def why_skipped(patch: str, find_file: FindFile) -> str:
     """The name that a patch cannot do without and that is not there; empty where all are."""
     for name in PRIVATE_NAMES:
-        if patch in name.patches and name.without == _SKIPPED and not name.is_there(find_file):
+        if patch in name.patches and name.without == SKIPPED and not name.is_there(find_file):
             module, _, leaf = name.place.partition(":")
             return f"this {module.partition('.')[0]} has no {module}.{leaf}, which the patch relies on"
     return ""
