@@ -240,5 +240,13 @@ def examine() -> List[Finding]:
     if sys.version_info < (3, 11):
         remedy = "tested with Python 3.11 and newer; older ones may work"
         interpreter = interpreter._replace(verdict = "note", remedy = remedy)
-    findings = [interpreter, _tested(), _upstream(), *_packages(), _device(), *_compiler(), _order()]
+    findings = [
+        interpreter,
+        _tested(),
+        _upstream(),
+        *_packages(),
+        _device(),
+        *_compiler(),
+        _order(),
+    ]
     return [*findings, *_switches(), *_patches(), *_private_names()]

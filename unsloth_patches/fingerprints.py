@@ -19,7 +19,7 @@ import inspect
 import os
 import types
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 FindFile = Callable[[str], Optional[Path]]
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -150,7 +150,8 @@ def target_misfit(target: Any, find_file: FindFile) -> str:
         read = target.fingerprints or target.signature or target.uses
         if known and not read or target.optional:
             return ""
-        return f"{target.attribute} is not defined in this Unsloth"
+        what = "defined in this Unsloth" if read else "there"
+        return f"{target.attribute} is not {what}"
     reason = _unknown_code(target, found)
     if reason:
         return reason
@@ -187,10 +188,19 @@ def _unused(node: ast.AST, uses: Sequence[str]) -> str:
 def parameter_misfit(node: ast.AST, signature: Sequence[str]) -> str:
     """What a definition lacks of a target's ``signature``; empty where it has all of it."""
     arguments = getattr(node, "args", None)
-    if arguments is None:
+    if not signature or arguments is None:
         return "it is no function, and has no parameters" if signature else ""
-    positional = [each.arg for each in [*arguments.posonlyargs, *arguments.args]]
-    return _lacking(positional, [each.arg for each in arguments.kwonlyargs], signature)
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
+    defaults += arguments.kw_defaults
+    texts = ["" if default is None else "=" + ast.unparse(default) for default in defaults]
+    names = [each.arg for each in [*positional, *arguments.kwonlyargs]]
+    more = [
+        f"{star}{each.arg}"
+        for star, each in (("*", arguments.vararg), ("**", arguments.kwarg))
+        if each
+    ]
+    return _lacking(dict(zip(names, texts)), len(positional), more, signature)
 
 
 def live_parameter_misfit(function: Any, signature: Sequence[str]) -> str:
@@ -201,21 +211,40 @@ def live_parameter_misfit(function: Any, signature: Sequence[str]) -> str:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return "it tells no parameters"
-    keyword = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return _lacking([each.name for each in parameters if each.kind in kinds], keyword, signature)
+    positional = [each for each in parameters if each.kind in kinds]
+    keyword = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    more = [stars[each.kind] + each.name for each in parameters if each.kind in stars]
+    found = {
+        each.name: "" if each.default is each.empty else f"={each.default!r}"
+        for each in [*positional, *keyword]
+    }
+    return _lacking(found, len(positional), more, signature)
 
 
-def _lacking(positional: List[str], keyword: List[str], signature: Sequence[str]) -> str:
-    wanted = list(signature)
-    split = wanted.index("*") if "*" in wanted else len(wanted)
-    first, anywhere = wanted[:split], wanted[split + 1 :]
-    if positional[:split] != first:
-        return (
-            f"its first parameters are ({', '.join(positional[:split])}), not ({', '.join(first)})"
-        )
-    missing = [name for name in anywhere if name not in positional + keyword]
-    return f"it has no parameter {', '.join(missing)}" if missing else ""
+def _lacking(
+    found: Dict[str, str], positional: int, more: List[str], signature: Sequence[str]
+) -> str:
+    """found: parameter -> its default as ``=text``, or empty; those that can be given by position come
+    first. more: ``*args``, ``**kwargs``."""
+    names = list(found)
+    split = signature.index("*") if "*" in signature else len(signature)
+    first, anywhere = signature[:split], signature[split + 1 :]
+    if names[: min(split, positional)] != [each.partition("=")[0] for each in first]:
+        there = ", ".join(names[: min(split, positional)])
+        return f"its first parameters are ({there}), not ({', '.join(first)})"
+    missing = [each for each in anywhere if each.partition("=")[0] not in names]
+    if missing:
+        return f"it has no parameter {', '.join(missing)}"
+    others = names[split:] + more
+    if "*" not in signature and others:
+        return f"it has other parameters too: {', '.join(others)}"
+    for each in [*first, *anywhere]:
+        name, equals, default = each.partition("=")
+        if equals and found[name] != f"={default}":
+            return f"the default of {name} is {found[name][1:] or 'none'}, not {default}"
+    return ""
 
 
 def _imports_of(path: Path, module: str, name: str) -> Iterator[Tuple[str, str]]:

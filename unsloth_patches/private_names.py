@@ -62,7 +62,9 @@ PRIVATE_NAMES = (
     PrivateName("torch._dynamo.utils:set_compilation_metrics_limit", ("compile-report",)),
     PrivateName("torch._logging._internal:log_state", ("compile-report",)),
     PrivateName("torch._inductor.async_compile:maybe_warm_pool", ("compile-workers",), _WORKERS),
-    PrivateName("torch._inductor.async_compile:get_compile_threads", ("compile-workers",), _WORKERS),
+    PrivateName(
+        "torch._inductor.async_compile:get_compile_threads", ("compile-workers",), _WORKERS
+    ),
     PrivateName(
         "torch._functorch.config:autograd_cache_allow_custom_autograd_functions",
         _CACHE,
@@ -70,9 +72,7 @@ PRIVATE_NAMES = (
     ),
     PrivateName("torch._inductor.runtime.runtime_utils:triton_cache_dir", _CACHE, _TRITON),
     PrivateName("triton.runtime.cache:FileCacheManager", _CACHE, _TRITON),
-    PrivateName(
-        "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam", ("fsdp2-param-init",)
-    ),
+    PrivateName("torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam", ("fsdp2-param-init",)),
 )
 
 
@@ -87,5 +87,7 @@ def why_skipped(patch: str, find_file: FindFile) -> str:
     for name in PRIVATE_NAMES:
         if patch in name.patches and name.without == SKIPPED and not name.is_there(find_file):
             module, _, leaf = name.place.partition(":")
-            return f"this {module.partition('.')[0]} has no {module}.{leaf}, which the patch relies on"
+            return (
+                f"this {module.partition('.')[0]} has no {module}.{leaf}, which the patch relies on"
+            )
     return ""

@@ -26,8 +26,9 @@ class Target:
         itself. Empty where it calls stock (then ``signature`` and ``names`` say what it counts on, and
         releases that only edit the body keep the patch), or where it checks the stock object itself (a
         table of templates has no AST).
-    signature: parameters that stock has to have. Those before ``"*"`` are its first ones, in this order;
-        those after it can stand anywhere: ``("model", "labels", "*", "n_items")``.
+    signature: parameters that stock has to have, ``"name"`` or ``"name=default"``: these and no others, in
+        this order. A ``"*"`` stands for others that a replacement hands on; those named after it can
+        stand anywhere: ``("model", "labels", "*", "n_items")``.
     names: what the replacement uses of stock's module, ``"name"``, or of another, ``"package.module:name"``.
     uses: dotted names that stock's code has to use, as ``"torch.compile"``, for a replacement that changes
         what they do while stock runs.
@@ -365,7 +366,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.kernels.cross_entropy_loss:fast_cross_entropy_loss",
                 replacement = "fused_loss:dense_loss_with_model_options",
-                signature = ("logits", "labels"),
+                signature = ("logits", "labels", "*"),
             ),
             Target(
                 attribute = "unsloth.models._utils:unsloth_fused_ce_loss",
@@ -383,7 +384,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models._utils:_unsloth_pre_compute_loss",
                 replacement = "fused_loss:label_smoothing_in_the_model",
-                signature = ("self", "model", "inputs"),
+                signature = ("self", "model", "inputs", "*"),
             ),
             Target(
                 attribute = "unsloth.models.llama:CausalLM_fast_forward",
@@ -442,7 +443,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models._block_compile:_wrap",
                 replacement = "models.checkpoint_shared_graph:share_graph_between_checkpoint_runs",
-                signature = ("cls", "compile_options"),
+                signature = ("cls", "compile_options", "*"),
                 uses = ("torch.compile", "cls.forward"),
             ),
         ),
@@ -567,7 +568,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models.fsdp2_native:native_full_state_dict",
                 replacement = "models.fsdp2_sharded_save:gather_4bit_on_host",
-                signature = ("model", "*", "trainable_only", "cpu_offload"),
+                signature = ("model", "trainable_only=False", "cpu_offload=True"),
                 names = ("unsloth.models.fsdp2_save:fsdp2_gathered",),
             ),
         ),
@@ -615,13 +616,13 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models.fsdp2_native:shard_model",
                 replacement = "models.fsdp2_offload_apply:offload_what_does_not_fit",
-                signature = ("model", "config"),
+                signature = ("model", "config=None"),
                 names = ("find_shard_units",),
             ),
             Target(
                 attribute = "unsloth.models.fsdp2_native:native_fsdp2_trainer_setup",
                 replacement = "models.fsdp2_offload_apply:explain_out_of_memory",
-                signature = ("trainer", "*", "phase", "training_args"),
+                signature = ("trainer=None", "*", "phase", "training_args"),
             ),
         ),
         modules = ("models/fsdp2_offload_apply.py",),
@@ -676,7 +677,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.utils.packing:get_packed_info_from_kwargs",
                 replacement = "utils.packed_attention:prepared_packed_rows",
-                signature = ("kwargs", "device", "position_ids"),
+                signature = ("kwargs", "device", "position_ids=None"),
             ),
             Target(
                 attribute = "unsloth.utils.attention_dispatch:_run_attention",
@@ -687,7 +688,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models.llama:FastLlamaModel.patch_peft_model",
                 replacement = "utils.packed_attention:compile_packed_rows",
-                signature = ("model",),
+                signature = ("model", "*"),
                 names = (
                     "unsloth.models._block_compile:_MARK",
                     "unsloth.models._block_compile:_layers",
@@ -795,7 +796,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models._block_compile:_wrap",
                 replacement = "models.compile_modes:enforce_full_graphs",
-                signature = ("cls",),
+                signature = ("cls", "*"),
                 uses = ("torch.compile", "cls.forward", "forward._unsloth_block_original"),
             ),
             Target(

@@ -41,7 +41,7 @@ STACKS: Tuple[Stack, ...] = (
             "peft": "0.21.2",
             "bitsandbytes": "0.50.2",
         },
-        "RAN312",
+        "README's install, SFTTrainer in 4 bits, the import form on the CPU backend",
         "2026-11-26",
     ),
     Stack(

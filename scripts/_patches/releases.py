@@ -49,9 +49,7 @@ def write_matrix(project: Project, found: Dict[str, List[Outcome]]) -> Path:
         for patch in project.patches
     ]
     table = "\n".join(_table(("patch", *by_name), rows))
-    path.write_text(
-        inside.sub(lambda _: f"{BEGIN}\n\n{table}\n\n{END}", text), encoding = "utf-8"
-    )
+    path.write_text(inside.sub(lambda _: f"{BEGIN}\n\n{table}\n\n{END}", text), encoding = "utf-8")
     return path
 
 

@@ -104,9 +104,7 @@ def get_release(
 def newest_version(package: str) -> str:
     """The newest release that pip's index has for this Python."""
     command = [sys.executable, "-m", "pip", "index", "versions", package]
-    done = subprocess.run(
-        [*command, "--disable-pip-version-check"], capture_output = True, text = True
-    )
+    done = subprocess.run([*command, "--disable-pip-version-check"], capture_output = True, text = True)
     found = re.search(rf"^{package} \(([0-9.a-z]+)\)", done.stdout, re.MULTILINE)
     if done.returncode or not found:
         raise PatchesError(

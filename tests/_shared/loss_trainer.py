@@ -12,6 +12,7 @@ from torch.utils.data import SequentialSampler
 
 _ORDER = "train_sampling_strategy"  # transformers 5 and newer; before, the sampler is replaced
 
+
 def default_data_collator(rows):
     from transformers import default_data_collator
     return default_data_collator(rows)

@@ -216,7 +216,10 @@ def test_check_compares_fingerprints(root, tmp_path):
     assert check_all(root, tmp_path / "known") == []
     write_registry(root, TARGETS.format(prints = accepted % ("0" * 16)))
     problems = check_all(root, tmp_path / "unknown")
-    assert any("unsloth.sub.b:area is a version that this patch does not know" in problem for problem in problems)
+    assert any(
+        "unsloth.sub.b:area is a version that this patch does not know" in problem
+        for problem in problems
+    )
 
 
 def test_relative_imports_of_own_modules_are_fine(root, tmp_path):

@@ -62,7 +62,6 @@ def test_saved_tensor_hooks_are_asked_for_without_an_error():
 
 def test_stacks_of_modes_are_counted():
     from torch.overrides import TorchFunctionMode
-
     assert torch._C._len_torch_function_stack() == torch._C._len_torch_dispatch_stack() == 0
     with TorchFunctionMode():
         assert torch._C._len_torch_function_stack() == 1
@@ -87,7 +86,9 @@ def test_compile_workers_take_no_arguments():
 
 def test_compilation_metrics_have_their_fields():
     from torch._dynamo.utils import CompilationMetrics
-    assert {"co_name", "entire_frame_compile_time_s"} <= set(CompilationMetrics.__dataclass_fields__)
+    assert {"co_name", "entire_frame_compile_time_s"} <= set(
+        CompilationMetrics.__dataclass_fields__
+    )
 
 
 def test_inductor_keeps_tritons_cache_below_its_own(tmp_path, monkeypatch):
