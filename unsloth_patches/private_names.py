@@ -57,10 +57,10 @@ PRIVATE_NAMES = (
     PrivateName("torch._utils:_unflatten_dense_tensors", ("step-graphs-capture",)),
     PrivateName("torch._dynamo:maybe_mark_dynamic", ("packed-attention",)),
     PrivateName("torch._dynamo.exc:TorchDynamoException", ("compile-strict",)),
-    PrivateName("torch._dynamo.utils:counters", ("compile-report",)),
-    PrivateName("torch._dynamo.utils:get_compilation_metrics", ("compile-report",)),
-    PrivateName("torch._dynamo.utils:set_compilation_metrics_limit", ("compile-report",)),
-    PrivateName("torch._logging._internal:log_state", ("compile-report",)),
+    PrivateName("torch._dynamo.utils:counters", ("compile-events",)),
+    PrivateName("torch._dynamo.utils:get_compilation_metrics", ("compile-events",)),
+    PrivateName("torch._dynamo.utils:set_compilation_metrics_limit", ("compile-events",)),
+    PrivateName("torch._logging._internal:log_state", ("compile-events",)),
     PrivateName("torch._inductor.async_compile:maybe_warm_pool", ("compile-workers",), _WORKERS),
     PrivateName(
         "torch._inductor.async_compile:get_compile_threads", ("compile-workers",), _WORKERS
@@ -70,8 +70,8 @@ PRIVATE_NAMES = (
         _CACHE,
         "kernels are found again, traces are made again",
     ),
-    PrivateName("torch._inductor.runtime.runtime_utils:triton_cache_dir", _CACHE, _TRITON),
-    PrivateName("triton.runtime.cache:FileCacheManager", _CACHE, _TRITON),
+    PrivateName("torch._inductor.runtime.runtime_utils:triton_cache_dir", ("compile-cache-files",), _TRITON),
+    PrivateName("triton.runtime.cache:FileCacheManager", ("compile-cache-files",), _TRITON),
     PrivateName("torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam", ("fsdp2-param-init",)),
 )
 

@@ -816,7 +816,6 @@ PATCHES: Tuple[Patch, ...] = (
         modules = ("models/compile_report.py", "models/compile_table.py"),
         tests = {"tests/test_compile_report.py": "interpreter"},
         requires = ("compile-strict",),
-        since = "2026.10.9",
     ),
     Patch(
         name = "compile-report-trainer",
