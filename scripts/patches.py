@@ -16,23 +16,23 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterable, Iterator, List, Optional
+from typing import Dict, Iterable, Iterator, List, Optional
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from _patches import PatchesError
+from _patches import PatchesError, releases
 from _patches.build import build_fork, build_patches
 from _patches.check import check as run_checks
 from _patches.check import export as write_patches
 from _patches.forms import FORMS, FormResult, run_form
 from _patches.lint import problems
 from _patches.project import Project
-from _patches.rebase import CLEAN, MERGED, NEWER, REWIRED, STALE, new_pins
+from _patches.rebase import CLEAN, MERGED, NEWER, REWIRED, STALE, Outcome, new_pins
 from _patches.rebase import rebase as try_rebase
-from _patches.upstream import read_pins, write_pins
+from _patches.upstream import newest_version, read_pins, write_pins
 
 app = typer.Typer(help = __doc__, no_args_is_help = True, add_completion = False, rich_markup_mode = None)
 console = Console(highlight = False, soft_wrap = True)
@@ -113,31 +113,59 @@ def fork(directory: Path = typer.Argument(..., metavar = "DIR", help = "absent o
 @app.command()
 def rebase(
     version: Optional[str] = typer.Argument(
-        None, help = "a release such as 2026.10.7; default: every other supported one"
+        None, help = "a release such as 2026.10.7; default: the oldest supported one"
     ),
+    every: bool = typer.Option(
+        False, "--all", help = "every supported release, and write the matrix of docs/releases.md"
+    ),
+    newest: bool = typer.Option(False, "--newest", help = "the newest release that pip finds"),
     pin: bool = typer.Option(False, "--pin", help = "if nothing is stale, pin this release"),
+    report_to: Optional[Path] = typer.Option(
+        None, "--report", metavar = "FILE", help = "write the table there, as Markdown"
+    ),
+    patches_to: Optional[Path] = typer.Option(
+        None, "--patches", metavar = "DIR", help = "write the patches as they apply there"
+    ),
 ) -> None:
-    """Try the series on another release of Unsloth, and name precisely what is stale there."""
+    """Try the series on another release of Unsloth, and name precisely what is stale there.
+
+    Exit code: 0 where nothing is stale, 1 where something is, 2 for an error (no such release, no network).
+    """
+    if sum([version is not None, every, newest]) > 1:
+        raise PatchesError("VERSION, --all and --newest exclude one another", "give one of them")
+    if every and (report_to or patches_to):
+        raise PatchesError(
+            "--report and --patches are for one release", "name it, or give --newest"
+        )
+    if pin and not (version or newest):
+        raise PatchesError("--pin needs a VERSION", "scripts/patches.py rebase VERSION --pin")
     project = Project()
     pinned = read_pins(project.pin_file)["version"]
-    versions = [version] if version else [v for v in project.supported if v != pinned]
-    clean = True
+    one = newest_version("unsloth") if newest else version or project.supported[0]
+    found: Dict[str, List[Outcome]] = {}
+    if patches_to is not None:
+        patches_to.mkdir(parents = True, exist_ok = True)
     with _scratch() as scratch:
-        for each in versions:
-            rows = [
-                (row.name, f"[{COLOURS[row.state]}]{row.state}[/]", escape("\n".join(row.notes)))
-                for row in try_rebase(project, each, scratch / each)
-            ]
-            _print_table(f"The series on Unsloth {each}", ("patch", "state", "where"), rows)
-            clean = clean and not any(STALE in state for _, state, _ in rows)
-        if pin and version and clean:
-            write_pins(new_pins(version, scratch), project.pin_file)
-            console.print(
-                f"patches/UPSTREAM pins {version}; now `python scripts/patches.py export`"
-            )
-    if pin and version is None:
-        raise PatchesError("--pin needs a VERSION", "scripts/patches.py rebase VERSION --pin")
+        for each in project.supported if every else [one]:
+            found[each] = try_rebase(project, each, scratch / each, patches_to)
+            _print_outcomes(each, found[each])
+        clean = not any(row.state == STALE for rows in found.values() for row in rows)
+        if pin and clean:
+            write_pins(new_pins(one, scratch), project.pin_file)
+            console.print(f"patches/UPSTREAM pins {one}; now `python scripts/patches.py export`")
+    if every:
+        console.print(f"wrote the matrix in {releases.write_matrix(project, found)}")
+    if report_to is not None:
+        report_to.write_text(releases.report(one, pinned, found[one]), encoding = "utf-8")
     raise typer.Exit(0 if clean else 1)
+
+
+def _print_outcomes(version: str, outcomes: List[Outcome]) -> None:
+    rows = [
+        (row.name, f"[{COLOURS[row.state]}]{row.state}[/]", escape("\n".join(row.notes)))
+        for row in outcomes
+    ]
+    _print_table(f"The series on Unsloth {version}", ("patch", "state", "where"), rows)
 
 
 @app.command()

@@ -14,7 +14,7 @@ Importing this package imports nothing of Unsloth, torch or transformers: it pla
 ``UNSLOTH_PATCHES_QUIET=1`` leaves out the summary line.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["status", "stock", "undo", "install", "__version__"]
 
 # What only runs once Unsloth is imported or somebody asks is imported then: this import is to take

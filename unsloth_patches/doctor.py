@@ -12,10 +12,14 @@ import sys
 from typing import Iterator, List, NamedTuple
 
 from .hooks import imported_late
+from .private_names import SKIPPED as NAME_SKIPS_PATCH
+from .private_names import missing
 from .registry import PATCHES, SUPPORTED_UPSTREAM
 from .reporting import FOR_GPUS, LATE_MEANS, WILL_APPLY, serves_cpu, status
 from .settings import set_values
+from .stacks import STACKS, newest_date, numbers, outside, tested_range
 from .states import FAILED, LATE, OFF, PENDING, SKIPPED, disabled_names, patch_names
+from .upstream_source import source_file
 
 
 class Finding(NamedTuple):
@@ -53,15 +57,26 @@ def _upstream() -> Finding:
         return Finding("unsloth", "not installed", "problem", remedy)
     if version in SUPPORTED_UPSTREAM:
         return Finding("unsloth", version, "ok")
-    supported = " or ".join(SUPPORTED_UPSTREAM)
-    remedy = f"tested with {supported}; here only functions whose code is known get replaced"
+    supported = ", ".join(SUPPORTED_UPSTREAM)
+    remedy = (
+        f"tested with {supported}; here only functions whose code is known get replaced. "
+        f"pip install unsloth=={SUPPORTED_UPSTREAM[-1]} unsloth_zoo=={SUPPORTED_UPSTREAM[-1]}"
+    )
     return Finding("unsloth", version, "note", remedy)
 
 
 def _packages() -> Iterator[Finding]:
     for package, consequence in NEEDED.items():
         version = _version(package)
-        if version:
+        if version and outside(package, version):
+            oldest, newest = tested_range(package)
+            bound = newest if numbers(version) > numbers(newest) else oldest
+            remedy = (
+                f"tested with {oldest} to {newest}; if something fails: "
+                f"pip install '{package}=={bound}'"
+            )
+            yield Finding(package, version, "note", remedy)
+        elif version:
             yield Finding(package, version, "ok")
         else:
             remedy = f"{consequence}: pip install {package}"
@@ -70,6 +85,37 @@ def _packages() -> Iterator[Finding]:
     if zoo and unsloth in SUPPORTED_UPSTREAM and zoo != unsloth:
         remedy = f"they are released together: pip install unsloth_zoo=={unsloth}"
         yield Finding("versions", f"unsloth {unsloth}, unsloth_zoo {zoo}", "note", remedy)
+
+
+def _tested() -> Finding:
+    """What the tests ran on, so that a reader can tell how far an installation is from it."""
+    ranges = [f"unsloth {SUPPORTED_UPSTREAM[0]} to {SUPPORTED_UPSTREAM[-1]}"]
+    for package in NEEDED:
+        oldest, newest = tested_range(package)
+        if oldest:
+            ranges.append(f"{package} {oldest}" + (f" to {newest}" if newest != oldest else ""))
+    pythons = sorted({stack.python for stack in STACKS}, key = numbers)
+    found = f"{newest_date()}: Python {' and '.join(pythons)}, {', '.join(ranges)}"
+    return Finding("tested", found, "ok")
+
+
+def _private_names() -> Iterator[Finding]:
+    """Undocumented names that the installed PyTorch and Triton lack, and what goes without them."""
+    for name in missing(source_file, _has_cuda()):
+        if name.without != NAME_SKIPS_PATCH:  # the row of a patch that is skipped says so
+            package = name.place.partition(".")[0]
+            oldest, newest = tested_range(package)
+            remedy = f"{name.without}; tested with {package} {oldest} to {newest}"
+            found = f"this {package} has no {name.place.replace(':', '.')}"
+            yield Finding(", ".join(name.patches), found, "note", remedy)
+
+
+def _has_cuda() -> bool:
+    try:
+        import torch
+    except Exception:  # the device's row says so
+        return False
+    return torch.cuda.is_available()
 
 
 def _device() -> Finding:
@@ -191,7 +237,16 @@ def _patches() -> Iterator[Finding]:
 def examine() -> List[Finding]:
     """Every check, in the order in which a failure explains the ones below it."""
     interpreter = Finding("python", platform.python_version(), "ok")
-    if sys.version_info < (3, 9):
-        interpreter = interpreter._replace(verdict = "problem", remedy = "use Python 3.9 or newer")
-    findings = [interpreter, _upstream(), *_packages(), _device(), *_compiler(), _order()]
-    return [*findings, *_switches(), *_patches()]
+    if sys.version_info < (3, 11):
+        remedy = "tested with Python 3.11 and newer; older ones may work"
+        interpreter = interpreter._replace(verdict = "note", remedy = remedy)
+    findings = [
+        interpreter,
+        _tested(),
+        _upstream(),
+        *_packages(),
+        _device(),
+        *_compiler(),
+        _order(),
+    ]
+    return [*findings, *_switches(), *_patches(), *_private_names()]

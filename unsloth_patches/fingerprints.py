@@ -19,7 +19,7 @@ import inspect
 import os
 import types
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 FindFile = Callable[[str], Optional[Path]]
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -139,13 +139,68 @@ def _bound_names(tree: ast.AST) -> Iterator[str]:
             yield from _bound_names(node)
 
 
+def target_misfit(target: Any, find_file: FindFile) -> str:
+    """Why a target (see ``registry.Target``) cannot be replaced, judged by the sources that ``find_file``
+    finds; empty where it can, and where an optional one is not there."""
+    if find_file(target.module) is None:
+        return "" if target.optional else f"this Unsloth has no module {target.module}"
+    found = find_definitions(target.module, target.name, find_file)
+    if not found:
+        known = binds(target.module, target.name, find_file)
+        read = target.fingerprints or target.signature or target.uses
+        if known and not read or target.optional:
+            return ""
+        what = "defined in this Unsloth" if read else "there"
+        return f"{target.attribute} is not {what}"
+    reason = _unknown_code(target, found)
+    if reason:
+        return reason
+    for place in target.names:
+        module, _, name = place.rpartition(":")
+        if not binds(module or target.module, name, find_file):
+            return f"{module or target.module} has no {name}, which the patch relies on"
+    return ""
+
+
+def _unknown_code(target: Any, definitions: List[ast.AST]) -> str:
+    """One definition that is known is enough: another may be for another device. The live one is
+    checked once it is there."""
+    prints = {fingerprint_node(node) for node in definitions}
+    if target.fingerprints and not prints & target.fingerprints:
+        found = ", ".join(sorted(prints))
+        return f"{target.attribute} is a version that this patch does not know ({found})"
+    reasons = [
+        parameter_misfit(node, target.signature) or _unused(node, target.uses)
+        for node in definitions
+    ]
+    return f"{target.attribute}: {reasons[0]}" if all(reasons) else ""
+
+
+def _unused(node: ast.AST, uses: Sequence[str]) -> str:
+    """Which of the dotted names the definition does not use; empty where it uses all of them."""
+    used = {
+        ast.unparse(each) for each in ast.walk(node) if isinstance(each, (ast.Name, ast.Attribute))
+    }
+    missing = [name for name in uses if name not in used]
+    return f"its code does not use {', '.join(missing)}" if missing else ""
+
+
 def parameter_misfit(node: ast.AST, signature: Sequence[str]) -> str:
     """What a definition lacks of a target's ``signature``; empty where it has all of it."""
     arguments = getattr(node, "args", None)
-    if arguments is None:
+    if not signature or arguments is None:
         return "it is no function, and has no parameters" if signature else ""
-    positional = [each.arg for each in [*arguments.posonlyargs, *arguments.args]]
-    return _lacking(positional, [each.arg for each in arguments.kwonlyargs], signature)
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
+    defaults += arguments.kw_defaults
+    texts = ["" if default is None else "=" + ast.unparse(default) for default in defaults]
+    names = [each.arg for each in [*positional, *arguments.kwonlyargs]]
+    more = [
+        f"{star}{each.arg}"
+        for star, each in (("*", arguments.vararg), ("**", arguments.kwarg))
+        if each
+    ]
+    return _lacking(dict(zip(names, texts)), len(positional), more, signature)
 
 
 def live_parameter_misfit(function: Any, signature: Sequence[str]) -> str:
@@ -156,21 +211,40 @@ def live_parameter_misfit(function: Any, signature: Sequence[str]) -> str:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return "it tells no parameters"
-    keyword = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return _lacking([each.name for each in parameters if each.kind in kinds], keyword, signature)
+    positional = [each for each in parameters if each.kind in kinds]
+    keyword = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    more = [stars[each.kind] + each.name for each in parameters if each.kind in stars]
+    found = {
+        each.name: "" if each.default is each.empty else f"={each.default!r}"
+        for each in [*positional, *keyword]
+    }
+    return _lacking(found, len(positional), more, signature)
 
 
-def _lacking(positional: List[str], keyword: List[str], signature: Sequence[str]) -> str:
-    wanted = list(signature)
-    split = wanted.index("*") if "*" in wanted else len(wanted)
-    first, anywhere = wanted[:split], wanted[split + 1 :]
-    if positional[:split] != first:
-        return (
-            f"its first parameters are ({', '.join(positional[:split])}), not ({', '.join(first)})"
-        )
-    missing = [name for name in anywhere if name not in positional + keyword]
-    return f"it has no parameter {', '.join(missing)}" if missing else ""
+def _lacking(
+    found: Dict[str, str], positional: int, more: List[str], signature: Sequence[str]
+) -> str:
+    """found: parameter -> its default as ``=text``, or empty; those that can be given by position come
+    first. more: ``*args``, ``**kwargs``."""
+    names = list(found)
+    split = signature.index("*") if "*" in signature else len(signature)
+    first, anywhere = signature[:split], signature[split + 1 :]
+    if names[: min(split, positional)] != [each.partition("=")[0] for each in first]:
+        there = ", ".join(names[: min(split, positional)])
+        return f"its first parameters are ({there}), not ({', '.join(first)})"
+    missing = [each for each in anywhere if each.partition("=")[0] not in names]
+    if missing:
+        return f"it has no parameter {', '.join(missing)}"
+    others = names[split:] + more
+    if "*" not in signature and others:
+        return f"it has other parameters too: {', '.join(others)}"
+    for each in [*first, *anywhere]:
+        name, equals, default = each.partition("=")
+        if equals and found[name] != f"={default}":
+            return f"the default of {name} is {found[name][1:] or 'none'}, not {default}"
+    return ""
 
 
 def _find_imports(path: Path, module: str, name: str) -> Iterator[Tuple[str, str]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Dict, FrozenSet, Tuple
 
-SUPPORTED_UPSTREAM = ("2026.10.7", "2026.10.9")
+SUPPORTED_UPSTREAM = ("2026.10.6", "2026.10.7", "2026.10.8", "2026.10.9")
 
 
 @dataclass(frozen = True)
@@ -26,9 +26,12 @@ class Target:
         itself. Empty where it calls stock (then ``signature`` and ``names`` say what it counts on, and
         releases that only edit the body keep the patch), or where it checks the stock object itself (a
         table of templates has no AST).
-    signature: parameters that stock has to have. Those before ``"*"`` are its first ones, in this order;
-        those after it can stand anywhere: ``("model", "labels", "*", "n_items")``.
+    signature: parameters that stock has to have, ``"name"`` or ``"name=default"``: these and no others, in
+        this order. A ``"*"`` stands for others that a replacement hands on; those named after it can
+        stand anywhere: ``("model", "labels", "*", "n_items")``.
     names: what the replacement uses of stock's module, ``"name"``, or of another, ``"package.module:name"``.
+    uses: dotted names that stock's code has to use, as ``"torch.compile"``, for a replacement that changes
+        what they do while stock runs.
     wired_in: the fork's file that is edited; by default the file of ``attribute``'s module. Needed for
         names of unsloth_zoo, which a patch to Unsloth cannot edit.
     import_after: the line of that file that the decorator's import follows; by default the import that sorts
@@ -45,6 +48,7 @@ class Target:
     import_after: str = ""
     signature: Tuple[str, ...] = ()
     names: Tuple[str, ...] = ()
+    uses: Tuple[str, ...] = ()
 
     @property
     def module(self) -> str:
@@ -183,8 +187,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.chat_templates:get_chat_template",
                 replacement = "tool_calls.checks:check_tool_calls",
-                # 2026.10.9, .7
-                fingerprints = frozenset(["6964c9950024548e", "a2da57caf2ff94fa"]),
+                signature = ("*", "tokenizer", "chat_template"),
             ),
         ),
         modules = ("tool_calls/checks.py", "tool_calls/messages.py", "tool_calls/results.py"),
@@ -365,8 +368,10 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models._utils:unsloth_fused_ce_loss",
                 replacement = "fused_cross_entropy:on_linear_cross_entropy",
-                # Defined in unsloth_zoo: 2026.10.9, .7
-                fingerprints = frozenset(["f90bc40b4e42a1c5", "0cd37c91e1fc3d12"]),
+                # Defined in unsloth_zoo: 2026.10.9 to .6, the same loss in all
+                fingerprints = frozenset(
+                    "f90bc40b4e42a1c5 2f6ef353c3b8c337 0cd37c91e1fc3d12 bfeca6162b0c40c0".split()
+                ),
             ),
         ),
         modules = ("fused_cross_entropy.py",),
@@ -403,29 +408,37 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.kernels.cross_entropy_loss:fast_cross_entropy_loss",
                 replacement = "fused_loss:dense_loss_with_model_options",
-                fingerprints = frozenset(["b4d8f61f843d5e8b"]),
+                signature = ("logits", "labels", "*"),
             ),
             Target(
                 attribute = "unsloth.models._utils:unsloth_fused_ce_loss",
                 replacement = "fused_loss:fused_loss_with_model_options",
-                # Defined in unsloth_zoo: 2026.10.9, .7
-                fingerprints = frozenset(["f90bc40b4e42a1c5", "0cd37c91e1fc3d12"]),
+                signature = (
+                    "trainer",
+                    "hidden_states",
+                    "lm_head_weight",
+                    "lm_head_bias",
+                    "labels",
+                    "*",
+                    "shift_labels",
+                ),
             ),
             Target(
                 attribute = "unsloth.models._utils:_unsloth_pre_compute_loss",
                 replacement = "fused_loss:label_smoothing_in_the_model",
-                fingerprints = frozenset(["05294ddb7f2090b2"]),
+                signature = ("self", "model", "inputs", "*"),
             ),
             Target(
                 attribute = "unsloth.models.llama:CausalLM_fast_forward",
                 replacement = "fused_loss:forward_factory_with_loss_options",
-                # 2026.10.9, .7
-                fingerprints = frozenset(["ac27fd88bb3571f3", "ef8af568e4292650"]),
+                signature = ("fast_forward_inference",),
+                uses = ("unsloth_fused_ce_loss", "fast_cross_entropy_loss"),
             ),
             Target(
                 attribute = "unsloth.models.mistral:MistralForCausalLM_fast_forward",
                 replacement = "fused_loss:forward_with_loss_options",
-                fingerprints = frozenset(["30e41e06b2a4262d"]),
+                signature = ("self", "*", "labels"),
+                uses = ("unsloth_fused_ce_loss", "fast_cross_entropy_loss"),
             ),
         ),
         modules = ("fused_loss.py",),
@@ -447,9 +460,9 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth_zoo.cpu.loader:patch_chunked_causal_lm_loss",
                 replacement = "fused_loss_cpu:cpu_forward_with_loss_options",
-                fingerprints = frozenset(["e47d01b3f480695a"]),
                 wired_in = "unsloth/_cpu_init.py",
                 optional = True,
+                signature = ("model",),
             ),
         ),
         modules = ("fused_loss_cpu.py",),
@@ -501,8 +514,8 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models._block_compile:_wrap",
                 replacement = "models.checkpoint_shared_graph:share_graph_between_checkpoint_runs",
-                # 2026.10.9, .7
-                fingerprints = frozenset({"dbf509ead6fcfe32", "1a15d9c39b96959f"}),
+                signature = ("cls", "compile_options", "*"),
+                uses = ("torch.compile", "cls.forward"),
             ),
         ),
         modules = ("models/checkpoint_shared_graph.py", "models/compile_wrapping.py"),
@@ -534,6 +547,7 @@ PATCHES: Tuple[Patch, ...] = (
         modules = ("kernels/lora_mlp_recompute.py", "models/checkpoint_recompute.py"),
         tests = {"tests/test_checkpoint_recompute.py": "interpreter"},
         requires = ("test-backends", "checkpoint-shared-graph"),
+        since = "2026.10.7",
     ),
     Patch(
         name = "lora-products",
@@ -558,7 +572,7 @@ PATCHES: Tuple[Patch, ...] = (
         modules = ("kernels/lora_products.py", "kernels/lora_functions.py"),
         tests = {"tests/test_lora_products.py": "interpreter"},
         requires = ("test-backends", "checkpoint-shared-graph", "checkpoint-recompute"),
-        since = "2026.10.9",
+        since = "2026.10.8",
     ),
     Patch(
         name = "fsdp2-param-init",
@@ -582,7 +596,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models.fsdp2_load:sharded_load_env",
                 replacement = "models.fsdp2_sharded_4bit:shard_4bit_loads",
-                fingerprints = frozenset({"ee87d3d93a2efb32"}),
+                signature = ("loader",),
             ),
             Target(
                 attribute = "unsloth.models.fsdp2_load:begin_shard",
@@ -592,7 +606,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models.fsdp2_load:finish_shard",
                 replacement = "models.fsdp2_sharded_wrap:install_4bit_shards",
-                fingerprints = frozenset({"43ac82533b55e12c"}),
+                signature = ("model", "pending"),
             ),
             Target(
                 attribute = "unsloth._cpu_init:FastLanguageModel.from_pretrained",
@@ -617,17 +631,19 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models.fsdp2_save:_gather_full",
                 replacement = "models.fsdp2_sharded_save:gather_with_scales",
-                fingerprints = frozenset({"241be9beacc7af51"}),
+                signature = ("param", "DTensor"),
             ),
             Target(
                 attribute = "unsloth.models.fsdp2_save:fsdp2_gathered",
                 replacement = "models.fsdp2_sharded_save:restore_sharded_states",
-                fingerprints = frozenset({"64625703a0a5ffac"}),
+                signature = ("model", "*", "offload_4bit"),
+                uses = ("_gather_full",),
             ),
             Target(
                 attribute = "unsloth.models.fsdp2_native:native_full_state_dict",
                 replacement = "models.fsdp2_sharded_save:gather_4bit_on_host",
-                fingerprints = frozenset({"e56be29fbb410847"}),
+                signature = ("model", "trainable_only=False", "cpu_offload=True"),
+                names = ("unsloth.models.fsdp2_save:fsdp2_gathered",),
             ),
         ),
         modules = ("models/fsdp2_sharded_save.py",),
@@ -642,7 +658,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models.fsdp2_load:sharded_load_env",
                 replacement = "models.fsdp2_load_choice:shard_where_whole_does_not_fit",
-                fingerprints = frozenset({"ee87d3d93a2efb32"}),
+                signature = ("loader",),
             ),
         ),
         modules = (
@@ -675,12 +691,13 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models.fsdp2_native:shard_model",
                 replacement = "models.fsdp2_offload_apply:offload_what_does_not_fit",
-                fingerprints = frozenset({"91e99b737fc53ea5"}),
+                signature = ("model", "config=None"),
+                names = ("find_shard_units",),
             ),
             Target(
                 attribute = "unsloth.models.fsdp2_native:native_fsdp2_trainer_setup",
                 replacement = "models.fsdp2_offload_apply:explain_out_of_memory",
-                fingerprints = frozenset({"b803af7aea71b62a"}),
+                signature = ("trainer=None", "*", "phase", "training_args"),
             ),
         ),
         modules = ("models/fsdp2_offload_apply.py",),
@@ -696,19 +713,25 @@ PATCHES: Tuple[Patch, ...] = (
                 attribute = "unsloth.kernels.utils:get_lora_parameters",
                 replacement = "kernels.lora_scale_inputs:scales_from_graph_inputs",
                 import_after = "from .nvfp4 import NVFP4QuantState, nvfp4_dequantize, nvfp4_linear",
-                fingerprints = frozenset({"a6b2704a01310d5d"}),
+                # 2026.10.9, .8
+                fingerprints = frozenset({"a6b2704a01310d5d", "c7924cdcd011d0f1"}),
             ),
             # No fingerprint: the function is called as it is.
             Target(
                 attribute = "unsloth.models.llama:_legacy_block_compile",
                 replacement = "models.compile_lora_scales:share_graph_between_lora_scales",
                 import_after = "from ._utils import embedding_applies_scale",
+                signature = ("model",),
+                names = (
+                    "unsloth.models._block_compile:_MARK",
+                    "unsloth.models._block_compile:_layers",
+                ),
             ),
         ),
         modules = ("kernels/lora_scale_inputs.py", "models/compile_lora_scales.py"),
         tests = {"tests/test_compile_lora_scales.py": "interpreter"},
         requires = ("test-backends",),
-        since = "2026.10.9",
+        since = "2026.10.8",
     ),
     Patch(
         name = "compile-rope-tables",
@@ -718,13 +741,12 @@ PATCHES: Tuple[Patch, ...] = (
                 attribute = "unsloth.models._block_compile:_mark_seq_dynamic",
                 replacement = "models.compile_rope_tables:without_rope_tables",
                 import_after = "beside",
-                fingerprints = frozenset({"97cfd424baf498ba"}),
+                signature = ("seq_len", "obj"),
             ),
         ),
         modules = ("models/compile_rope_tables.py",),
         tests = {"tests/test_compile_rope_tables.py": "interpreter"},
         requires = ("test-backends",),
-        since = "2026.10.9",
     ),
     Patch(
         name = "packed-attention",
@@ -733,7 +755,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.utils.packing:get_packed_info_from_kwargs",
                 replacement = "utils.packed_attention:prepared_packed_rows",
-                fingerprints = frozenset({"e5ace2c4f3b413db"}),
+                signature = ("kwargs", "device", "position_ids=None"),
             ),
             Target(
                 attribute = "unsloth.utils.attention_dispatch:_run_attention",
@@ -744,6 +766,11 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models.llama:FastLlamaModel.patch_peft_model",
                 replacement = "utils.packed_attention:compile_packed_rows",
+                signature = ("model", "*"),
+                names = (
+                    "unsloth.models._block_compile:_MARK",
+                    "unsloth.models._block_compile:_layers",
+                ),
             ),
         ),
         modules = ("utils/packed_attention.py",),
@@ -764,7 +791,6 @@ PATCHES: Tuple[Patch, ...] = (
         modules = ("kernels/swiglu_backward.py",),
         tests = {"tests/test_swiglu_backward.py": "interpreter"},
         requires = ("test-backends",),
-        since = "2026.10.9",
     ),
     Patch(
         name = "compile-workers",
@@ -774,16 +800,17 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models.loader:FastLanguageModel.from_pretrained",
                 replacement = "models.compile_workers:start_compile_workers_early",
+                signature = ("*", "fast_inference"),
             ),
             Target(
                 attribute = "unsloth.models.loader:FastModel.from_pretrained",
                 replacement = "models.compile_workers:start_compile_workers_early",
+                signature = ("*", "fast_inference"),
             ),
         ),
         modules = ("models/compile_workers.py",),
         tests = {"tests/test_compile_workers.py": "interpreter"},
         requires = ("test-backends",),
-        since = "2026.10.9",
     ),
     Patch(
         name = "tool-call-reload",
@@ -825,13 +852,12 @@ PATCHES: Tuple[Patch, ...] = (
                 attribute = "unsloth.models._block_compile:patch_block_compile",
                 replacement = "models.compile_cache:load_compile_cache_first",
                 import_after = "beside",
-                fingerprints = frozenset({"cbe892e347d670cf"}),
+                signature = ("model",),
             ),
         ),
         modules = ("models/compile_cache.py",),
         tests = {"tests/test_compile_cache.py": "cpu"},
         requires = ("compile-cache-files",),
-        since = "2026.10.9",
     ),
     Patch(
         name = "compile-events",
@@ -849,18 +875,18 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models._block_compile:_wrap",
                 replacement = "models.compile_modes:enforce_full_graphs",
-                fingerprints = frozenset({"dbf509ead6fcfe32", "1a15d9c39b96959f"}),
+                signature = ("cls", "*"),
+                uses = ("torch.compile", "cls.forward", "forward._unsloth_block_original"),
             ),
             Target(
                 attribute = "unsloth.trainer:_backwards_compatible_trainer",
                 replacement = "models.compile_strict:require_full_graphs",
-                fingerprints = frozenset({"cbc126cbc4a01683", "f543f55889f17d6c"}),
+                signature = ("trainer_class", "config_class"),
             ),
         ),
         modules = ("models/compile_modes.py", "models/compile_strict.py"),
         tests = {"tests/test_compile_strict.py": "interpreter"},
         requires = ("compile-events", "checkpoint-shared-graph"),
-        since = "2026.10.9",
     ),
     Patch(
         name = "compile-report",
@@ -869,7 +895,6 @@ PATCHES: Tuple[Patch, ...] = (
         modules = ("models/compile_report.py", "models/compile_table.py"),
         tests = {"tests/test_compile_report.py": "interpreter"},
         requires = ("compile-strict",),
-        since = "2026.10.9",
     ),
     Patch(
         name = "compile-report-trainer",
@@ -878,13 +903,12 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.trainer:_backwards_compatible_trainer",
                 replacement = "models.compile_callback:report_compilation",
-                fingerprints = frozenset({"cbc126cbc4a01683", "f543f55889f17d6c"}),
+                signature = ("trainer_class", "config_class"),
             ),
         ),
         modules = ("models/compile_callback.py",),
         tests = {"tests/test_compile_report_trainer.py": "interpreter"},
         requires = ("compile-report",),
-        since = "2026.10.9",
     ),
     Patch(
         name = "step-graphs-capture",
@@ -898,7 +922,6 @@ PATCHES: Tuple[Patch, ...] = (
         shared = ("graph_tape.py", "small_models.py"),
         tests = {"tests/test_step_graphs_capture.py": "interpreter"},
         requires = ("test-backends",),
-        since = "2026.10.9",
     ),
     Patch(
         name = "step-graphs",

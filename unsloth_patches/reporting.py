@@ -123,6 +123,8 @@ def _outlook(record: Record) -> Tuple[str, str, List[str]]:
     if not installed():
         return OFF, _UNDONE, []
     missing, waiting = _missing(record)
+    if record.patch.targets and not waiting:
+        return PENDING, missing[0], []
     waiting = waiting or watched_modules(record.patch)
     if on_cpu_backend() and not serves_cpu(record.patch):
         return PENDING, FOR_GPUS, [f"Unsloth's CPU backend has not imported {', '.join(waiting)}"]

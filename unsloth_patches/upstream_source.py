@@ -8,7 +8,6 @@ stand in modules that nobody has imported yet.
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib.machinery
 import re
@@ -16,13 +15,7 @@ import sys
 from pathlib import Path
 from typing import List, Optional, Set
 
-from .fingerprints import (
-    binds,
-    find_definitions,
-    fingerprint_module,
-    fingerprint_node,
-    parameter_misfit,
-)
+from . import fingerprints, private_names
 from .registry import Patch, Target
 
 
@@ -37,7 +30,9 @@ def _package_folder(root: str) -> Optional[Path]:
     return Path(list(locations)[0]) if locations else None
 
 
-def _source_file(module: str) -> Optional[Path]:
+@functools.lru_cache(maxsize = None)
+def source_file(module: str) -> Optional[Path]:
+    """Where a module of any package lies, found without importing it."""
     root, _, rest = module.partition(".")
     folder = _package_folder(root)
     if folder is None:
@@ -49,7 +44,7 @@ def _source_file(module: str) -> Optional[Path]:
 
 def has_module(module: str) -> bool:
     """The installed Unsloth has this module, as a file or as a package."""
-    return _source_file(module) is not None
+    return source_file(module) is not None
 
 
 def is_upstreamed(patch: Patch) -> bool:
@@ -59,13 +54,13 @@ def is_upstreamed(patch: Patch) -> bool:
 
 def upstream_fingerprints(target: Target) -> Set[str]:
     """Fingerprints of a target's definitions in the installed Unsloth, read without importing it."""
-    return fingerprint_module(target.module, target.name, _source_file)
+    return fingerprints.fingerprint_module(target.module, target.name, source_file)
 
 
 @functools.lru_cache(maxsize = None)
 def is_absent(target: Target) -> bool:
     """This Unsloth's sources have no such module, or it binds no such name."""
-    return not binds(target.module, target.name, _source_file)
+    return not fingerprints.binds(target.module, target.name, source_file)
 
 
 def on_cpu_backend() -> bool:
@@ -77,37 +72,13 @@ def on_cpu_backend() -> bool:
 @functools.lru_cache(maxsize = None)
 def target_misfit(target: Target) -> str:
     """Why a target cannot be replaced, judged by the source alone; empty where it can."""
-    if not has_module(target.module):
-        return "" if target.optional else f"this Unsloth has no module {target.module}"
-    if target.fingerprints or target.signature:
-        found = find_definitions(target.module, target.name, _source_file)
-        if not found:
-            return "" if target.optional else f"{target.attribute} is not defined in this Unsloth"
-        reason = _unknown_code(target, found)
-        if reason:
-            return reason
-    for place in target.names:
-        module, _, name = place.rpartition(":")
-        if not binds(module or target.module, name, _source_file):
-            return f"{module or target.module} has no {name}, which the patch relies on"
-    return ""
-
-
-def _unknown_code(target: Target, definitions: List[ast.AST]) -> str:
-    """One definition that is known is enough: another may be for another device. The live one is
-    checked once it is there."""
-    prints = {fingerprint_node(node) for node in definitions}
-    if target.fingerprints and not prints & target.fingerprints:
-        found = ", ".join(sorted(prints))
-        return f"{target.attribute} is a version that this patch does not know ({found})"
-    reasons = [parameter_misfit(node, target.signature) for node in definitions]
-    return f"{target.attribute}: {reasons[0]}" if all(reasons) else ""
+    return fingerprints.target_misfit(target, source_file)
 
 
 @functools.lru_cache(maxsize = None)
 def _release() -> str:
     """This Unsloth's version, read from its source; empty where it does not say."""
-    source = _source_file("unsloth._version")
+    source = source_file("unsloth._version")
     text = source.read_text(encoding = "utf-8") if source else ""
     found = re.search(r'^__version__ = "([0-9.]+)"', text, re.MULTILINE)
     return found[1] if found else ""
@@ -120,14 +91,17 @@ def _numbers(version: str) -> List[int]:
 def patch_misfit(patch: Patch) -> str:
     """Why a patch cannot go in whole, judged by the sources alone; empty where it can."""
     if patch.since and _release() and _numbers(_release()) < _numbers(patch.since):
-        return f"made for Unsloth {patch.since} and newer; this is {_release()}"
+        return (
+            f"not in this release: made for Unsloth {patch.since} and newer, this is {_release()}"
+        )
     for module in map("unsloth.{}".format, patch.dotted_modules):
         if has_module(module):
             return f"this Unsloth has a module of its own at {module}"
-    return next(filter(None, map(target_misfit, patch.targets)), "")
+    reason = next(filter(None, map(target_misfit, patch.targets)), "")
+    return reason or private_names.why_skipped(patch.name, source_file)
 
 
 def forget() -> None:
     """Look again: another Unsloth may be first on the path by now."""
-    for cache in (_package_folder, _release, is_absent, target_misfit):
+    for cache in (_package_folder, source_file, _release, is_absent, target_misfit):
         cache.cache_clear()

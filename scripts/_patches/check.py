@@ -133,24 +133,10 @@ def stale_fingerprints(project: Project) -> List[str]:
 
 
 def stale_target(project: Project, target: Any, unsloth: Any, zoo: Any) -> str:
-    """Why a target does not fit a release, or an empty string."""
-    release = zoo if target.module.split(".")[0] == "unsloth_zoo" else unsloth
-    path = release.module_path(target.module) if release else None
-    if path is None:
-        return "" if target.optional else f"{target.module} is not there"
-    if not target.fingerprints:
-        head = target.name.split(".")[0]
-        text = (release.root / path).read_text(encoding = "utf-8")
-        return "" if target.optional or head in text else f"{path} has no {head}"
+    """Why a target does not fit a release, or an empty string: what the import form says, too."""
     try:
-        found = project.fingerprints(target, unsloth, zoo)
+        return project.target_misfit(target, unsloth, zoo)
     except SyntaxError as error:
         raise PatchesError(
-            f"{path} does not parse on this Python: {error}", "use Python 3.10 or newer"
+            f"{target.module} does not parse on this Python: {error}", "use Python 3.10 or newer"
         )
-    if found & target.fingerprints or not found and target.optional:
-        return ""
-    return (
-        f"{target.attribute} has fingerprint {', '.join(sorted(found)) or 'none: it is not defined'}, "
-        f"the registry accepts {', '.join(sorted(target.fingerprints))}"
-    )

@@ -31,7 +31,7 @@ class Project:
         self.patches: Tuple[Any, ...] = registry.PATCHES
         self.supported: Tuple[str, ...] = registry.SUPPORTED_UPSTREAM
         fingerprints = _load(root / "unsloth_patches" / "fingerprints.py")
-        self.fingerprint_module: Callable[..., Set[str]] = fingerprints.fingerprint_module
+        self._fingerprints = fingerprints
 
     def pinned_unsloth(self) -> Release:
         pins = read_pins(self.pin_file)
@@ -85,13 +85,23 @@ class Project:
 
     def fingerprints(self, target: Any, unsloth: Release, zoo: Optional[Release]) -> Set[str]:
         """Fingerprints of a target's definitions in a release; empty where it defines none."""
+        find_file = _finder(unsloth, zoo)
+        return self._fingerprints.fingerprint_module(target.module, target.name, find_file)
 
-        def find_file(module: str) -> Optional[Path]:
-            release = {"unsloth": unsloth, "unsloth_zoo": zoo}.get(module.split(".")[0])
-            path = release.module_path(module) if release else None
-            return release.root / path if release and path else None
+    def target_misfit(self, target: Any, unsloth: Release, zoo: Optional[Release]) -> str:
+        """Why a target cannot be replaced in a release; empty where it can."""
+        return self._fingerprints.target_misfit(target, _finder(unsloth, zoo))
 
-        return self.fingerprint_module(target.module, target.name, find_file)
+
+def _finder(unsloth: Release, zoo: Optional[Release]) -> Callable[[str], Optional[Path]]:
+    """Module -> its file in one of the two releases."""
+
+    def find_file(module: str) -> Optional[Path]:
+        release = {"unsloth": unsloth, "unsloth_zoo": zoo}.get(module.split(".")[0])
+        path = release.module_path(module) if release else None
+        return release.root / path if release and path else None
+
+    return find_file
 
 
 def read_text(path: Path) -> str:

@@ -7,22 +7,23 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 from . import PatchesError
 from .build import build_base, build_patches, commit_patch
 from .check import stale_target, syntax_errors
 from .git import Git, said
 from .project import Project
-from .upstream import Release, get_release, read_pins
+from .upstream import Release, get_release, numbers, read_pins, zoo_version
 
-CLEAN, MERGED, REWIRED, STALE, NEWER = "clean", "merged", "rewired", "stale", "not for it"
+CLEAN, MERGED, REWIRED, STALE = "clean", "merged", "rewired", "stale"
+NEWER = "not in this release"
 
 
 @dataclass
 class Outcome:
     """How one patch fares: clean, merged (git moved hunks), rewired (it fits, but by edits made anew, so that
-    it has to be exported for this release), stale, or not for it (the release is older than what the
+    it has to be exported for this release), stale, or not in this release (which is older than what the
     patch builds on); ``notes`` say where."""
 
     name: str
@@ -30,20 +31,30 @@ class Outcome:
     notes: List[str] = field(default_factory = list)
 
 
-def rebase(project: Project, version: str, scratch: Path) -> List[Outcome]:
-    """Every patch of the series on ``version``, each on top of those that applied before it."""
+def rebase(
+    project: Project,
+    version: str,
+    scratch: Path,
+    keep: Optional[Path] = None,
+) -> List[Outcome]:
+    """Every patch of the series on ``version``, each on top of those that applied before it.
+
+    keep: a folder for the patches as they apply there.
+    """
     unsloth = get_release("unsloth", version)
-    zoo = get_release("unsloth_zoo", version) if project.needs_zoo() else None
+    zoo = get_release("unsloth_zoo", zoo_version(unsloth)) if project.needs_zoo() else None
     git = _with_both_bases(project, unsloth, scratch / "rebase")
     outcomes: Dict[str, Outcome] = {}
     for patch in project.patches:
         outcome = outcomes[patch.name] = Outcome(patch.name)
-        if patch.since and _numbers(version) < _numbers(patch.since):
+        if patch.since and numbers(version) < numbers(patch.since):
             outcome.state, outcome.notes = NEWER, [f"made for {patch.since} and newer"]
             continue
         lost = [name for name in patch.requires if outcomes[name].state in (STALE, NEWER)]
         if lost:
-            outcome.state, outcome.notes = STALE, [f"needs {', '.join(lost)}, which is not in"]
+            states = {outcomes[name].state for name in lost}
+            outcome.state = STALE if STALE in states else NEWER
+            outcome.notes = [f"needs {', '.join(lost)}, which is not in"]
             continue
         absent = _absent_optional_files(patch, project.pinned_unsloth(), unsloth)
         outcome.notes = [
@@ -54,23 +65,21 @@ def rebase(project: Project, version: str, scratch: Path) -> List[Outcome]:
         if any(reasons):
             outcome.state = STALE
             outcome.notes += filter(None, reasons)
+        if keep is not None and outcome.state != STALE:
+            (keep / project.patch_file(patch).name).write_bytes(git.format_patch())
     broken = list(syntax_errors(git.folder, []))
     return [*outcomes.values(), *([Outcome("compile", STALE, broken)] if broken else [])]
-
-
-def _numbers(version: str) -> List[int]:
-    return [int(part) for part in re.findall(r"\d+", version)]
 
 
 def new_pins(version: str, scratch: Path) -> dict:
     """Pins for ``version``, from its wheels: an installed package does not tell its wheel's sha256."""
     unsloth = get_release("unsloth", version, installed = False)
-    zoo = get_release("unsloth_zoo", version, installed = False)
+    zoo = get_release("unsloth_zoo", zoo_version(unsloth), installed = False)
     return {
         "version": version,
         "wheel_sha256": unsloth.wheel_sha256,
         "tree": build_base(unsloth, scratch / "pin").tree(),
-        "zoo_version": version,
+        "zoo_version": zoo.version,
         "zoo_wheel_sha256": zoo.wheel_sha256,
     }
 

@@ -20,7 +20,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 from . import ROOT, PatchesError
 
@@ -101,6 +101,32 @@ def get_release(
     return found
 
 
+def newest_version(package: str) -> str:
+    """The newest release that pip's index has for this Python."""
+    command = [sys.executable, "-m", "pip", "index", "versions", package]
+    done = subprocess.run([*command, "--disable-pip-version-check"], capture_output = True, text = True)
+    found = re.search(rf"^{package} \(([0-9.a-z]+)\)", done.stdout, re.MULTILINE)
+    if done.returncode or not found:
+        raise PatchesError(
+            f"pip does not say which {package} is the newest:\n{(done.stderr or done.stdout).strip()}",
+            "check the network and pip's index, or name the release",
+        )
+    return found[1]
+
+
+def zoo_version(release: Release) -> str:
+    """The unsloth_zoo that belongs to a release of unsloth: the oldest that its metadata allows, which
+    is the one that came out with it. Their numbers are often, but not always, the same."""
+    path = release.root / f"{release.package}-{release.version}.dist-info" / "METADATA"
+    text = path.read_text(encoding = "utf-8") if path.is_file() else ""
+    found = re.findall(r"(?mi)^Requires-Dist: unsloth[-_]zoo *[(]?>=([0-9.]+[0-9])", text)
+    return max(found, key = numbers) if found else release.version
+
+
+def numbers(version: str) -> List[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
+
+
 def _verified(root: Path, package: str, version: str) -> Optional[Release]:
     """The release below ``root`` if every file of it has the hash that RECORD states, else None."""
     record = root / f"{package}-{version}.dist-info" / "RECORD"
@@ -137,7 +163,7 @@ def _download(package: str, version: str, wheel_sha256: str, folder: Path) -> No
             )
         unpacked = Path(temporary) / "unpacked"
         with zipfile.ZipFile(wheel) as archive:
-            wanted = re.compile(rf"{package}/|[^/]+\.dist-info/RECORD$")
+            wanted = re.compile(rf"{package}/|[^/]+\.dist-info/(RECORD|METADATA)$")
             archive.extractall(
                 unpacked, [name for name in archive.namelist() if wanted.match(name)]
             )

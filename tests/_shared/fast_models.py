@@ -194,7 +194,8 @@ def unsloth_modules():
     if DEVICE == "cpu":
         for module in (fast_lora, sys.modules["unsloth.kernels.utils"]):
             patch.setattr(module, "fast_dequantize", _dequantize)
-        patch.setattr(attention_dispatch, "_varlen_attn_call", _eager_varlen)
+        # Not in releases before 2026.10.9.
+        patch.setattr(attention_dispatch, "_varlen_attn_call", _eager_varlen, raising = False)
         _stand_in_for_flash(patch)
         for name in ("_torch_varlen_takes", "_torch_varlen_beats_segments"):
             patch.setattr(attention_dispatch, name, lambda *arguments: True)

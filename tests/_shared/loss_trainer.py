@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backend import GPU
+from torch.utils.data import SequentialSampler
+
+_ORDER = "train_sampling_strategy"  # transformers 5 and newer; before, the sampler is replaced
 
 
 def default_data_collator(rows):
@@ -97,7 +100,7 @@ def train(
         save_strategy = "no",
         max_length = 32,
         dataset_kwargs = {"skip_prepare_dataset": True},
-        train_sampling_strategy = "sequential",
+        **({_ORDER: "sequential"} if _ORDER in SFTConfig.__dataclass_fields__ else {}),
         bf16 = GPU,
         **config,
     )
@@ -109,6 +112,8 @@ def train(
         args = settings,
         data_collator = collator,
     )
+    if _ORDER not in SFTConfig.__dataclass_fields__:
+        trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer
 

@@ -13,12 +13,14 @@ import torch
 from toy_project import ROOT
 
 from unsloth_patches import doctor
+from unsloth_patches.private_names import PRIVATE_NAMES
 from unsloth_patches.registry import PATCHES, SUPPORTED_UPSTREAM
 from unsloth_patches.reporting import PatchStatus
 from unsloth_patches.settings import SWITCHES
 
 NEWEST = SUPPORTED_UPSTREAM[-1]
-VERSIONS = {**dict.fromkeys(doctor.NEEDED, "1.0"), "unsloth": NEWEST, "unsloth_zoo": NEWEST}
+VERSIONS = {package: doctor.tested_range(package)[1] or "1.0" for package in doctor.NEEDED}
+VERSIONS.update(unsloth = NEWEST, unsloth_zoo = NEWEST)
 
 
 @pytest.fixture
@@ -27,6 +29,7 @@ def machine(monkeypatch):
     versions = dict(VERSIONS)
     monkeypatch.setattr(doctor, "_version", lambda package: versions.get(package, ""))
     monkeypatch.setattr(doctor, "status", lambda: [])
+    monkeypatch.setattr(doctor, "missing", lambda find_file, on_gpu: [])
     others = ("UNSLOTH_PATCHES_DISABLE", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "CC")
     for variable in (*SWITCHES, *others):
         monkeypatch.delenv(variable, raising = False)
@@ -84,6 +87,35 @@ def test_package_missing(machine, package):
     del machine[package]
     remedy = found(package, "problem").remedy
     assert f"pip install {package}" in remedy and doctor.NEEDED[package] in remedy
+
+
+@pytest.mark.parametrize("version, near", [("2.1.0", 0), ("9.0", 1)])
+def test_package_outside_of_what_was_tested(machine, version, near):
+    """Older than all, or newer: the pip line names the nearest tested version."""
+    machine["torch"] = version
+    oldest_and_newest = doctor.tested_range("torch")
+    remedy = found("torch", "note").remedy
+    assert f"pip install 'torch=={oldest_and_newest[near]}'" in remedy
+    assert all(tested in remedy for tested in oldest_and_newest)
+
+
+def test_a_local_build_or_patch_release_of_a_tested_version(machine):
+    newest = doctor.tested_range("torch")[1]
+    for version in (newest + "+cpu", newest.rpartition(".")[0] + ".99"):
+        machine["torch"] = version
+        found("torch", "ok")
+
+
+def test_what_was_tested_is_told(machine):
+    text = found("tested", "ok").found
+    assert all(word in text for word in ("2026-", "Python 3.11", "torch ", "trl ", NEWEST))
+
+
+def test_an_absent_private_name_is_told(machine, monkeypatch):
+    gone = PRIVATE_NAMES[-1]._replace(place = "torch.nowhere:x", without = "goes without")
+    monkeypatch.setattr(doctor, "missing", lambda find_file, on_gpu: [gone])
+    finding = found(", ".join(gone.patches), "note")
+    assert finding.found == "this torch has no torch.nowhere.x" and "goes without" in finding.remedy
 
 
 def test_torch_does_not_import(machine, monkeypatch):

@@ -81,8 +81,9 @@ UTILS = """
 @pytest.mark.parametrize(
     "relies, reason",
     [
-        ("signature = ('x',)", ""),
+        ("signature = ('x', '*')", ""),
         ("signature = ('x', 'mode', '*', 'scale')", ""),
+        ("""signature = ('x', "mode='a'", '*', 'scale=1')""", ""),
         ("signature = ('*', 'scale', 'mode')", ""),
         ("names = ('LIMIT', 'TABLE', 'unsloth.user:use')", ""),
         ("signature = ('mode', 'x')", "its first parameters are (x, mode), not (mode, x)"),
@@ -90,6 +91,8 @@ UTILS = """
             "signature = ('x', 'mode', 'scale')",
             "its first parameters are (x, mode), not (x, mode, scale)",
         ),
+        ("signature = ('x', 'mode')", "it has other parameters too: scale"),
+        ("""signature = ('x', "mode='b'", '*')""", "the default of mode is 'a', not 'b'"),
         ("signature = ('x', '*', 'scale', 'bias')", "it has no parameter bias"),
         (
             "names = ('LIMIT', 'SIZE')",
@@ -128,7 +131,7 @@ def test_a_signature_holds_for_the_live_function_too(fake):
             unsloth_patches.undo()
             import unsloth.kernels.utils as utils
             utils.fast = theirs = {theirs}
-            relies = dict(signature = ("x",))
+            relies = dict(signature = ("x", "*"))
             catalogue(Patch("p", "t", (T("unsloth.kernels.utils:fast", "replace_fast", **relies),)))
             unsloth_patches.install()
             assert states() == {{"p": "skipped"}} and utils.fast is theirs, reasons()
@@ -340,7 +343,9 @@ def test_an_older_release_is_refused_by_a_patch_for_a_newer_one(fake):
         catalogue(since("new", "2026.10.1"), since("same", "2026.9.30"), since("old", "2026.9.4"))
         import unsloth
         assert states() == {"new": "skipped", "same": "applied", "old": "applied"}
-        assert reasons()["new"] == "made for Unsloth 2026.10.1 and newer; this is 2026.9.30"
+        assert reasons()["new"] == (
+            "not in this release: made for Unsloth 2026.10.1 and newer, this is 2026.9.30"
+        )
         """,
         fake,
     )

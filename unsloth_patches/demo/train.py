@@ -137,6 +137,12 @@ def bucket(
     return ordered
 
 
+def _in_order(config: type) -> Dict[str, str]:
+    """The setting for rows in the data set's order; transformers before 5 has none."""
+    name = "train_sampling_strategy"
+    return {name: "sequential"} if name in config.__dataclass_fields__ else {}
+
+
 def make_trainer(
     model, tokenizer, rows: Sequence[str], out: Path, recipe: Recipe, seed: int, on_step
 ):
@@ -145,6 +151,7 @@ def make_trainer(
     on_step: called after each optimizer step as ``on_step(step, loss)``.
     """
     from datasets import Dataset, disable_progress_bars
+    from torch.utils.data import SequentialSampler
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
     from unsloth.chat_templates import train_on_responses_only
@@ -193,7 +200,7 @@ def make_trainer(
             optim = "adamw_torch" if recipe.from_scratch else "adamw_8bit",
             bf16 = False if _in_float32(recipe) else None,
             logging_steps = 1,
-            train_sampling_strategy = "sequential",  # the order is bucket()'s
+            **_in_order(SFTConfig),  # the order is bucket()'s
             save_strategy = "no",
             report_to = "none",
             disable_tqdm = True,
@@ -202,6 +209,8 @@ def make_trainer(
         callbacks = [Report()],
         optimizers = (optimizer, None),
     )
+    if not _in_order(SFTConfig):
+        trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
     # TRL has cast the 4-bit model's adapter to bfloat16, where small updates are lost: keep
     # Unsloth's choice.
     for parameter, dtype in zip(trained, dtypes):
