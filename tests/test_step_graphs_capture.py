@@ -20,9 +20,9 @@ def test_buckets_waste_little():
     for length in range(1, 9000):
         bucket = bucket_length(length)
         assert bucket >= length and bucket_length(bucket) == bucket
-        assert bucket - length < 64 if length <= 512 else bucket - length <= 0.12 * length
+        assert bucket - length < 128 if length <= 512 else bucket - length <= 0.12 * length
     assert all(bucket_length(2**n) == 2**n for n in range(6, 14))
-    assert len({bucket_length(n) for n in range(1, 2049)}) < 32
+    assert len({bucket_length(n) for n in range(1, 2049)}) <= 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -126,6 +126,16 @@ def _take_turns(workers: Dict[str, Worker], chosen: dict, stretch: int, runs: di
                 workers[form].go()
                 runs[form] = workers[form].wait() or runs.get(form, {})
         print(f"{case}: {told['steps']} steps of each form", flush = True)
+    for case in chosen if _has_gpu() else ():
+        for form, worker in workers.items():
+            worker.go()
+            runs[form] = worker.wait()
+        print(f"{case}: profiled", flush = True)
+
+
+def _has_gpu() -> bool:
+    import torch
+    return torch.cuda.is_available()
 
 
 def compare_case(runs: Dict[str, dict], case: str) -> dict:
@@ -144,6 +154,7 @@ def compare_case(runs: Dict[str, dict], case: str) -> dict:
             "first_step_seconds": found["first_step"],
             "peak_mib": found["peak_mib"],
             "reserved_mib": found["reserved_mib"],
+            **_busy(found.get("busy"), each / step["median"]),
             "losses": found["losses"],
             "graphs": found["graphs"],
         }
@@ -154,6 +165,14 @@ def compare_case(runs: Dict[str, dict], case: str) -> dict:
         pairs = zip(stock["losses"], mine["losses"])
         mine["largest_difference"] = max(abs(b - a) / abs(a) for a, b in pairs)
     return result
+
+
+def _busy(found: Optional[dict], tokens_per_second: float) -> dict:
+    """How fast the GPU's own time would let the case be, and the share of a step in which it works."""
+    if not found or not found["busy_seconds"]:
+        return {}
+    limit = found["tokens"] / found["busy_seconds"]
+    return {"gpu_limit_tokens_per_second": limit, "gpu_busy_share": tokens_per_second / limit}
 
 
 def show(payload: dict) -> None:
@@ -170,11 +189,12 @@ def show(payload: dict) -> None:
                     f"{found['first_step_seconds']:.1f}",
                     f"{found['peak_mib']:.0f}",
                     f"{found['graphs'].get('share', 0):.0%}",
+                    f"{found.get('gpu_busy_share', 0):.0%}",
                 ]
             rows.append(row)
     columns = ["case", "form", "last loss", "from stock's"]
     if len(rows[0]) > len(columns):
-        columns += ["step ms", "tokens/s", "speedup", "first step s", "peak MiB", "replayed"]
+        columns += ["step ms", "tokens/s", "speedup", "first step s", "peak MiB", "replayed", "busy"]
     harness.print_table(f"{payload['title']}, QLoRA rank 16, short sequences", columns, rows)
 
 
@@ -195,6 +215,9 @@ def plot(payloads: List[dict], path: Path) -> None:
                 places = sorted(measured)
                 values = [measured[n][form]["tokens_per_second"] for n in places]
                 axes.plot(places, values, marker = "o", color = harness.COLORS[color], label = form)
+            places = [n for n in sorted(measured) if "gpu_busy_share" in measured[n]["graphs"]]
+            limit = [measured[n]["graphs"]["gpu_limit_tokens_per_second"] for n in places]
+            axes.plot(places, limit, linestyle = ":", color = "gray", label = "GPU busy all the time")
             axes.set_xscale("log", base = 2)
             axes.set_ylim(bottom = 0)
             axes.set_xlabel("median length, tokens")

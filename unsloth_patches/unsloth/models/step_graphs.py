@@ -39,6 +39,7 @@ __all__ = ["replay_decoder_blocks", "summary"]
 VARIABLE, DEFAULT = "UNSLOTH_STEP_GRAPHS", "0"
 MAX_BUCKETS = 64
 MAX_TOKENS = 16384  # a micro-batch beyond that keeps the GPU busy by itself
+BORROWED, BORROWS = 1.5, 4  # a length waits in a graph up to so much longer, until seen so often
 MAX_PADDING = 2.5  # of a packed row: tokens of the bucket for each real one
 POOL_SHARE = 0.25  # of the GPU's memory that was free before the first capture
 KEPT_BYTES, KEPT_SHARE = 128 << 20, 0.08  # activations kept: that much, and of what is allocated
@@ -201,6 +202,11 @@ class Stack:
             if change:
                 self.drop(change)
                 return self._bucket_for(hidden, kwargs)
+            if self.seen[key] < BORROWS:
+                longer = self._longer(key)
+                longer_layout = longer and _lay_out(hidden, kwargs, longer[1])[1]
+                if longer_layout:
+                    return "", self.buckets[longer], longer_layout
             if self.seen[key] < 2:
                 return "a length's first batch", None, None
             bucket = self._capture(key, hidden, kwargs, layout)
@@ -209,6 +215,19 @@ class Stack:
             return "", bucket, layout
         self.buckets.move_to_end(key)
         return "", bucket, layout
+
+    def _longer(self, key: tuple) -> Optional[tuple]:
+        """A captured bucket that differs by a somewhat greater length alone: it costs the GPU less
+        than the host would need for the blocks, or to capture one more length."""
+        return min(
+            (
+                k
+                for k in self.buckets
+                if k[0] == key[0] and key[1] < k[1] <= BORROWED * key[1] and k[2:] == key[2:]
+            ),
+            default = None,
+            key = lambda k: k[1],
+        )
 
     def _stale_or_blocked(self) -> str:
         if self.state is not None:
@@ -315,8 +334,8 @@ def _unknown_argument(kwargs: dict) -> str:
     return ""
 
 
-def _lay_out(hidden: torch.Tensor, kwargs: dict) -> Tuple[str, Any]:
-    """('', layout), or (reason, None)."""
+def _lay_out(hidden: torch.Tensor, kwargs: dict, longer: int = 0) -> Tuple[str, Any]:
+    """('', layout), or (reason, None). longer: the length of a row, if not the next of the grid."""
     batch, tokens = hidden.shape[:2]
     lengths, rope = kwargs.get("packed_seq_lengths"), kwargs.get("position_embeddings")
     longest, documents = tokens, ()
@@ -325,7 +344,7 @@ def _lay_out(hidden: torch.Tensor, kwargs: dict) -> Tuple[str, Any]:
         if not documents:
             return "packed lengths that are not those of one row", None
         longest = max(documents)
-    bucket = bucket_length(longest)
+    bucket = longer or bucket_length(longest)
     if rope:  # beyond its tables a block would make larger ones
         bucket = min(bucket, rope[0].shape[0])
     if bucket < longest:

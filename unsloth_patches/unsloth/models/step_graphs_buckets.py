@@ -17,22 +17,22 @@ import torch
 
 __all__ = ["PaddedRows", "SeparatedDocuments", "bucket_length", "documents_of"]
 
-SHORT, SHORT_STEP = 512, 64
+SHORT = 512
 WASTE = 0.12  # of a row's tokens at most, beyond SHORT
-_grid: List[int] = list(range(SHORT_STEP, SHORT + 1, SHORT_STEP))
+STEP = 16
+_grid: List[int] = [64, 128, 192, 256, 384, SHORT]
 
 
 def bucket_length(length: int) -> int:
     """The smallest length of the grid that holds ``length`` tokens.
 
-    Steps are 64 up to 512, beyond that the largest power of two that wastes no more than WASTE and
-    keeps powers of two in the grid.
+    Beyond 512 each is the longest multiple of STEP that wastes no more than WASTE, or the power of two
+    before that. Shorter rows leave even less for the GPU to do, and have fewer lengths.
     """
     while _grid[-1] < length:
-        step = 1 << (int(WASTE * (_grid[-1] + 1)).bit_length() - 1)
-        while _grid[-1] % step:
-            step //= 2
-        _grid.append(_grid[-1] + step)
+        last = _grid[-1]
+        longest = int((1 + WASTE) * (last + 1)) // STEP * STEP
+        _grid.append(min(longest, 1 << last.bit_length()))
     return _grid[bisect.bisect_left(_grid, length)]
 
 
