@@ -19,7 +19,7 @@ from . import harness
 from .train_turns import Turns
 from .train_worker import RANK, Gpu, _trainable, restore
 
-PROFILED = 3  # steps of which the GPU's own time is taken
+PROFILED, PROFILED_FORM = 3, "graphs"  # steps of which the GPU's own time is taken
 PATHS = {"default": {}, "padded": {"padding_free": False}, "packing": {"packing": True}}
 
 
@@ -131,7 +131,9 @@ def busy_share(model, tokenizer, job: dict, case: dict, gpu: Gpu) -> dict:
     profile = torch.profiler.profile(activities = [torch.profiler.ProfilerActivity.CUDA])
     trainer = trainer_for(model, tokenizer, job, case, Profile())
     trainer.train()
-    counts = [e["num_tokens"] for e in trainer.state.log_history if "num_tokens" in e and "loss" in e]
+    counts = [
+        e["num_tokens"] for e in trainer.state.log_history if "num_tokens" in e and "loss" in e
+    ]
     tokens = counts[-1] - counts[-1 - PROFILED]
     return {"busy_seconds": _busy_seconds(profile), "tokens": tokens, "steps": PROFILED}
 
@@ -193,7 +195,8 @@ def run(job: dict, turns: Turns) -> dict:
         restore(model, adapters)
         turns.wait(found)
         found["cases"][name] = train(model, tokenizer, job, case, gpu, turns)
-    for name, case in job["cases"].items() if gpu.cuda else ():  # last: a profiler may leave traces
+    profiled = job["cases"] if gpu.cuda and job["form"] == PROFILED_FORM else {}
+    for name, case in profiled.items():  # last: a profiler may leave traces
         turns.wait(found)
         case = {**case, "steps": 2 * PROFILED}
         found["cases"][name]["busy"] = busy_share(model, tokenizer, job, case, gpu)

@@ -9,6 +9,7 @@ finds another there replays its forward pass first, from the input that autograd
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
@@ -29,11 +30,16 @@ class CudaRecorder:
         self.stream = torch.cuda.Stream(device)
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool = self.handle, stream = self.stream, capture_error_mode = "thread_local"
-        ):
-            function()
+        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+        gc.disable()  # what a collection frees, other graphs say, may call what no capture allows
+        try:
+            with torch.cuda.graph(
+                graph, pool = self.handle, stream = self.stream, capture_error_mode = "thread_local"
+            ):
+                function()
+        finally:
+            if collects:
+                gc.enable()
         return graph.replay
 
     def memory(self) -> Tuple[int, int]:
