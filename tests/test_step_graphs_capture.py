@@ -129,3 +129,30 @@ def test_buckets_of_a_pool_share_their_buffers(blocks):
         for ours, reference in zip(found, [expected[1], *expected[2]]):
             assert (ours is None) == (reference is None)
             assert ours is None or torch.allclose(ours, reference, rtol = 1e-4, atol = 1e-4)
+
+
+def test_a_block_of_each_kind_warms_up(blocks, monkeypatch):
+    from unsloth.models.step_graphs_blocks import BlockRuns
+
+    ran, forward = [], Block.forward
+    monkeypatch.setattr(
+        Block, "forward", lambda self, *a, **k: (ran.append(self), forward(self, *a, **k))[1]
+    )
+    blocks[1].frozen.requires_grad_(True)
+    BlockRuns(list(blocks), {"scale": 0.5}, (0, 0, 0), True).warm_up(torch.ones(2, 8, device = DEVICE))
+    assert {id(x) for x in ran} == {id(blocks[1]), id(blocks[2])}
+    assert len(ran) == 4 and all(p.grad is None for p in blocks.parameters())
+
+
+def test_parameters_are_back_after_a_capture_that_fails(blocks):
+    from unsloth.models.step_graphs_blocks import own_leaves
+
+    before = dict(blocks.named_parameters())
+    blocks[0].A.mark = "kept"
+    with pytest.raises(ValueError), own_leaves(blocks):
+        for name, parameter in blocks.named_parameters():
+            assert (parameter is before[name]) != before[name].requires_grad
+            assert parameter.data_ptr() == before[name].data_ptr()
+        assert blocks[0].A.mark == "kept"
+        raise ValueError
+    assert all(p is before[name] for name, p in blocks.named_parameters())

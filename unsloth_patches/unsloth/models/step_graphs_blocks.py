@@ -114,13 +114,17 @@ class BlockRuns:
             del x, y, found
         return grad, [g for layer in reversed(grads) for g in layer]
 
-    def warm_up(self, hidden: torch.Tensor) -> None:
-        """One block of each kind forward, and backward as a kept block and as one that runs again."""
+    def warm_up(self, hidden: torch.Tensor) -> torch.Tensor:
+        """One block of each kind forward, and backward as it will be; returns the last one's output."""
         kinds = {(_kind(x), keep): n for n, (x, keep) in enumerate(zip(self.layers, self.keep))}
         for number in kinds.values():
             one = BlockRuns([self.layers[number]], self.arguments, [self.keep[number]], True)
             one._forwards = [self._forwards[number]]
-            one.backward(torch.zeros_like(one.forward(hidden)))
+            output = one.forward(hidden)
+            one.backward(torch.zeros_like(output))
+            if number == len(self.layers) - 1:  # the last of its kind
+                last = output
+        return last
 
     def activation_bytes(self, like: torch.Tensor, recorder: Any) -> int:
         """Bytes that one block keeps, its output among them."""

@@ -168,7 +168,9 @@ class Bucket:
         self.backward: Callable[[], None] = self._backward
 
     def _forward(self) -> None:
-        output = self._runs.forward(self.input)
+        self._tell(self._runs.forward(self.input))
+
+    def _tell(self, output: torch.Tensor) -> None:
         if self.output is None:
             self.output = self.pool.buffer("output", output.shape, output.dtype, output.device)
         self.output.copy_(output)
@@ -196,7 +198,7 @@ class Bucket:
         The whole stack once; at other lengths a block of each kind says all there is to know.
         """
         if self._compiled in self.pool.warmed:
-            self._runs.warm_up(self.input)
+            self._tell(self._runs.warm_up(self.input))  # the buffer must not be the graph's
         else:
             self._forward()
             self._backward()
