@@ -99,7 +99,8 @@ def test_blocks_by_hand_are_autograds(blocks, keep, wants_input):
     assert all(p.grad is None for p in blocks.parameters())
 
 
-def test_buckets_of_a_pool_share_their_buffers(blocks):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_buckets_of_a_pool_share_their_buffers(blocks, compiled):
     """A small bucket, a large one, and the small one's pending pass again."""
     from unsloth.models.step_graphs_buckets import PaddedRows
     from unsloth.models.step_graphs_capture import Bucket, Pool, make_recorder, replay_blocks
@@ -110,7 +111,7 @@ def test_buckets_of_a_pool_share_their_buffers(blocks):
     inputs, buckets, layouts = [], [], []
     for length in (8, 16):
         x = torch.randn(2, length - 3, 8, device = DEVICE, requires_grad = True)
-        bucket = Bucket(pool, list(blocks), (2, length, 8), {"scale": 0.5}, x, False)
+        bucket = Bucket(pool, list(blocks), (2, length, 8), {"scale": 0.5}, x, False, compiled)
         assert bucket.capture()
         inputs.append(x)
         buckets.append(bucket)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -80,7 +80,7 @@ class Pool:
         self.budget = share * recorder.memory()[1]
         self.owner: Optional[object] = None  # the forward pass whose activations are there
         self.bytes = 0
-        self.warmed: Set[bool] = set()  # whether compiled blocks ran whole, whether others did
+        self.warmed = False  # whether uncompiled blocks ran, all of them
         self._buffers: Dict[tuple, torch.Tensor] = {}
         self._gradients: Dict[tuple, "_Gradients"] = {}
 
@@ -195,14 +195,15 @@ class Bucket:
     def _warm_up(self) -> None:
         """Runs uncaptured, so that everything is compiled and tuned.
 
-        The whole stack once; at other lengths a block of each kind says all there is to know.
+        Of uncompiled blocks, once all have run, one of each kind says all about another length.
+        Compiled ones have guards of their own, so they all run.
         """
-        if self._compiled in self.pool.warmed:
+        if self.pool.warmed and not self._compiled:
             self._tell(self._runs.warm_up(self.input))  # the buffer must not be the graph's
         else:
             self._forward()
             self._backward()
-            self.pool.warmed.add(self._compiled)
+            self.pool.warmed = self.pool.warmed or not self._compiled
 
     def capture(self, bound: Optional[float] = None) -> bool:
         """Runs uncaptured, then captures both passes.
