@@ -126,7 +126,9 @@ def _take_turns(workers: Dict[str, Worker], chosen: dict, stretch: int, runs: di
             for form in list(workers) if number % 2 == 0 else reversed(workers):
                 workers[form].go()
                 runs[form] = workers[form].wait() or runs.get(form, {})
-        print(f"{case}: {told['steps']} steps of each form", flush = True)
+        medians = {f: x["step_seconds"]["median"] for f, x in compare_case(runs, case).items()}
+        found = ", ".join(f"{form} {seconds * 1e3:.0f} ms" for form, seconds in medians.items())
+        print(f"{case}: {told['steps']} steps of each form; {found}", flush = True)  # if it is cut
     for case in chosen if _has_gpu() else ():
         workers[PROFILED_FORM].go()
         runs[PROFILED_FORM] = workers[PROFILED_FORM].wait()
