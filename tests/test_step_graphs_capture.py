@@ -140,7 +140,9 @@ def test_a_block_of_each_kind_warms_up(blocks, monkeypatch):
         Block, "forward", lambda self, *a, **k: (ran.append(self), forward(self, *a, **k))[1]
     )
     blocks[1].frozen.requires_grad_(True)
-    BlockRuns(list(blocks), {"scale": 0.5}, (0, 0, 0), True).warm_up(torch.ones(2, 8, device = DEVICE))
+    BlockRuns(list(blocks), {"scale": 0.5}, (0, 0, 0), True).warm_up(
+        torch.ones(2, 8, device = DEVICE)
+    )
     assert {id(x) for x in ran} == {id(blocks[1]), id(blocks[2])}
     assert len(ran) == 4 and all(p.grad is None for p in blocks.parameters())
 

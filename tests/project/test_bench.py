@@ -197,7 +197,11 @@ def test_the_gpus_own_time_is_the_union_of_its_kernels():
 def test_compare_steps():
     """The first stretch, which compiles and captures, does not count; nor does a stretch's first step."""
 
-    def run(seconds, loss, busy = None):
+    def run(
+        seconds,
+        loss,
+        busy = None,
+    ):
         found = {
             "stretches": [[9.0, 9.0], [9.0, seconds, seconds]], "tokens": [1000, 2000, 3000],
             "first_step": 8.0, "peak_mib": 1.0, "reserved_mib": 2.0, "losses": [loss], "graphs": {},
