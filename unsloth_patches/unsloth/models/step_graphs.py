@@ -200,6 +200,7 @@ class Stack:
                 longer = self._longer(key)
                 longer_layout = longer and lay_out(hidden, kwargs, longer[1])[1]
                 if longer_layout:
+                    self.buckets.move_to_end(longer)
                     return "", self.buckets[longer], longer_layout
             if self.seen[key] < 2:
                 return "a length's first batch", None, None
