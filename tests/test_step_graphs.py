@@ -291,6 +291,46 @@ def test_hooks_on_parameters_and_autograd_grad_see_every_gradient(llama):
     assert parameter.grad is None and summary(llama)["changes"] == {}
 
 
+def test_a_hook_on_a_parameter_runs_once_a_gradient_while_a_length_is_captured(llama):
+    name, parameter = next((n, p) for n, p in llama.named_parameters() if p.requires_grad)
+    calls = []
+    handle = parameter.register_hook(lambda grad: (calls.append(1), 2 * grad)[1])
+    for seed in range(4):
+        inputs = batch(2, 40, seed)
+        ours = step(llama, inputs)
+        assert len(calls) == 1
+        close(ours, plain(llama, inputs))
+        calls.clear()
+    handle.remove()
+    assert summary(llama)["replayed"] == 3 and llama.get_parameter(name) is parameter
+
+
+@pytest.mark.parametrize("pending", ["ordinary", "replayed"])
+def test_a_length_is_captured_while_an_earlier_loss_is_alive(llama, pending):
+    """``loss`` of a loop's last round is there until it is assigned again, and so is its graph."""
+    captured(llama)
+    step(llama, batch(2, 100))
+    found = {}
+    for value in ("1", "0"):
+        with graphs(value):
+            first = forward(llama, batch(2, 150 if pending == "ordinary" else 40, 1))
+            second = forward(llama, batch(2, 100, 2))
+            (first + second).backward()
+            found[value] = (second.detach(), gradients(llama))
+            llama.zero_grad()
+    close(found["1"], found["0"])
+    assert summary(llama)["captures"] == 2 and "capture failed" not in str(reasons(llama))
+
+
+def test_a_length_waits_in_a_graph_that_is_a_little_longer(llama):
+    """Until it has been seen so often that one of its own repays."""
+    for length in (130, 130, 100, 100, 100, 100, 70):
+        inputs = batch(2, length, length)
+        close(step(llama, inputs), plain(llama, inputs))
+    found = summary(llama)
+    assert found["replayed"] == 6 and found["buckets"] == [(2, 192), (2, 128)]
+
+
 def test_a_forward_pass_whose_backward_pass_never_comes(llama):
     captured(llama)
     forward(llama, batch(2, 40, 4))

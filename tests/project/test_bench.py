@@ -22,6 +22,8 @@ from unsloth_patches.bench import (
     fsdp2_launch,
     fsdp2_worker,
     harness,
+    steps,
+    steps_worker,
     train,
     train_profile,
     train_turns,
@@ -173,6 +175,50 @@ def test_breakdown_ends_with_idle_time():
     assert found["patched"]["idle"] == pytest.approx(5.0)
     runs = dict.fromkeys(runs, measured_run(steps, [1.0]))
     assert train.breakdowns({"shares": shares, "runs": runs}) == {}
+
+
+# ------------------------------------------------------------------------------- short sequences
+
+
+def test_the_gpus_own_time_is_the_union_of_its_kernels():
+    from torch.autograd import DeviceType
+
+    def event(device, start, duration):
+        return types.SimpleNamespace(
+            device_type = lambda: device, start_ns = lambda: start, duration_ns = lambda: duration
+        )
+
+    gpu, cpu = DeviceType.CUDA, DeviceType.CPU
+    events = [event(gpu, 50, 10), event(gpu, 0, 30), event(gpu, 10, 5), event(cpu, 0, 99)]
+    events.append(event(gpu, 25, 15))
+    results = types.SimpleNamespace(events = lambda: events)
+    profile = types.SimpleNamespace(profiler = types.SimpleNamespace(kineto_results = results))
+    assert steps_worker._busy_seconds(profile) == pytest.approx(50e-9)
+
+
+def test_compare_steps():
+    """The first stretch, which compiles and captures, does not count; nor does a stretch's first step."""
+
+    def run(
+        seconds,
+        loss,
+        busy = None,
+    ):
+        found = {
+            "stretches": [[9.0, 9.0], [9.0, seconds, seconds]], "tokens": [1000, 2000, 3000],
+            "first_step": 8.0, "peak_mib": 1.0, "reserved_mib": 2.0, "losses": [loss], "graphs": {},
+        }  # fmt: skip
+        return {"cases": {"default": {**found, **({"busy": busy} if busy else {})}}}
+
+    busy = {"busy_seconds": 0.3, "tokens": 3000, "steps": 3}
+    runs = {"stock": run(1.0, 2.0), "patched": run(0.5, 2.0), "graphs": run(0.2, 2.002, busy)}
+    found = steps.compare_case(runs, "default")
+    assert [found[form]["speedup"] for form in steps.FORMS] == pytest.approx([1.0, 2.0, 5.0])
+    assert found["graphs"]["tokens_per_second"] == pytest.approx(5000)
+    assert found["graphs"]["largest_difference"] == pytest.approx(1e-3)
+    assert found["graphs"]["gpu_limit_tokens_per_second"] == pytest.approx(10000)
+    assert found["graphs"]["gpu_busy_share"] == pytest.approx(0.5)
+    assert "gpu_busy_share" not in found["stock"]
 
 
 # ------------------------------------------------------------------------------- turns

@@ -18,6 +18,7 @@ from typing import Dict, List, Optional
 
 from . import harness
 from .fsdp2_checkpoint import fast_folder, make_checkpoint
+from .steps_worker import PROFILED_FORM
 from .train import MODELS as TRAINED
 from .train import Model, slug, start
 from .train_turns import alternate, own_caches, set_off, working
@@ -90,7 +91,16 @@ def compare(name: str, model: Model, quick: bool) -> dict:
             set_off(workers)
             for case, told in cases(quick).items():
                 alternate(workers, told["steps"], 2 if quick else STRETCH, runs)
-                print(f"{case}: {told['steps']} steps of each form", flush = True)
+                medians = {
+                    form: measured["step_seconds"]["median"]
+                    for form, measured in compare_case(runs, case).items()
+                }
+                found = ", ".join(f"{form} {each * 1e3:.0f} ms" for form, each in medians.items())
+                print(f"{case}: {told['steps']} steps of each form; {found}", flush = True)
+            for case in cases(quick) if _has_gpu() else ():
+                workers[PROFILED_FORM].go()
+                runs[PROFILED_FORM] = workers[PROFILED_FORM].wait()
+                print(f"{case}: profiled", flush = True)
     complete = [
         c for c in cases(quick) if all(c in runs.get(f, {}).get("cases", {}) for f in FORMS)
     ]
@@ -98,6 +108,11 @@ def compare(name: str, model: Model, quick: bool) -> dict:
         raise RuntimeError("bench steps: stopped before anything was measured")
     compared = {case: compare_case(runs, case) for case in complete}
     return {"model": name, "title": model.title, "cases": compared, "runs": runs}
+
+
+def _has_gpu() -> bool:
+    import torch
+    return torch.cuda.is_available()
 
 
 def compare_case(runs: Dict[str, dict], case: str) -> dict:
@@ -116,6 +131,7 @@ def compare_case(runs: Dict[str, dict], case: str) -> dict:
             "first_step_seconds": found["first_step"],
             "peak_mib": found["peak_mib"],
             "reserved_mib": found["reserved_mib"],
+            **_busy(found.get("busy"), each / step["median"]),
             "losses": found["losses"],
             "graphs": found["graphs"],
         }
@@ -126,6 +142,14 @@ def compare_case(runs: Dict[str, dict], case: str) -> dict:
         pairs = zip(stock["losses"], mine["losses"])
         mine["largest_difference"] = max(abs(b - a) / abs(a) for a, b in pairs)
     return result
+
+
+def _busy(found: Optional[dict], tokens_per_second: float) -> dict:
+    """How fast the GPU's own time would let the case be, and the share of a step in which it works."""
+    if not found or not found["busy_seconds"]:
+        return {}
+    limit = found["tokens"] / found["busy_seconds"]
+    return {"gpu_limit_tokens_per_second": limit, "gpu_busy_share": tokens_per_second / limit}
 
 
 def show(payload: dict) -> None:
@@ -142,11 +166,20 @@ def show(payload: dict) -> None:
                     f"{found['first_step_seconds']:.1f}",
                     f"{found['peak_mib']:.0f}",
                     f"{found['graphs'].get('share', 0):.0%}",
+                    f"{found.get('gpu_busy_share', 0):.0%}",
                 ]
             rows.append(row)
     columns = ["case", "form", "last loss", "from stock's"]
     if len(rows[0]) > len(columns):
-        columns += ["step ms", "tokens/s", "speedup", "first step s", "peak MiB", "replayed"]
+        columns += [
+            "step ms",
+            "tokens/s",
+            "speedup",
+            "first step s",
+            "peak MiB",
+            "replayed",
+            "busy",
+        ]
     harness.print_table(f"{payload['title']}, QLoRA rank 16, short sequences", columns, rows)
 
 
@@ -167,6 +200,9 @@ def plot(payloads: List[dict], path: Path) -> None:
                 places = sorted(measured)
                 values = [measured[n][form]["tokens_per_second"] for n in places]
                 axes.plot(places, values, marker = "o", color = harness.COLORS[color], label = form)
+            places = [n for n in sorted(measured) if "gpu_busy_share" in measured[n]["graphs"]]
+            limit = [measured[n]["graphs"]["gpu_limit_tokens_per_second"] for n in places]
+            axes.plot(places, limit, linestyle = ":", color = "gray", label = "GPU busy all the time")
             axes.set_xscale("log", base = 2)
             axes.set_ylim(bottom = 0)
             axes.set_xlabel("median length, tokens")

@@ -19,6 +19,7 @@ from . import harness
 from .train_turns import Turns
 from .train_worker import RANK, Gpu, _trainable, restore
 
+PROFILED, PROFILED_FORM = 3, "graphs"  # steps of which the GPU's own time is taken
 PATHS = {"default": {}, "padded": {"padding_free": False}, "packing": {"packing": True}}
 
 
@@ -95,6 +96,48 @@ def trainer_for(model, tokenizer, job: dict, case: dict, callback):
     )
 
 
+def _busy_seconds(profile) -> float:
+    """Seconds in which any kernel or copy ran on the GPU."""
+    from torch.autograd import DeviceType
+
+    spans = sorted(
+        (event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in profile.profiler.kineto_results.events()
+        if event.device_type() == DeviceType.CUDA
+    )
+    busy, end = 0, 0
+    for start, stop in spans:
+        busy += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return busy / 1e9
+
+
+def busy_share(model, tokenizer, job: dict, case: dict, gpu: Gpu) -> dict:
+    """The GPU's own time for a token, from a profile of few steps. Its waits for the host and the
+    profiler's cost to the host are no part of it, so tokens over it are what no host can exceed."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Profile(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            gpu.drain()
+            if state.global_step == case["steps"] - PROFILED:
+                profile.start()
+
+        def on_train_end(self, args, state, control, **kwargs):
+            gpu.drain()
+            profile.stop()
+
+    profile = torch.profiler.profile(activities = [torch.profiler.ProfilerActivity.CUDA])
+    trainer = trainer_for(model, tokenizer, job, case, Profile())
+    trainer.train()
+    counts = [
+        e["num_tokens"] for e in trainer.state.log_history if "num_tokens" in e and "loss" in e
+    ]
+    tokens = counts[-1] - counts[-1 - PROFILED]
+    return {"busy_seconds": _busy_seconds(profile), "tokens": tokens, "steps": PROFILED}
+
+
 def train(model, tokenizer, job: dict, case: dict, gpu: Gpu, turns: Turns) -> dict:
     """Losses, seconds of each step (the GPU's work included), tokens so far at each, peak memory."""
     from transformers import TrainerCallback
@@ -152,6 +195,11 @@ def run(job: dict, turns: Turns) -> dict:
         restore(model, adapters)
         turns.wait(found)
         found["cases"][name] = train(model, tokenizer, job, case, gpu, turns)
+    profiled = job["cases"] if gpu.cuda and job["form"] == PROFILED_FORM else {}
+    for name, case in profiled.items():  # last: a profiler may leave traces
+        turns.wait(found)
+        case = {**case, "steps": 2 * PROFILED}
+        found["cases"][name]["busy"] = busy_share(model, tokenizer, job, case, gpu)
     return found
 
 

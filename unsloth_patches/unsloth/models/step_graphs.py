@@ -24,13 +24,7 @@ from typing import Any, Callable, Dict, Optional, Tuple
 import torch
 
 from . import step_graphs_capture
-from .step_graphs_buckets import (
-    SHORT,
-    PaddedRows,
-    SeparatedDocuments,
-    bucket_length,
-    split_documents,
-)
+from .step_graphs_buckets import PaddedRows, lay_out, unknown_argument
 from .step_graphs_capture import Bucket, Pool, replay_blocks
 from .step_graphs_state import BlockState, global_hooks, why_not_capturable
 
@@ -39,16 +33,14 @@ __all__ = ["replay_decoder_blocks", "summary"]
 VARIABLE, DEFAULT = "UNSLOTH_STEP_GRAPHS", "0"
 MAX_BUCKETS = 64
 MAX_TOKENS = 16384  # a micro-batch beyond that keeps the GPU busy by itself
-MAX_PADDING = 2.5  # of a packed row: tokens of the bucket for each real one
+BORROWED, BORROWS = 1.5, 4  # a length waits in a graph up to so much longer, until seen so often
 POOL_SHARE = 0.25  # of the GPU's memory that was free before the first capture
 KEPT_BYTES, KEPT_SHARE = 128 << 20, 0.08  # activations kept: that much, and of what is allocated
 HOST_BOUND = 1.1  # GPU time over host time of an ordinary run, up to which replaying pays
-_IGNORED = ("num_items_in_batch", "n_items")  # arguments of a block that it does not read
 _PARAMETERS = (
     "input_ids causal_mask attention_mask position_ids past_key_values inputs_embeds use_cache "
     "output_attentions output_hidden_states return_dict"
 ).split()
-_KNOWN = ("causal_mask", "position_ids", "position_embeddings", "packed_seq_lengths")
 logger = logging.getLogger(__name__)
 _stacks: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 
@@ -182,14 +174,17 @@ class Stack:
 
     def _bucket_for(self, hidden: torch.Tensor, kwargs: dict) -> Tuple[str, Any, Any]:
         """('', bucket, layout), or (reason, None, None)."""
-        reason = self.off or self._stale_or_blocked() or _unknown_argument(kwargs)
+        reason = self.off or self._stale_or_blocked() or unknown_argument(kwargs)
         if reason:
             return reason, None, None
-        reason, layout = _lay_out(hidden, kwargs)
+        reason, layout = lay_out(hidden, kwargs)
         if reason:
             return reason, None, None
         if layout.rows * layout.bucket > self.limit:
             return self.limit_reason, None, None
+        if mode() == "1" and not isinstance(layout, PaddedRows):
+            # Replayed from the second batch on; compiling blocks for the first would not repay.
+            os.environ.setdefault("UNSLOTH_BLOCK_COMPILE_PACKED", "0")
         key = self._key(hidden, kwargs, layout)
         if key in self.refused:
             return self.refused[key], None, None
@@ -201,6 +196,12 @@ class Stack:
             if change:
                 self.drop(change)
                 return self._bucket_for(hidden, kwargs)
+            if self.seen[key] < BORROWS:
+                longer = self._longer(key)
+                longer_layout = longer and lay_out(hidden, kwargs, longer[1])[1]
+                if longer_layout:
+                    self.buckets.move_to_end(longer)
+                    return "", self.buckets[longer], longer_layout
             if self.seen[key] < 2:
                 return "a length's first batch", None, None
             bucket = self._capture(key, hidden, kwargs, layout)
@@ -209,6 +210,19 @@ class Stack:
             return "", bucket, layout
         self.buckets.move_to_end(key)
         return "", bucket, layout
+
+    def _longer(self, key: tuple) -> Optional[tuple]:
+        """A captured bucket that differs by a somewhat greater length alone: it costs the GPU less
+        than the host would need for the blocks, or to capture one more length."""
+        return min(
+            (
+                k
+                for k in self.buckets
+                if k[0] == key[0] and key[1] < k[1] <= BORROWED * key[1] and k[2:] == key[2:]
+            ),
+            default = None,
+            key = lambda k: k[1],
+        )
 
     def _stale_or_blocked(self) -> str:
         if self.state is not None:
@@ -302,43 +316,6 @@ class Stack:
         allocated, free = self.pool.recorder.memory()
         allowed = min(KEPT_BYTES + KEPT_SHARE * allocated, free / 4)
         bucket.keep_last(min(len(self.layers), int(allowed // each)))
-
-
-def _unknown_argument(kwargs: dict) -> str:
-    for name, value in kwargs.items():
-        if name in _IGNORED or name in _KNOWN or value is None or value is False:
-            continue
-        return "an attention mask" if name == "attention_mask" else f"the argument {name}"
-    mask = kwargs.get("causal_mask")
-    if mask is not None and type(mask).__name__ != "LowerTriangularMask":
-        return f"a {type(mask).__name__}"
-    return ""
-
-
-def _lay_out(hidden: torch.Tensor, kwargs: dict) -> Tuple[str, Any]:
-    """('', layout), or (reason, None)."""
-    batch, tokens = hidden.shape[:2]
-    lengths, rope = kwargs.get("packed_seq_lengths"), kwargs.get("position_embeddings")
-    longest, documents = tokens, ()
-    if lengths is not None:
-        documents = split_documents(lengths, tokens) if batch == 1 else None
-        if not documents:
-            return "packed lengths that are not those of one row", None
-        longest = max(documents)
-    bucket = bucket_length(longest)
-    if rope:  # beyond its tables a block would make larger ones
-        bucket = min(bucket, rope[0].shape[0])
-    if bucket < longest:
-        return "rows longer than the rope tables", None
-    padded = bucket * (len(documents) or batch)
-    if not documents:
-        return "", PaddedRows(batch, tokens, bucket)
-    if padded > MAX_PADDING * tokens and padded > 2 * SHORT:
-        return "packed documents of too different lengths", None
-    if mode() == "1" and padded <= MAX_TOKENS:
-        # Replayed from the second batch on; compiling blocks for the first would not repay.
-        os.environ.setdefault("UNSLOTH_BLOCK_COMPILE_PACKED", "0")
-    return "", SeparatedDocuments(documents, bucket, hidden.device)
 
 
 # --------------------------------------------------------------------------- the model's forward

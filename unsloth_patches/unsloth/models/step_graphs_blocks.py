@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
-__all__ = ["BlockRuns"]
+__all__ = ["BlockRuns", "own_leaves"]
 
 
 def _recompute_marker() -> Callable:
@@ -30,6 +30,33 @@ def _recompute_marker() -> Callable:
 def _uncompiled(layer: torch.nn.Module) -> Callable:
     forward = type(layer).forward
     return functools.partial(getattr(forward, "_unsloth_block_original", forward), layer)
+
+
+def _kind(layer: torch.nn.Module) -> tuple:
+    """What decides which kernels a block launches; blocks of one kind need one warm-up."""
+    parameters = tuple((n, p.dtype, p.shape, p.requires_grad) for n, p in layer.named_parameters())
+    modules = tuple((type(m), m.training) for m in layer.modules())
+    return modules, parameters, getattr(layer, "gradient_checkpointing", None)
+
+
+@contextlib.contextmanager
+def own_leaves(layers: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Trainable parameters are, meanwhile, others over the same memory, which autograd has not seen.
+
+    A parameter's hooks would run in the graph, and then again outside. And while somebody holds an
+    earlier loss, the parameter has a node on that pass's stream, which a capture must not wait for.
+    """
+    tables = [m._parameters for x in layers for m in x.modules()]
+    places = [(t, n, p) for t in tables for n, p in t.items() if p is not None and p.requires_grad]
+    leaves = {id(p): torch.nn.Parameter(p.detach()) for _, _, p in places}
+    try:
+        for table, name, parameter in places:
+            leaf = table[name] = leaves[id(parameter)]
+            leaf.__dict__.update(parameter.__dict__)
+        yield
+    finally:
+        for table, name, parameter in places:
+            table[name] = parameter
 
 
 class BlockRuns:
@@ -51,7 +78,6 @@ class BlockRuns:
         self.wants_input = wants_input
         # In a graph uncompiled blocks are nearly as fast, and cost no compilation of another form.
         self._forwards = [x.forward if compiled else _uncompiled(x) for x in layers]
-        self.parameters = [[p for p in x.parameters() if p.requires_grad] for x in layers]
         self._marker = _recompute_marker()
         self._saved: List[Tuple[torch.Tensor, Optional[torch.Tensor]]] = []
 
@@ -80,12 +106,25 @@ class BlockRuns:
             if y is None:
                 with self._marker():
                     y = self._run(number, x)
-            inputs = ([x] if x.requires_grad else []) + self.parameters[number]
+            trained = [p for p in self.layers[number].parameters() if p.requires_grad]
+            inputs = ([x] if x.requires_grad else []) + trained
             found = list(torch.autograd.grad(y, inputs, grad, allow_unused = True)) if inputs else []
             grad = found.pop(0) if x.requires_grad else None
             grads.append(found)
             del x, y, found
         return grad, [g for layer in reversed(grads) for g in layer]
+
+    def warm_up(self, hidden: torch.Tensor) -> torch.Tensor:
+        """One block of each kind forward, and backward as it will be; returns the last one's output."""
+        kinds = {(_kind(x), keep): n for n, (x, keep) in enumerate(zip(self.layers, self.keep))}
+        for number in kinds.values():
+            one = BlockRuns([self.layers[number]], self.arguments, [self.keep[number]], True)
+            one._forwards = [self._forwards[number]]
+            output = one.forward(hidden)
+            one.backward(torch.zeros_like(output))
+            if number == len(self.layers) - 1:  # the last of its kind
+                last = output
+        return last
 
     def activation_bytes(self, like: torch.Tensor, recorder: Any) -> int:
         """Bytes that one block keeps, its output among them."""

@@ -11,28 +11,38 @@ A packed row (packing, padding-free batches) is laid out as one row of the bucke
 from __future__ import annotations
 
 import bisect
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 
-__all__ = ["PaddedRows", "SeparatedDocuments", "bucket_length", "split_documents"]
+__all__ = [
+    "PaddedRows",
+    "SeparatedDocuments",
+    "bucket_length",
+    "split_documents",
+    "lay_out",
+    "unknown_argument",
+]
 
-SHORT, SHORT_STEP = 512, 64
+SHORT = 512
 WASTE = 0.12  # of a row's tokens at most, beyond SHORT
-_grid: List[int] = list(range(SHORT_STEP, SHORT + 1, SHORT_STEP))
+STEP = 16
+MAX_PADDING = 2.5  # of a packed row: tokens of the bucket for each real one
+_IGNORED = ("num_items_in_batch", "n_items")  # arguments of a block that it does not read
+_KNOWN = ("causal_mask", "position_ids", "position_embeddings", "packed_seq_lengths")
+_grid: List[int] = [64, 128, 192, 256, 384, SHORT]
 
 
 def bucket_length(length: int) -> int:
     """The smallest length of the grid that holds ``length`` tokens.
 
-    Steps are 64 up to 512, beyond that the largest power of two that wastes no more than WASTE and
-    keeps powers of two in the grid.
+    Beyond 512 each is the longest multiple of STEP that wastes no more than WASTE, or the power of two
+    before that. Shorter rows leave even less for the GPU to do, and have fewer lengths.
     """
     while _grid[-1] < length:
-        step = 1 << (int(WASTE * (_grid[-1] + 1)).bit_length() - 1)
-        while _grid[-1] % step:
-            step //= 2
-        _grid.append(_grid[-1] + step)
+        last = _grid[-1]
+        longest = int((1 + WASTE) * (last + 1)) // STEP * STEP
+        _grid.append(min(longest, 1 << last.bit_length()))
     return _grid[bisect.bisect_left(_grid, length)]
 
 
@@ -82,3 +92,41 @@ def split_documents(lengths: torch.Tensor, tokens: int) -> Optional[Tuple[int, .
     if rest < 0:
         return None
     return tuple(found + [rest] if rest else found)
+
+
+def unknown_argument(kwargs: dict) -> str:
+    for name, value in kwargs.items():
+        if name in _IGNORED or name in _KNOWN or value is None or value is False:
+            continue
+        return "an attention mask" if name == "attention_mask" else f"the argument {name}"
+    mask = kwargs.get("causal_mask")
+    if mask is not None and type(mask).__name__ != "LowerTriangularMask":
+        return f"a {type(mask).__name__}"
+    return ""
+
+
+def lay_out(
+    hidden: torch.Tensor,
+    kwargs: dict,
+    longer: int = 0,
+) -> Tuple[str, Any]:
+    """('', layout), or (reason, None). longer: the length of a row, if not the next of the grid."""
+    batch, tokens = hidden.shape[:2]
+    lengths, rope = kwargs.get("packed_seq_lengths"), kwargs.get("position_embeddings")
+    longest, documents = tokens, ()
+    if lengths is not None:
+        documents = split_documents(lengths, tokens) if batch == 1 else None
+        if not documents:
+            return "packed lengths that are not those of one row", None
+        longest = max(documents)
+    bucket = longer or bucket_length(longest)
+    if rope:  # beyond its tables a block would make larger ones
+        bucket = min(bucket, rope[0].shape[0])
+    if bucket < longest:
+        return "rows longer than the rope tables", None
+    padded = bucket * (len(documents) or batch)
+    if not documents:
+        return "", PaddedRows(batch, tokens, bucket)
+    if padded > MAX_PADDING * tokens and padded > 2 * SHORT:
+        return "packed documents of too different lengths", None
+    return "", SeparatedDocuments(documents, bucket, hidden.device)

@@ -9,13 +9,14 @@ finds another there replays its forward pass first, from the input that autograd
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
-from .step_graphs_blocks import BlockRuns
+from .step_graphs_blocks import BlockRuns, own_leaves
 
 __all__ = ["Bucket", "Pool", "make_recorder", "replay_blocks"]
 
@@ -29,11 +30,16 @@ class CudaRecorder:
         self.stream = torch.cuda.Stream(device)
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool = self.handle, stream = self.stream, capture_error_mode = "thread_local"
-        ):
-            function()
+        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+        gc.disable()  # what a collection frees, other graphs say, may call what no capture allows
+        try:
+            with torch.cuda.graph(
+                graph, pool = self.handle, stream = self.stream, capture_error_mode = "thread_local"
+            ):
+                function()
+        finally:
+            if collects:
+                gc.enable()
         return graph.replay
 
     def memory(self) -> Tuple[int, int]:
@@ -74,6 +80,7 @@ class Pool:
         self.budget = share * recorder.memory()[1]
         self.owner: Optional[object] = None  # the forward pass whose activations are there
         self.bytes = 0
+        self.warmed = False  # whether uncompiled blocks ran, all of them
         self._buffers: Dict[tuple, torch.Tensor] = {}
         self._gradients: Dict[tuple, "_Gradients"] = {}
 
@@ -145,7 +152,8 @@ class Bucket:
         compiled: bool = True,
     ):
         pool.owner = None  # its input is written over from here on
-        self.pool, self.wants_input = pool, like.requires_grad
+        self.pool, self.wants_input, self._compiled = pool, like.requires_grad, compiled
+        self._layers = list(layers)
         self.parameters = [p for x in layers for p in x.parameters() if p.requires_grad]
         self.input = pool.buffer("input", shape, like.dtype, like.device)
         # What comes out: the output, and in the backward pass the gradient of first that, then the input.
@@ -160,7 +168,9 @@ class Bucket:
         self.backward: Callable[[], None] = self._backward
 
     def _forward(self) -> None:
-        output = self._runs.forward(self.input)
+        self._tell(self._runs.forward(self.input))
+
+    def _tell(self, output: torch.Tensor) -> None:
         if self.output is None:
             self.output = self.pool.buffer("output", output.shape, output.dtype, output.device)
         self.output.copy_(output)
@@ -182,32 +192,43 @@ class Bucket:
         """What one block keeps for its backward pass; 0 where that cannot be measured."""
         return self._runs.activation_bytes(self.input, self.pool.recorder)
 
-    def _both(self) -> None:
-        self._forward()
-        self._backward()
+    def _warm_up(self) -> None:
+        """Runs uncaptured, so that everything is compiled and tuned.
+
+        Of uncompiled blocks, once all have run, one of each kind says all about another length.
+        Compiled ones have guards of their own, so they all run.
+        """
+        if self.pool.warmed and not self._compiled:
+            self._tell(self._runs.warm_up(self.input))  # the buffer must not be the graph's
+        else:
+            self._forward()
+            self._backward()
+            self.pool.warmed = self.pool.warmed or not self._compiled
 
     def capture(self, bound: Optional[float] = None) -> bool:
-        """Runs uncaptured, so that everything is compiled and tuned, then captures both passes.
+        """Runs uncaptured, then captures both passes.
 
         bound: do so only if the GPU takes no longer than that times the host; True if it was done.
         """
         try:
-            torch.clear_autocast_cache()
-            self._both()
-            if bound is not None:
-                host, gpu = self.pool.recorder.timed(self._both)
-                if gpu > bound * host:
-                    return False
-            torch.clear_autocast_cache()  # casts made here would be read by the graphs, and grow old
-            before = self.pool.recorder.reserved()
-            self.forward = self.pool.recorder(self._forward)
-            self.backward = self.pool.recorder(self._backward)
-            self.pool.bytes += max(0, self.pool.recorder.reserved() - before)
+            with own_leaves(self._layers):
+                torch.clear_autocast_cache()
+                self._warm_up()
+                if bound is not None:
+                    host, gpu = self.pool.recorder.timed(lambda: self._runs.warm_up(self.input))
+                    if gpu > bound * host:
+                        return False
+            with own_leaves(self._layers):  # others: those have met the stream of the first run
+                torch.clear_autocast_cache()  # casts made here would be read by the graphs, grow old
+                before = self.pool.recorder.reserved()
+                self.forward = self.pool.recorder(self._forward)
+                self.backward = self.pool.recorder(self._backward)
+                self.pool.bytes += max(0, self.pool.recorder.reserved() - before)
         finally:
             torch.clear_autocast_cache()
             self.pool.owner = None
             self._runs.clear()
-        self._runs = None
+            self._runs = self._layers = None
         return True
 
     def run_forward(self, layout: Any, hidden: torch.Tensor, positions: Any) -> object:

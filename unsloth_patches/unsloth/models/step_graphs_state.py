@@ -26,6 +26,7 @@ _BLOCKS = frozenset(
 )
 _HOMES = ("torch.", "transformers.", "peft.", "bitsandbytes.", "unsloth")
 _pointer = torch._C.TensorBase.data_ptr
+_same_pointers = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)  # with CUDA only
 _wants_grad = torch._C.TensorBase.requires_grad.__get__
 
 
@@ -83,9 +84,10 @@ def _quantization(weight: torch.Tensor) -> Iterator[Tuple[Any, str]]:
 class BlockState:
     """The state of ``layers`` when it was made.
 
-    ``still_there()`` is asked before a replay: whether every weight is where the graphs read it.
-    ``changed()`` names anything else that differs. It takes longer, so it is asked while the GPU is at
-    work, before anything of what the replay has written is used.
+    ``still_there()`` is asked before a replay: whether the weights that the graphs read have moved. One
+    that was replaced is held here, and can be read. ``changed()`` names anything else that differs. It
+    takes longer, so it is asked while the GPU is at work, before anything of what the replay has written
+    is used.
     """
 
     def __init__(self, layers: torch.nn.ModuleList):
@@ -101,7 +103,9 @@ class BlockState:
             for owner, key in weights
             for state, name in _quantization(owner[key])
         ]
-        self._read_from = list(zip(*weights, *decoders))
+        self._places = list(zip(*weights, *decoders))
+        # Held, so that what a replay reads is there as long as it has not moved, replaced or not.
+        self._tensors = list(map(operator.getitem, *self._places)) if self._places else []
         # Integers, as 4-bit weights are, can want no gradient.
         self._floats = list(zip(*((d, n) for d, n in weights if d[n].is_floating_point())))
         # Dictionaries are compared whole: in C, an entry that is the same object is equal at once.
@@ -122,25 +126,32 @@ class BlockState:
         self._were_adapters = copy.deepcopy(self._read_adapters(self._adapters))
         self._were_wanting = self._wanting()
         self._were_at = self._addresses()
-
-    @staticmethod
-    def _tensors(places: Sequence[Tuple[dict, str]]) -> Iterator[torch.Tensor]:
-        return map(operator.getitem, *places)
+        self._all = list(range(len(self._tensors)))
+        self._in_one_call = bool(_same_pointers) and self._unmoved_in_one_call()
 
     def _wanting(self) -> List[bool]:
         with torch._C.DisableTorchFunctionSubclass():
-            return list(map(_wants_grad, self._tensors(self._floats)))
+            return list(map(_wants_grad, map(operator.getitem, *self._floats)))
 
     def _addresses(self) -> List[int]:
         with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' weights would take 2 us each
-            return list(map(_pointer, self._tensors(self._read_from)))
+            return list(map(_pointer, self._tensors))
+
+    def _unmoved_in_one_call(self) -> bool:
+        return _same_pointers(self._tensors, self._were_at, self._all)
 
     def still_there(self) -> bool:
         """True if every address that a graph may read is a weight's still."""
         try:
+            if self._in_one_call:
+                return self._unmoved_in_one_call()
             return self._addresses() == self._were_at
-        except (KeyError, AttributeError, RuntimeError, TypeError):
+        except (AttributeError, RuntimeError, TypeError):
             return False
+
+    def _replaced(self) -> bool:
+        now = map(operator.getitem, *self._places) if self._places else ()
+        return not all(map(operator.is_, now, self._tensors))
 
     def changed(self) -> str:
         """What differs beside addresses, or ''."""
@@ -153,6 +164,8 @@ class BlockState:
                 return "module hooks changed"
             if self._wanting() != self._were_wanting:
                 return "requires_grad changed"
+            if self._replaced():
+                return "weights were replaced"
             return "" if self._tables == self._were_tables else "modules or scales changed"
         except (KeyError, AttributeError, RuntimeError, TypeError, ValueError):
             return "modules were added, removed or replaced"
