@@ -152,8 +152,9 @@ def run(mutants, jobs, slowest, seconds, unmutated):
         limit = min(slowest, max(1, deadline - time.monotonic()))
         code, took, last = _run_tests(tree, test, limit)
         trees.put(tree)
-        unmutated[test] = took if code == 0 else None
-        print(f"unmutated {test}: {'passes' if code == 0 else last} ({took:.0f} s)", flush = True)
+        passes = code == 0 and " passed" in last[-1]  # a file that is skipped whole notices nothing
+        unmutated[test] = took if passes else None
+        print(f"unmutated {test}: {'passes' if passes else last} ({took:.0f} s)", flush = True)
 
     def judge(mutant):
         concurrent.futures.wait([measured[test] for test in mutant["tests"] if test in measured])
