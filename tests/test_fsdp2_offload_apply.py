@@ -142,3 +142,18 @@ def test_offloaded_blocks_are_loaded_into_host_memory(checkpoints):
         for block, on_host, numel, scales in found:
             assert on_host == (block == 1) and scales
             assert (numel == 0) == on_host
+
+
+def test_checkpointing_is_what_unsloth_or_the_blocks_say():
+    """Unsloth's flag wins, on whichever module it stands; without one, transformers' own decides."""
+    import torch
+    import unsloth  # noqa: F401
+    from unsloth.models.fsdp2_offload_apply import _checkpointing
+
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    assert _checkpointing(model) is False
+    model[0].gradient_checkpointing = True
+    assert _checkpointing(model) is True
+    for flag, read in (("unsloth", "unsloth"), (False, False), (True, True), ("true", True)):
+        model[0]._unsloth_gradient_checkpointing = flag
+        assert _checkpointing(model) == read
