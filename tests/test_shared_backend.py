@@ -22,7 +22,9 @@ def test_it():
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
     assert interprets == ({wanted!r} == "interpreter")
 """
-# What a process that has imported unsloth looks like, without the ten seconds that it takes.
+# What backend.py asks torch, and what a process that has imported unsloth looks like, without the time
+# that both take.
+TORCH = "class cuda:\n    is_available = staticmethod(lambda: False)\n"
 IMPORTED = """
 import os, sys, types
 sys.modules["unsloth"] = types.ModuleType("unsloth")
@@ -43,11 +45,13 @@ IMPORTS = {
 @pytest.mark.parametrize("wanted", ("cpu", "interpreter", "gloo"))
 def test_the_backend_is_chosen_or_the_file_skipped(tmp_path, wanted, imported):
     (tmp_path / "conftest.py").write_text(IMPORTS[imported], encoding = "utf-8")
+    (tmp_path / "torch.py").write_text(TORCH, encoding = "utf-8")
     (tmp_path / "test_file.py").write_text(FILE.format(wanted = wanted), encoding = "utf-8")
     environment = {
         k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "UNSLOTH_ALLOW_CPU")
     }
-    environment.update(PYTHONPATH = str(SHARED), PYTEST_DISABLE_PLUGIN_AUTOLOAD = "1")
+    paths = os.pathsep.join([str(SHARED), str(tmp_path)])
+    environment.update(PYTHONPATH = paths, PYTEST_DISABLE_PLUGIN_AUTOLOAD = "1")
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(tmp_path)]
     done = subprocess.run(command, env = environment, capture_output = True, text = True, cwd = tmp_path)
     fits = imported in (None, "interpreter" if wanted == "interpreter" else "cpu")
