@@ -207,3 +207,38 @@ def test_lora_blocks_of_a_family_are_whole_graphs(build, monkeypatch, family, bi
         expected, gradients = step(model, 2, 57)
     assert (losses[1] - expected).abs() <= (2**-8 * expected.abs() if gpu else 0)
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
+
+
+def test_only_strict_turns_dynamos_errors_into_its_own():
+    """auto hands upstream the error that it catches to run the block eagerly; other errors pass in both."""
+    from torch._dynamo.exc import Unsupported
+    from unsloth.models.compile_modes import BlockRegion, FullgraphError, _counted
+
+    def raising(error):
+        def compiled():
+            raise error
+
+        return compiled
+
+    unsupported, other = Unsupported("a call that has no graph"), KeyError("of the model")
+    for mode, error, raised in (
+        ("auto", unsupported, Unsupported),
+        ("strict", unsupported, FullgraphError),
+        ("auto", other, KeyError),
+        ("strict", other, KeyError),
+    ):
+        region = BlockRegion("Layer", mode, torch.nn.Linear)
+        with pytest.raises(raised):
+            _counted(raising(error), region)()
+        assert len(region.failures) == 1 and region.entered == 0
+
+
+def test_places_are_named_below_site_packages_or_the_working_folder(tmp_path, monkeypatch):
+    import os
+
+    from unsloth.models.compile_failures import short_path
+
+    monkeypatch.chdir(tmp_path)
+    assert short_path(os.path.join("/x", "site-packages", "a", "b.py")) == os.path.join("a", "b.py")
+    assert short_path(str(tmp_path / "c.py")) == "c.py"
+    assert short_path("/elsewhere/d.py") == "/elsewhere/d.py"

@@ -137,3 +137,22 @@ def test_usable_memory_is_free_and_under_the_fraction(monkeypatch):
     seen["fraction"] = 0.25
     assert usable_device_memory() == 20 * GIB
     assert usable_device_memory(fresh = True) == 16 * GIB
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_and_checkpoint_buffers_are_whole_bytes_counted_by_hand(read_shape, tied):
+    """Embedding, head and last norm in 16 bits; at most Unsloth's buffers, and those of its
+    checkpoints alone.
+    """
+    from unsloth.models.fsdp2_memory_count import UNSLOTH_BUFFERS, Training, sharded_phases
+
+    shape = read_shape({**LLAMA_8B, "tie_word_embeddings": tied})
+    tables = ((1 if tied else 2) * 128256 + 1) * 4096 * 2
+    for checkpointing in ("unsloth", True, False):
+        job = Training(world = 2, tokens = 64, checkpointing = checkpointing)
+        phases, _ = sharded_phases(shape, job)
+        lines = dict(phases["gather of the tables"])
+        assert lines["frozen embedding and head, shard"] == tables // 2
+        assert lines["embedding and head, gathered and flat"] == 2 * tables
+        buffers = UNSLOTH_BUFFERS * 64 * 4096 * 2 if checkpointing == "unsloth" else 0
+        assert lines["buffers of offloaded checkpoints"] == buffers

@@ -111,3 +111,17 @@ def test_a_set_up_that_raises_costs_no_model(build, monkeypatch):
     reference = eager(model, 1, 24, 0, 2)
     assert_bit_equal(step(model, 1, 24, 0, 2), reference)
     assert graphs() == 0
+
+
+def test_a_mask_given_by_position_is_seen(monkeypatch):
+    """Under checkpointing the block is called with ``causal_mask`` as its second argument."""
+    from unsloth.utils import packed_attention
+
+    hidden, lengths = torch.zeros(1, 4, 8), torch.tensor([2, 2])
+    given = {packed_attention.LENGTHS: lengths}
+    mask = torch.ones(4, 4, dtype = torch.bool)
+    assert packed_attention._plain(hidden, (hidden,), given)
+    assert packed_attention._plain(hidden, (hidden, None), given)
+    assert not packed_attention._plain(hidden, (hidden, mask), given)
+    assert not packed_attention._plain(hidden, (hidden, None, mask), given)
+    assert not packed_attention._plain(hidden, (hidden,), {**given, "causal_mask": mask})

@@ -586,3 +586,18 @@ def test_positional_arguments(tokenizer):
         tokenizer.apply_chat_template([{"role": "x"}], None, None, "{{ 1 + 1 }}", tokenize = False)
         == "2"
     )
+
+
+def test_calls_that_are_answered_in_part_are_not_passed_as_clean():
+    """Results of all calls or of none yet; a part of them goes on to what warns of it."""
+    from unsloth.tool_calls.messages import is_clean
+
+    two = {"role": "assistant", "tool_calls": [made("f", {}), made("f", {})]}
+    for number, call in enumerate(two["tool_calls"]):
+        call["id"] = f"id{number:07}"
+    answers = [
+        {"role": "tool", "tool_call_id": call["id"], "content": "1"} for call in two["tool_calls"]
+    ]
+    start = [{"role": "user", "content": "q"}, two]
+    clean = [is_clean(start + answers[:count], (), True) for count in range(3)]
+    assert clean == [True, False, True]
