@@ -39,6 +39,7 @@ PROJECT_TESTS = {
 def tests_of_modules():
     """File below the root -> the tests of its patch."""
     from _patches.project import Project
+
     lands = {
         f"unsloth_patches/unsloth/{module}": sorted(patch.tests)
         for patch in Project().patches
@@ -68,6 +69,7 @@ def sample(seed, count):
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator, operator_names
+
     operators = {name: get_operator(name) for name in operator_names()}
     operators = {name: each() for name, each in operators.items() if not each.arguments()}
     places = collections.defaultdict(list)
@@ -188,7 +190,9 @@ def run(mutants, jobs, slowest, seconds, unmutated):
     def follow(mutant):
         mutant["outcome"] = judge(mutant)
         place = f"{mutant['file'].replace('unsloth_patches/', '')}:{mutant['line']}"
-        print(f"{time.strftime('%T')} {mutant['outcome']:9} {place} {mutant['new'][:70]}", flush = True)
+        print(
+            f"{time.strftime('%T')} {mutant['outcome']:9} {place} {mutant['new'][:70]}", flush = True
+        )
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         measured = {test: pool.submit(measure, test) for test in tests}  # these come first
@@ -202,7 +206,11 @@ def table(mutants):
     for mutant in mutants:
         counts[mutant["file"]][mutant["outcome"].partition(":")[0]] += 1
     rows = [
-        (file.replace("unsloth_patches/", ""), each["noticed"], sum(each.values()) - each["not run"])
+        (
+            file.replace("unsloth_patches/", ""),
+            each["noticed"],
+            sum(each.values()) - each["not run"],
+        )
         for file, each in sorted(counts.items())
     ]
     yield "| module | noticed | of |"

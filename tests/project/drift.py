@@ -75,7 +75,7 @@ def home_of(
     found = list(fingerprints._definitions(fingerprints._parsed(str(path)), name)) if path else []
     if found or path is None or not hops:
         return module, found
-    for origin, there in fingerprints._imports_of(path, module, name):
+    for origin, there in fingerprints._find_imports(path, module, name):
         deeper = home_of(origin, there, hops - 1)
         if deeper[1]:
             return deeper

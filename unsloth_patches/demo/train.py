@@ -35,7 +35,7 @@ class Recipe:
 
 
 SCRATCH = Recipe(
-    steps = 650,
+    steps = 900,
     batch_size = 16,
     learning_rate = 6e-3,  # of the embeddings
     lora_alpha = 64,

@@ -10,7 +10,7 @@ import torch
 
 from .kernels.cross_entropy_spec import RowLoss
 from .kernels.log_probs_kernel import log_prob_rows
-from .loss_in_trainers import install_in_trainers, options_of
+from .loss_in_trainers import install_in_trainers, trainer_options
 from .loss_options import PLAIN, model_taking_options
 
 __all__ = ["TokenMetrics", "log_token_metrics"]
@@ -116,7 +116,7 @@ def _install() -> None:
 
 
 def _metrics_of(model: Any) -> Optional[TokenMetrics]:
-    metrics = getattr(options_of(model), "observe", None)
+    metrics = getattr(trainer_options(model), "observe", None)
     return metrics if isinstance(metrics, TokenMetrics) else None
 
 
@@ -128,7 +128,7 @@ def _predicting_token_ids(stock):
         wanted = metrics is not None and metrics.token_ids and not prediction_loss_only
         if not wanted or metrics._top1 is not None or (labels is None and shifted is None):
             return stock(self, model, inputs, prediction_loss_only, *args, **kwargs)
-        ignored = options_of(self.model).ignore_index
+        ignored = trainer_options(self.model).ignore_index
         metrics.collect()
         loss = stock(self, model, inputs, True, *args, **kwargs)[0]
         if shifted is None:
