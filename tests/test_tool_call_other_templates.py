@@ -77,21 +77,60 @@ def test_arguments_become_text_where_a_template_joins_them():
     assert tokenizer.apply_chat_template(OPENAI, tokenize = False) == expected
 
 
-@pytest.mark.parametrize("name", BLIND)
-def test_templates_without_calls_warn_once(name, caplog, monkeypatch):
-    """One warning a template, which says what to do."""
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    """warnings() -> what the module has said so far in this test."""
     module = importlib.import_module("unsloth.tool_calls.other_templates")
-    monkeypatch.setattr(module, "_warned", set())
+    module.warn_once.cache_clear()
     monkeypatch.setattr(module.logger, "propagate", True)
-    tokenizer = made_for(name)
     with caplog.at_level(logging.WARNING, logger = module.logger.name):
-        for row in standardized():
-            try:
-                tokenizer.apply_chat_template(row["conversations"], tokenize = False)
-            except Exception as error:  # roles that the template refuses, as in stock
-                assert "role" in str(error)
-    notices = [record for record in caplog.records if "cannot show tool calls" in record.message]
-    assert len(notices) == 1 and "qwen-2.5" in notices[0].message
+        yield lambda: [r.message for r in caplog.records if r.name == module.logger.name]
+    module.warn_once.cache_clear()
+
+
+def renders(tokenizer, messages):
+    """Whether the template takes the roles: some refuse tool's, as in stock."""
+    try:
+        return bool(tokenizer.apply_chat_template(messages, tokenize = False))
+    except Exception as error:
+        assert "role" in str(error)
+        return False
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_templates_without_calls_warn_once(name, warnings):
+    """One warning, which names the template and what to do; refused is only what stock refuses."""
+    tokenizer, plain = made_for(name), make_llama_tokenizer()
+    plain.chat_template = tokenizer.chat_template
+    for row in standardized():
+        messages = row["conversations"]
+        assert renders(tokenizer, messages) == renders(plain, messages)
+    renders(tokenizer, [user("q"), result("20")])
+    (said,) = warnings()
+    assert f"{name!r} cannot show tool calls" in said and "qwen-2.5" in said
+
+
+def test_arguments_that_are_no_object_are_told(warnings):
+    """They render as stock renders them."""
+    given = copy.deepcopy(OPENAI)
+    given[1].update(content = "")
+    given[1]["tool_calls"][0]["function"]["arguments"] = "city: Rome"
+    text = made_for("qwen-2.5").apply_chat_template(given, tokenize = False)
+    assert text == rendered_by_plain("qwen-2.5", given)
+    (said,) = warnings()
+    assert "'city: Rome'" in said and "no JSON object" in said
+
+
+def test_tools_by_position_and_conversations_as_arrays():
+    """Neither is a way around."""
+    numpy = pytest.importorskip("numpy")
+    tokenizer = made_for("qwen-2.5")
+    conversation = standardized()[0]["conversations"]
+    text = tokenizer.apply_chat_template(conversation, tokenize = False)
+    assert '\\"city' not in text
+    assert tokenizer.apply_chat_template(conversation, None, tokenize = False) == text
+    array = numpy.array(conversation, dtype = object)
+    assert tokenizer.apply_chat_template(array, tokenize = False) == text
 
 
 @pytest.mark.parametrize("name", SHOWING + BLIND)

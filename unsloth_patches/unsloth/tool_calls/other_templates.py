@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any, Optional
 
 from .checks import checkable_parts, checks_level, is_llama_3x
+from .reading import RESULT_ROLES, plain
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +48,11 @@ def show_tool_calls(stock):
             for part in before:
                 part.__class__ = _showing_class(type(part))
             raise
-        if not is_llama_3x(given.get("chat_template")):
+        name = given.get("chat_template")
+        if not is_llama_3x(name):
             for part in checkable_parts(tokenizer):
                 part.__class__ = _showing_class(type(part))
+                part._chat_template_name = name if isinstance(name, str) else "of your own"
         return tokenizer
 
     return get_chat_template
@@ -61,11 +64,15 @@ class _ShowsToolCalls:
     _plain_class: type
 
     def apply_chat_template(self, conversation, *args, **kwargs):
-        if checks_level() != "off" and not args and isinstance(conversation, (list, tuple)):
-            template = kwargs.get("chat_template") or self.chat_template
-            if isinstance(template, str):
-                conversation = _prepared(conversation, super().apply_chat_template, template)
-        return super().apply_chat_template(conversation, *args, **kwargs)
+        render = super().apply_chat_template
+        template = kwargs.get("chat_template") or self.chat_template
+        # A template that is the third positional argument is the caller's own.
+        if checks_level() != "off" and isinstance(template, str) and len(args) < 3:
+            conversation = plain(conversation)
+            if isinstance(conversation, (list, tuple)):
+                name = getattr(self, "_chat_template_name", "")
+                conversation = _prepared(conversation, render, template, name)
+        return render(conversation, *args, **kwargs)
 
     def __reduce_ex__(self, protocol):
         make, arguments, *state = super().__reduce_ex__(max(protocol, 2))
@@ -91,20 +98,32 @@ def _new_showing(plain_class: type, make, arguments):
 # ---------------------------------------------------------------- conversations
 
 
-def _prepared(conversation, render, template: str):
+def _prepared(conversation, render, template: str, name: str):
     """The conversation, or batch of them; the same object where there is nothing to change."""
     if conversation and isinstance(conversation[0], (list, tuple)):
-        return [_prepared(messages, render, template) for messages in conversation]
-    if not any(isinstance(m, Mapping) and "tool_calls" in m for m in conversation):
+        return [_prepared(messages, render, template, name) for messages in conversation]
+    if not any(isinstance(m, Mapping) and _may_have_tools(m) for m in conversation):
         return conversation
     messages = [_without_filled(message) for message in conversation]
-    if not any(isinstance(m, Mapping) and m.get("tool_calls") for m in messages):
+    if not any(isinstance(m, Mapping) and _has_tools(m) for m in messages):
         return messages
     form = form_of_arguments(template, render)
     if form is None:
-        _warn_once(template)
+        warn_once(
+            f"Unsloth: the chat template {name!r} cannot show tool calls: calls are missing from what is "
+            "rendered and trained, and results may be, too. Choose a template that has them, such as "
+            "llama-3.1 or qwen-2.5, or write the calls into the content."
+        )
         return messages
     return [_in_form(message, form) for message in messages]
+
+
+def _may_have_tools(message: Mapping) -> bool:
+    return "tool_calls" in message or message.get("role") in RESULT_ROLES
+
+
+def _has_tools(message: Mapping) -> bool:
+    return bool(message.get("tool_calls")) or message.get("role") in RESULT_ROLES
 
 
 def _without_filled(message: Any) -> Any:
@@ -131,8 +150,14 @@ def _call_in_form(call: Any, form: str) -> Any:
         try:
             read = json.loads(arguments) if arguments.strip() else {}
         except ValueError:
+            read = None
+        if not isinstance(read, dict):
+            warn_once(
+                f"Unsloth: the arguments {arguments[:80]!r} of a tool call are no JSON object, and are "
+                "rendered as the text that they are; correct them where the template should show an object."
+            )
             return call
-        arguments = read if isinstance(read, dict) else arguments
+        arguments = read
     return {**call, "function": {**function, "arguments": arguments}}
 
 
@@ -169,14 +194,6 @@ def _rendered_probe(template: str, render, arguments: Any) -> str:
     return ""
 
 
-_warned = set()
-
-
-def _warn_once(template: str) -> None:
-    if template not in _warned:
-        _warned.add(template)
-        logger.warning(
-            "Unsloth: this tokenizer's chat template cannot show tool calls: they are missing from "
-            "what is rendered and trained. Choose a template that has them, such as llama-3.1 or "
-            "qwen-2.5, or write the calls into the content."
-        )
+@functools.lru_cache(maxsize = 1000)
+def warn_once(text: str) -> None:
+    logger.warning(text)
