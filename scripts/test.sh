@@ -59,7 +59,7 @@ beside "forms: stock and upstream; rebase on the other supported releases" bash 
   $patches test --form upstream || code=1
   $patches rebase || code=1
   exit \$code"
-run "own tests" "$python" -m pytest tests/project -q --color=no
+run "own tests" "$python" -m pytest tests/project -q --color=no --durations=15 --durations-min=5
 catch_up
 beside "form: fork" "$python" scripts/patches.py test --form fork
 run "form: import" "$python" scripts/patches.py test --form import

@@ -13,6 +13,11 @@ from typing import Dict, FrozenSet, Tuple
 
 SUPPORTED_UPSTREAM = ("2026.10.6", "2026.10.7", "2026.10.8", "2026.10.9")
 
+# unsloth_zoo's unsloth_fused_ce_loss of 2026.10.9 to .6: the same loss in all.
+ZOO_FUSED_LOSS = frozenset(
+    "f90bc40b4e42a1c5 2f6ef353c3b8c337 0cd37c91e1fc3d12 bfeca6162b0c40c0".split()
+)
+
 
 @dataclass(frozen = True)
 class Target:
@@ -368,10 +373,7 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.models._utils:unsloth_fused_ce_loss",
                 replacement = "fused_cross_entropy:on_linear_cross_entropy",
-                # Defined in unsloth_zoo: 2026.10.9 to .6, the same loss in all
-                fingerprints = frozenset(
-                    "f90bc40b4e42a1c5 2f6ef353c3b8c337 0cd37c91e1fc3d12 bfeca6162b0c40c0".split()
-                ),
+                fingerprints = ZOO_FUSED_LOSS,
             ),
         ),
         modules = ("fused_cross_entropy.py",),
@@ -478,14 +480,13 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth_zoo.loss_utils:unsloth_fused_ce_loss",
                 replacement = "fused_loss_models:loss_of_compiled_forwards",
-                # 2026.10.9, .7
-                fingerprints = frozenset(["f90bc40b4e42a1c5", "0cd37c91e1fc3d12"]),
+                fingerprints = ZOO_FUSED_LOSS,
                 wired_in = "unsloth/models/_utils.py",
             ),
             Target(
                 attribute = "unsloth_zoo.fused_losses.forward_adapter:unsloth_fused_ce_loss",
                 replacement = "fused_loss_models:loss_of_compiled_forwards",
-                fingerprints = frozenset(["f90bc40b4e42a1c5", "0cd37c91e1fc3d12"]),
+                fingerprints = ZOO_FUSED_LOSS,
                 wired_in = "unsloth/models/_utils.py",
                 optional = True,
             ),

@@ -156,7 +156,10 @@ def _run_process(
     command = [sys.executable, "-m", "pytest", *files, "-q", "-rs", "--color=no"]
     command += ["-p", "no:cacheprovider", f"--rootdir={home}", f"--junitxml={report}"]
     command += ["-o", "junit_family=xunit1", "-o", f"timeout={TEST_TIMEOUT_S}"]
-    command += ["--tb=line"] if form == "stock" else ["--continue-on-collection-errors"]
+    if form == "stock":
+        command += ["--tb=line"]
+    else:  # what makes a run long is shown at its end
+        command += ["--continue-on-collection-errors", "--durations=15", "--durations-min=5"]
     code, output = _stream(command, home, _environment(form, backend, home, scratch), quiet)
     lines = [line.strip("= \n") for line in output]
     summary = [line for line in lines if SUMMARY.fullmatch(line)]
