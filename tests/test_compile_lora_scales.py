@@ -17,9 +17,9 @@ from fast_models import (  # noqa: E402, F401
     assert_bit_equal,
     build,
     eager,
-    forty_steps,
     get_layers,
     graphs,
+    many_steps,
     step,
     unsloth_modules,
 )
@@ -131,9 +131,9 @@ def test_disabled_adapters_add_one_graph_a_kind(build):
         ("qwen3", 4, True),
     ],
 )
-def test_forty_steps_with_an_evaluation_need_few_graphs(build, family, bits, checkpointing):
+def test_many_steps_with_an_evaluation_need_few_graphs(build, family, bits, checkpointing):
     """Padded batches, four LoRA scales."""
-    forty_steps(build, family, bits, checkpointing, packing = False)
+    many_steps(build, family, bits, checkpointing, packing = False)
 
 
 def test_a_set_up_that_raises_costs_no_model(build, monkeypatch):

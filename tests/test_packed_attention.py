@@ -16,9 +16,9 @@ from fast_models import (  # noqa: E402, F401
     assert_bit_equal,
     build,
     eager,
-    forty_steps,
     get_layers,
     graphs,
+    many_steps,
     packed,
     shares_graph_between_runs,
     step,
@@ -93,9 +93,9 @@ def test_packed_rows_that_cannot_compile_run_as_before(build, monkeypatch, why):
         ("qwen3", 16, False),
     ],
 )
-def test_forty_steps_with_an_evaluation_need_few_graphs(build, family, bits, checkpointing):
+def test_many_steps_with_an_evaluation_need_few_graphs(build, family, bits, checkpointing):
     """Packed batches of 2 to 4 documents."""
-    forty_steps(build, family, bits, checkpointing, packing = True)
+    many_steps(build, family, bits, checkpointing, packing = True)
 
 
 def test_a_set_up_that_raises_costs_no_model(build, monkeypatch):

@@ -24,7 +24,9 @@ from torch._dynamo.utils import counters
 
 torch.set_num_threads(1)
 logging.getLogger("torch.__trace").disabled = True  # pytest would capture megabytes a compilation
-HEAD_DIM, LAYERS, VOCABULARY, LONGEST = 16, 4, 96, 4096
+HEAD_DIM, LAYERS, VOCABULARY = 16, 4, 96
+# Without a GPU a step takes a second and more.
+LONGEST, MOST_TOKENS, STEPS = (4096, 200, 40) if DEVICE == "cuda" else (1024, 100, 25)
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Of products whose width is no multiple of 8, Inductor asks on a GPU whether padding pays, which
 # makes a graph for each range of lengths between the layer's widths.
@@ -417,8 +419,8 @@ def shares_graph_between_runs():
     return in_place("models.checkpoint_shared_graph")
 
 
-def forty_steps(build, family, bits, checkpointing, packing):
-    """Batches of 1 to 4 rows, 5 to 4096 tokens, four LoRA scales, an evaluation after step 20.
+def many_steps(build, family, bits, checkpointing, packing):
+    """Batches of 1 to 4 rows, 5 to LONGEST tokens, four LoRA scales, an evaluation after step 20.
 
     One graph for one row and one for more; twice that under checkpointing where a block has a graph
     for each of its two runs.
@@ -433,11 +435,13 @@ def forty_steps(build, family, bits, checkpointing, packing):
     most = (2 if family == "qwen2" else 1) * runs * (1 if packing else 2)
     shortest = 5 if in_place("models.compile_rope_tables") else HEAD_DIM + 1
     make = torch.Generator().manual_seed(0)
-    for index in range(40):
+    for index in range(STEPS):
         rows = 1 + (index + 1) % 4
         length = int(torch.randint(5, 201, (), generator = make))
-        length = HEAD_DIM if index in (7, 8) else min(length, 64 if packing else 200)
-        length = {14: 700, 15: LONGEST, 31: 1500}.get(index, length)  # of 4, 1 and 1 rows
+        length = HEAD_DIM if index in (7, 8) else min(length, 64 if packing else MOST_TOKENS)
+        length = {14: LONGEST // 6, 15: LONGEST, 23: LONGEST // 3}.get(
+            index, length
+        )  # 4, 1, 1 rows
         length = max(length, shortest)
         documents = 2 + index % 3 if packing else 1
         loss, _ = step(model, rows, length, index, documents)
