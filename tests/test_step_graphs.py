@@ -200,9 +200,9 @@ def test_what_is_kept_is_not_run_again(llama, recorders, monkeypatch):
     from unsloth.models import step_graphs, step_graphs_capture
 
     monkeypatch.setattr(step_graphs_capture.Bucket, "activation_bytes", lambda self: 1 << 20)
-    for allowed, kept in ((0, 0), (1 << 20, 1), (1 << 30, 2)):
-        monkeypatch.setattr(step_graphs, "KEPT_BYTES", allowed)
-        monkeypatch.setattr(step_graphs, "KEPT_SHARE", 0.0)
+    for allowed, kept in ((0, 0), (3 << 19, 1), (1 << 30, 2)):
+        monkeypatch.setattr(step_graphs, "EXTRA_BYTES", allowed)
+        monkeypatch.setattr(step_graphs, "EXTRA_SHARE", 0.0)
         seen = []
         keep_last = step_graphs_capture.Bucket.keep_last
         with monkeypatch.context() as patch:
@@ -576,6 +576,16 @@ def test_out_of_memory_while_capturing_gives_the_memory_back(llama, monkeypatch)
     assert summary(llama)["buckets"] == [(2, 64)]
 
 
+def test_a_length_past_the_pools_budget_is_not_captured(llama, monkeypatch):
+    from unsloth.models import step_graphs
+
+    monkeypatch.setattr(step_graphs, "POOL_SHARE", 0.0)
+    for seed in range(3):
+        bit_equal(llama, batch(2, 100, seed))
+    assert summary(llama)["captures"] == 0
+    assert reasons(llama) == {"past the pool's budget"}
+
+
 def test_the_least_recently_used_bucket_goes(llama, monkeypatch):
     from unsloth.models import step_graphs
 
@@ -607,6 +617,10 @@ def test_the_variable_takes_three_values(llama):
     with graphs("0"):
         step(llama, batch(2, 40))
     assert summary(llama) == {}
+    with graphs(""):
+        from unsloth.models.step_graphs import mode
+
+        assert mode() == "auto"
 
 
 def test_the_model_is_as_it_was_after_an_error(llama):

@@ -23,7 +23,7 @@ from .train import MODELS as TRAINED
 from .train import Model, slug, start
 from .train_turns import alternate, own_caches, set_off, working
 
-FORMS = {"stock": "0", "patched": "0", "graphs": "1"}  # form -> UNSLOTH_STEP_GRAPHS
+FORMS = {"stock": "0", "patched": "0", "graphs": "auto"}  # form -> UNSLOTH_STEP_GRAPHS
 MEDIAN, LONGEST, BATCH, ACCUMULATION = 490, 2048, 2, 4
 STRETCH = 20  # steps between two turns
 SKIPPED = 1  # steps at the start of a stretch that do not count, beside its very first
@@ -123,8 +123,7 @@ def compare_case(runs: Dict[str, dict], case: str) -> dict:
         later = [part[SKIPPED:] for part in found["stretches"][1:]]
         seconds = [s for part in later for s in part] or [s for p in found["stretches"] for s in p]
         step = harness.summarize(seconds)
-        counted = [count for count in found["tokens"] if count is not None]
-        each = counted[-1] / len(counted) if counted else 0.0
+        each = sum(found["tokens"]) / len(found["tokens"])
         result[form] = {
             "step_seconds": step,
             "tokens_per_second": each / step["median"],

@@ -87,13 +87,27 @@ def trainer_for(model, tokenizer, job: dict, case: dict, callback):
         disable_tqdm = True,
         **PATHS[path],
     )
-    return SFTTrainer(
+    trainer = SFTTrainer(
         model = model,
         processing_class = tokenizer,
         train_dataset = rows,
         args = settings,
         callbacks = [callback],
     )
+    collate, trainer.rows_tokens = trainer.data_collator, []
+
+    def counted(examples):
+        trainer.rows_tokens.append(sum(len(example["input_ids"]) for example in examples))
+        return collate(examples)
+
+    trainer.data_collator = counted
+    return trainer
+
+
+def step_tokens(trainer) -> list:
+    """Tokens of each step, without padding."""
+    each, counts = trainer.args.gradient_accumulation_steps, trainer.rows_tokens
+    return [sum(counts[n : n + each]) for n in range(0, trainer.state.global_step * each, each)]
 
 
 def _busy_seconds(profile) -> float:
@@ -131,15 +145,12 @@ def busy_share(model, tokenizer, job: dict, case: dict, gpu: Gpu) -> dict:
     profile = torch.profiler.profile(activities = [torch.profiler.ProfilerActivity.CUDA])
     trainer = trainer_for(model, tokenizer, job, case, Profile())
     trainer.train()
-    counts = [
-        e["num_tokens"] for e in trainer.state.log_history if "num_tokens" in e and "loss" in e
-    ]
-    tokens = counts[-1] - counts[-1 - PROFILED]
+    tokens = sum(step_tokens(trainer)[-PROFILED:])
     return {"busy_seconds": _busy_seconds(profile), "tokens": tokens, "steps": PROFILED}
 
 
 def train(model, tokenizer, job: dict, case: dict, gpu: Gpu, turns: Turns) -> dict:
-    """Losses, seconds of each step (the GPU's work included), tokens so far at each, peak memory."""
+    """Losses, seconds of each step (the GPU's work included), tokens of each, peak memory."""
     from transformers import TrainerCallback
 
     ends, began, steps = [[]], [], case["steps"]
@@ -165,10 +176,7 @@ def train(model, tokenizer, job: dict, case: dict, gpu: Gpu, turns: Turns) -> di
         "first_step": ends[0][0] - began[0],
         "peak_mib": gpu.peak_mib(),
         "reserved_mib": reserved,
-        # As the trainer counts them: without padding.
-        "tokens": [
-            entry.get("num_tokens") for entry in trainer.state.log_history if "loss" in entry
-        ],
+        "tokens": step_tokens(trainer),
         "graphs": replay_summary(model),
     }
 

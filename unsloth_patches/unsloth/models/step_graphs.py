@@ -7,9 +7,10 @@ Here the stack of decoder blocks is captured as two CUDA graphs for each length 
 forward pass and one for the backward pass, and later batches of that length are two launches.
 Embedding, loss, optimizer and trainer are outside and as they were.
 
-``UNSLOTH_STEP_GRAPHS``: ``0`` (the default) leaves everything as it was, ``1`` captures each length
-when it is seen a second time, ``auto`` only where the host is what the GPU waits for. Whatever cannot
-be captured runs as before; ``summary(model)`` says what was replayed and why the rest was not.
+``UNSLOTH_STEP_GRAPHS``: ``auto`` (the default) captures a length when it is seen a second time, if
+the host is what the GPU waits for there; ``1`` captures every length; ``0`` leaves everything as it
+was. What cannot be captured runs as before; ``summary(model)`` says what was replayed and why the rest
+was not.
 """
 
 from __future__ import annotations
@@ -30,13 +31,16 @@ from .step_graphs_state import BlockState, global_hooks, why_not_capturable
 
 __all__ = ["replay_decoder_blocks", "summary"]
 
-VARIABLE, DEFAULT = "UNSLOTH_STEP_GRAPHS", "0"
+VARIABLE, DEFAULT = "UNSLOTH_STEP_GRAPHS", "auto"
 MAX_BUCKETS = 64
 MAX_TOKENS = 16384  # a micro-batch beyond that keeps the GPU busy by itself
 BORROWED, BORROWS = 1.5, 4  # a length waits in a graph up to so much longer, until seen so often
-POOL_SHARE = 0.25  # of the GPU's memory that was free before the first capture
-KEPT_BYTES, KEPT_SHARE = 128 << 20, 0.08  # activations kept: that much, and of what is allocated
+POOL_SHARE = 0.25  # of the GPU's memory that this process had not needed before the first capture
+# What a length may take beside a block's own work: that much, and a share of what is allocated.
+# Blocks' inputs and gradients come first, activations that are kept get the rest.
+EXTRA_BYTES, EXTRA_SHARE = 128 << 20, 0.15
 HOST_BOUND = 1.1  # GPU time over host time of an ordinary run, up to which replaying pays
+OVER_BUDGET = "past the pool's budget"
 _PARAMETERS = (
     "input_ids causal_mask attention_mask position_ids past_key_values inputs_embeds use_cache "
     "output_attentions output_hidden_states return_dict"
@@ -270,6 +274,10 @@ class Stack:
                 kwargs.get("position_ids") is not None,
                 compiled = isinstance(layout, PaddedRows),
             )
+            if bucket.held_bytes() > self.pool.budget:
+                self.limit, self.limit_reason = layout.rows * layout.bucket - 1, OVER_BUDGET
+                self.refused[key] = OVER_BUDGET
+                return None
             self._choose_kept(bucket)
             if not bucket.capture(HOST_BOUND if mode() == "auto" else None):
                 self.refused[key] = "the GPU is what takes the time"
@@ -289,7 +297,7 @@ class Stack:
             self.buckets.popitem(last = False)
             self.drops += 1
         if self.pool.bytes > self.pool.budget:
-            self._too_large(key, "past the pool's budget")
+            self._too_large(key, OVER_BUDGET)
         return self.buckets.get(key)
 
     def _too_large(self, key: tuple, reason: str) -> None:
@@ -314,8 +322,8 @@ class Stack:
         if not each:
             return
         allocated, free = self.pool.recorder.memory()
-        allowed = min(KEPT_BYTES + KEPT_SHARE * allocated, free / 4)
-        bucket.keep_last(min(len(self.layers), int(allowed // each)))
+        allowed = min(EXTRA_BYTES + EXTRA_SHARE * allocated - bucket.held_bytes(), free / 4)
+        bucket.keep_last(min(len(self.layers), max(0, int(allowed // each))))
 
 
 # --------------------------------------------------------------------------- the model's forward
@@ -351,7 +359,7 @@ def replay_decoder_blocks(stock: Callable) -> Callable:
         stack = _stacks.get(self)
         if stack is None:
             stack = _stacks[self] = Stack(self)
-        reason = _why_not_here(self)
+        reason = stack.off or _why_not_here(self)
         for name in ("output_hidden_states", "output_attentions"):
             asked = _argument(name, args, kwargs)
             if asked or (asked is None and getattr(self.config, name, False)):

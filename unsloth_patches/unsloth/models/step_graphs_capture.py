@@ -43,10 +43,8 @@ class CudaRecorder:
         return graph.replay
 
     def memory(self) -> Tuple[int, int]:
-        """(bytes allocated, bytes that could still be)"""
-        allocated = torch.cuda.memory_allocated(self.device)
-        cached = torch.cuda.memory_reserved(self.device) - allocated
-        return allocated, torch.cuda.mem_get_info(self.device)[0] + cached
+        """(bytes allocated, bytes free on the device: cached ones are what a pass needs at its peak)"""
+        return torch.cuda.memory_allocated(self.device), torch.cuda.mem_get_info(self.device)[0]
 
     def reserved(self) -> int:
         return torch.cuda.memory_reserved(self.device)
@@ -94,13 +92,15 @@ class Pool:
         if flat is None or flat.numel() < count:
             size = max(count, 2 * flat.numel() if flat is not None else 0)
             flat = self._buffers[key] = torch.zeros(size, dtype = dtype, device = device)
+            self.bytes += flat.nbytes
         return flat[:count].view(*shape).zero_()
 
     def gradients(self, grads: Sequence[Optional[torch.Tensor]]) -> "_Gradients":
         """Buffers for these gradients, those of another bucket where they are alike."""
         key = tuple(None if g is None else g.dtype for g in grads)
         if key not in self._gradients:
-            self._gradients[key] = _Gradients(grads)
+            self._gradients[key] = made = _Gradients(grads)
+            self.bytes += 2 * sum(flat.nbytes for flat in made.flat.values())  # one is read
         return self._gradients[key]
 
 
@@ -187,6 +187,11 @@ class Bucket:
         """Lets the last ``count`` blocks keep their activations; the others run again."""
         keep = self._runs.keep
         self._runs.keep = [number >= len(keep) - count for number in range(len(keep))]
+
+    def held_bytes(self) -> int:
+        """Bytes of all blocks' inputs, and of gradients with the copy that is read."""
+        inputs = len(self._layers) * self.input.nbytes
+        return inputs + 2 * sum(p.nbytes for p in self.parameters)
 
     def activation_bytes(self) -> int:
         """What one block keeps for its backward pass; 0 where that cannot be measured."""
