@@ -2,7 +2,7 @@
 # Copyright 2026 the contributors
 """Compiled code kept in a folder: a later run finds it; what cannot be trusted is left alone."""
 
-import logging
+import contextlib
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ require("cpu")
 import unsloth  # noqa: F401, E402
 
 torch.set_num_threads(1)
-logging.getLogger("torch.__trace").disabled = True  # pytest would capture megabytes a compilation
 VARIABLE = "UNSLOTH_COMPILE_CACHE_DIR"
 
 
@@ -51,9 +50,18 @@ def new_machine(monkeypatch, tmp_path_factory):
         counters.clear()
 
     forget()
-    yield forget
+    with without_precompiled_headers():
+        yield forget
     torch._dynamo.reset()
     CacheArtifactManager.clear()
+
+
+def without_precompiled_headers():
+    """Of PyTorch's C++, which would be compiled anew in each empty folder, for seconds."""
+    from torch._inductor import config
+
+    name = "cpp_cache_precompile_headers"
+    return config.patch({name: False}) if hasattr(config, name) else contextlib.nullcontext()
 
 
 def sine(x):
