@@ -2,8 +2,6 @@
 # Copyright 2026 the contributors
 """Compiled code kept in a folder: a later run finds it; what cannot be trusted is left alone."""
 
-import contextlib
-
 import pytest
 import torch
 from backend import require
@@ -50,18 +48,9 @@ def new_machine(monkeypatch, tmp_path_factory):
         counters.clear()
 
     forget()
-    with without_precompiled_headers():
-        yield forget
+    yield forget
     torch._dynamo.reset()
     CacheArtifactManager.clear()
-
-
-def without_precompiled_headers():
-    """Of PyTorch's C++, which would be compiled anew in each empty folder, for seconds."""
-    from torch._inductor import config
-
-    name = "cpp_cache_precompile_headers"
-    return config.patch({name: False}) if hasattr(config, name) else contextlib.nullcontext()
 
 
 def sine(x):
