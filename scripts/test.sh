@@ -8,11 +8,24 @@ bash scripts/setup.sh || { echo "test: setup failed, see its message above" >&2;
 python=.venv/bin/python
 # Two threads of torch on a shared machine cost more than they bring at the sizes of these tests.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
+unset PYTHONDONTWRITEBYTECODE # a fork's modules are compiled once for all processes
+
+# Two at a time, the longest first; each is one process after another, on one core.
+patches="$python scripts/patches.py"
+names=("form: import" "form: fork" "own tests" "form: upstream" "form: stock" "rebase on the other supported releases")
+commands=(
+  "$patches test --form import"
+  "$patches test --form fork"
+  "$python -m pytest tests/project -q --color=no --durations=15 --durations-min=5"
+  "$patches test --form upstream"
+  "$patches test --form stock"
+  "$patches rebase"
+)
 
 logs=$(mktemp -d)
-pid_beside=
+pid_of_lanes=
 clean_up() {
-  if [ -n "$pid_beside" ]; then kill -- "-$pid_beside" 2>/dev/null; fi
+  if [ -n "$pid_of_lanes" ]; then kill -- "-$pid_of_lanes" 2>/dev/null; fi
   rm -rf "$logs"
 }
 trap clean_up EXIT
@@ -21,49 +34,43 @@ summaries=()
 failed=()
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 
-# run NAME COMMAND...: show the output, keep the summary lines, remember a failure.
-run() {
-  local name=$1 code started=$SECONDS
-  shift
+# work FOLDER COMMAND: what `show` reads; the exit code comes last.
+work() {
+  SECONDS=0
+  echo $$ >"$1/pid"
+  bash -c "$2" >"$1/log" 2>&1
+  echo "$? $SECONDS" >"$1/ended"
+}
+export -f work
+
+# show NUMBER: the output from its beginning until the command ends; keep the summary lines and a failure.
+show() {
+  local name=${names[$1]} folder=$logs/$1 code seconds
   say "$name"
-  "$@" 2>&1 | tee "$logs/shown"
-  code=${PIPESTATUS[0]}
+  until [ -s "$folder/pid" ] && [ -e "$folder/log" ]; do
+    kill -0 "$pid_of_lanes" || exit 1
+    sleep 0.2
+  done
+  tail --pid="$(cat "$folder/pid")" -f -n +1 "$folder/log"
+  read -r code seconds <"$folder/ended" || code="none: it was killed"
   while IFS= read -r line; do summaries+=("$line"); done < <(
-    sed -E 's/\x1b\[[0-9;]*m//g; s/^=+ //; s/ =+$//' "$logs/shown" |
+    sed -E 's/\x1b\[[0-9;]*m//g; s/^=+ //; s/ =+$//' "$folder/log" |
       grep -E '^((import|fork|stock|upstream) / [a-z]+: )?[0-9]+ (passed|failed|skipped|errors?|deselected|xfailed).* in [0-9.]+s' |
       { if [ "$name" = "own tests" ]; then sed 's/^/own tests: /'; else grep -E '^(import|fork|stock|upstream) / '; fi; }
   )
-  if [ "$code" -ne 0 ]; then failed+=("$name (exit code $code)"); fi
-  echo "$name: $((SECONDS - started)) s"
+  if [ "$code" != 0 ]; then failed+=("$name (exit code $code)"); fi
+  echo "$name: ${seconds:-?} s"
 }
 
-# beside NAME COMMAND...: start it and go on; the next `catch_up` shows its output from the beginning.
-beside() {
-  name_beside=$1
-  shift
-  say "$name_beside: started, shown below"
-  setsid "$@" > "$logs/beside" 2>&1 & # a process group of its own, so that it can be ended as one
-  pid_beside=$!
-}
-catch_up() {
-  run "$name_beside" tail --pid="$pid_beside" -f -n +1 "$logs/beside"
-  wait "$pid_beside" || failed+=("$name_beside (exit code $?)")
-  pid_beside=
-}
-
-# Two at a time: each is one process after another, on one core.
-patches="$python scripts/patches.py"
-beside "forms: stock and upstream; rebase on the other supported releases" bash -c "
-  code=0
-  $patches test --form stock || code=1
-  $patches test --form upstream || code=1
-  $patches rebase || code=1
-  exit \$code"
-run "own tests" "$python" -m pytest tests/project -q --color=no --durations=15 --durations-min=5
-catch_up
-beside "form: fork" "$python" scripts/patches.py test --form fork
-run "form: import" "$python" scripts/patches.py test --form import
-catch_up
+for i in "${!names[@]}"; do mkdir "$logs/$i"; done
+# A process group of their own, so that they can be ended as one.
+setsid xargs -0 -P 2 -n 2 bash -c 'work "$@"' _ < <(
+  for i in "${!commands[@]}"; do printf '%s\0' "$logs/$i" "${commands[$i]}"; done
+) &
+pid_of_lanes=$!
+for i in "${!names[@]}"; do show "$i"; done
+wait "$pid_of_lanes"
+pid_of_lanes=
 
 say "summary after $SECONDS s"
 mkdir -p .pytest_cache

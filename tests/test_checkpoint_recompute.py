@@ -155,10 +155,8 @@ def test_torch_checkpoint_of_its_own_compiles_no_graph_for_nothing():
     if not fast_lora.TRACE_LORA_FUNCTIONS:
         pytest.skip("this torch does not trace fused LoRA")
     import torch.utils.checkpoint as torch_checkpoint
-    from torch._dynamo.utils import counters
 
     unread = importlib.import_module("unsloth.models.checkpoint_recompute").output_unread
-    block_compile = importlib.import_module("unsloth.models._block_compile")
     checkpoint = functools.partial(plain_checkpoint(), use_reentrant = True)
     function = getattr(torch_checkpoint, "_old_CheckpointFunction", None)
     with pytest.MonkeyPatch.context() as patch:
@@ -167,12 +165,9 @@ def test_torch_checkpoint_of_its_own_compiles_no_graph_for_nothing():
         blocks = make_blocks(checkpoint)
         with torch.no_grad():
             assert not unread(blocks[0])
-        torch._dynamo.reset()
-        counters.clear()
-        block_compile._wrap(type(blocks[0]), dict(block_compile._COMPILE_OPTIONS))
-        train_step(blocks, counting = False)
-        assert counters["stats"]["unique_graphs"] == 1
-    torch._dynamo.reset()
+        with compiled(blocks, "eager") as counters:
+            train_step(blocks, counting = False)
+            assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_non_reentrant_checkpoint_is_left_alone():

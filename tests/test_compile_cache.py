@@ -2,8 +2,6 @@
 # Copyright 2026 the contributors
 """Compiled code kept in a folder: a later run finds it; what cannot be trusted is left alone."""
 
-import logging
-
 import pytest
 import torch
 from backend import require
@@ -14,7 +12,6 @@ require("cpu")
 import unsloth  # noqa: F401, E402
 
 torch.set_num_threads(1)
-logging.getLogger("torch.__trace").disabled = True  # pytest would capture megabytes a compilation
 VARIABLE = "UNSLOTH_COMPILE_CACHE_DIR"
 
 

@@ -12,7 +12,6 @@ require("interpreter")
 
 import unsloth  # noqa: F401, E402
 from fast_models import (  # noqa: E402, F401
-    VOCABULARY,
     assert_bit_equal,
     build,
     eager,
@@ -24,6 +23,7 @@ from fast_models import (  # noqa: E402, F401
     step,
     unsloth_modules,
 )
+from small_models import VOCABULARY  # noqa: E402
 
 
 def test_packed_rows_are_compiled(build):

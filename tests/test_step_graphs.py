@@ -16,8 +16,9 @@ from backend import DEVICE, GPU, require
 
 require("interpreter")
 import unsloth  # noqa: F401, E402
+from fast_models import stand_in_for_kernels  # noqa: E402
 from graph_tape import TapeRecorder  # noqa: E402
-from small_models import VOCABULARY, small_model, stand_in_for_kernels  # noqa: E402
+from small_models import VOCABULARY, small_model  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -776,8 +777,9 @@ def test_a_random_walk_beside_an_uncaptured_twin(made):
         walk.without_adapters: 3, walk.scale: 1, walk.load: 2, walk.move: 1, walk.checkpointing: 1,
         walk.two_passes: 4, walk.dropped_pass: 3,
     }  # fmt: skip
-    for _ in range(300):
+    events = 300 if GPU else 160  # a tape takes longer than a graph
+    for _ in range(events):
         (event,) = walk.random.choices(list(weights), list(weights.values()))
         event()
     found = summary(walk.models["1"])
-    assert found["replayed"] > 80 and found["changes"], found
+    assert found["replayed"] > events * 0.26 and found["changes"], found

@@ -2,8 +2,6 @@
 # Copyright 2026 the contributors
 """SwiGLU's backward inside compiled blocks: exact as the eager kernel, with one buffer less."""
 
-import logging
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,8 +17,6 @@ def swiglu(monkeypatch):
     import unsloth  # noqa: F401
     from unsloth.kernels import swiglu, swiglu_backward
 
-    # pytest would capture megabytes a compilation
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
     monkeypatch.setattr(swiglu_backward, "_DEVICES", (DEVICE,))
     torch._dynamo.reset()
     return swiglu

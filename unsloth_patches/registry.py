@@ -107,7 +107,7 @@ PATCHES: Tuple[Patch, ...] = (
         name = "test-backends",
         title = "Let a test file say which backend of Unsloth it needs",
         targets = (),
-        shared = ("backend.py", "fast_models.py"),
+        shared = ("backend.py", "fast_models.py", "small_models.py"),
         tests = {"tests/test_shared_backend.py": "cpu"},
     ),
     Patch(
@@ -920,7 +920,7 @@ PATCHES: Tuple[Patch, ...] = (
             "models/step_graphs_buckets.py",
             "models/step_graphs_capture.py",
         ),
-        shared = ("graph_tape.py", "small_models.py"),
+        shared = ("graph_tape.py",),
         tests = {"tests/test_step_graphs_capture.py": "interpreter"},
         requires = ("test-backends",),
     ),

@@ -14,14 +14,18 @@ With a GPU, ``cpu`` and ``interpreter`` are that GPU. A file calls ``require`` b
     import unsloth
 """
 
+import logging
 import os
 import sys
+from types import ModuleType
 
 import pytest
 import torch
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+# pytest listens to every logger, and torch then formats each graph for its structured trace.
+logging.getLogger("torch.__trace").disabled = True
 
 
 def require(backend: str) -> None:
@@ -32,6 +36,7 @@ def require(backend: str) -> None:
         if backend == "interpreter":
             os.environ.setdefault("UNSLOTH_ALLOW_CPU", "1")
             os.environ.setdefault("TRITON_INTERPRET", "1")
+            _patch_language_once_a_launch()
         return
     chosen = _chosen()
     if chosen != ("interpreter" if backend == "interpreter" else "cpu"):
@@ -46,3 +51,27 @@ def _chosen() -> str:
     if getattr(sys.modules.get("unsloth_zoo"), "_IS_CPU_BACKEND", False):
         return "cpu"
     return "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
+def _patch_language_once_a_launch() -> None:
+    """Triton's interpreter replaces the functions of ``triton.language`` at each launch, and again at each
+    call of a device function (``tl.sum`` is one), which is most of a small launch's time."""
+    from triton.runtime import interpreter
+
+    patch, done = getattr(interpreter, "_patch_lang", None), set()
+    if not hasattr(interpreter, "_LangPatchScope") or patch.__name__ == "patch_once":
+        return
+
+    def patch_once(function):
+        modules = {id(x) for x in function.__globals__.values() if isinstance(x, ModuleType)}
+        languages = modules & {id(interpreter.tl), id(interpreter.tl.core)}
+        if languages and languages <= done:
+            return interpreter._LangPatchScope()
+        launches, scope = not done, patch(function)
+        done.update(languages)
+        if launches:  # else a device function of a module that imports the other of the two
+            restore = scope.restore
+            scope.restore = lambda: (done.clear(), restore())
+        return scope
+
+    interpreter._patch_lang = patch_once

@@ -2,7 +2,6 @@
 # Copyright 2026 the contributors
 """A toy model whose decoder blocks go through Unsloth's block compile, by aot_eager, and its Trainer."""
 
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -21,8 +20,6 @@ def fresh_dynamo(monkeypatch):
 
     monkeypatch.delenv(MODE, raising = False)
     monkeypatch.delenv("UNSLOTH_COMPILE_REPORT", raising = False)
-    # pytest listens to every logger, and torch then formats each graph for its structured trace.
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
     torch._dynamo.reset()
     counters.clear()
     yield
