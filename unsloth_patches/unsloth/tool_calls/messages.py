@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Dict, List, Sequence
 
-from .calls import are_clean, is_clean_call, silent, tidy_call
+from .calls import is_clean_call, silent, tidy_call
 from .errors import ToolCallError, where_in
 from .reading import read_messages
 from .results import Turn, one_call_a_message
@@ -39,10 +39,8 @@ def is_clean(
 
     several: a message may have several calls, and be rendered as it is.
     """
-    expected: List[
-        Any
-    ] = []  # ids of the calls whose results have to follow, None where they have none
-    arguments: List[Any] = []
+    # Ids of the calls whose results have to follow, None where they have none.
+    expected: List[Any] = []
     answered = False
     for position, message in enumerate(messages):
         if type(message) is not dict or type(message.get("content", "")) is not str:
@@ -66,14 +64,13 @@ def is_clean(
                 if not is_clean_call(call, builtin_tools):
                     return False
                 expected.append(call.get("id"))
-                arguments.append(call["function"]["arguments"])
             answered = False
         elif len(message) != 2 or "content" not in message:
             return False
         elif role not in ("user", "assistant") and (role != "system" or position):
             return False
     ids = [one for one in expected if one is not None]
-    return not (expected and answered) and len(ids) == len(set(ids)) and are_clean(arguments)
+    return not (expected and answered) and len(ids) == len(set(ids))
 
 
 def prepare_conversation(
