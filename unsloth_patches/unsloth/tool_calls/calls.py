@@ -15,8 +15,8 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from .errors import ToolCallError, where_in
 from .parser import MAX_DEPTH, NAME_PATTERN, USUAL_NAME, is_too_deep
-from .reading import plain
 from .schemas import Schemas, without_filling
+from .values import plain
 
 _ENCODER = json.JSONEncoder(ensure_ascii = False, allow_nan = False)
 _USUAL_NAME = re.compile(USUAL_NAME)

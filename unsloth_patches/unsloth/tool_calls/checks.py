@@ -22,9 +22,9 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 from ..llama_chat_templates import LLAMA_3X_NAMES
 from .errors import ToolCallError
 from .messages import is_clean, prepare_conversation
-from .reading import plain
 from .results import one_call_a_message
 from .schemas import prepare_tools
+from .values import plain
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +140,8 @@ def checks_level() -> str:
 def _prepared(conversation, options: Mapping[str, Any], checks: Checks, level: str):
     """Conversation (or batch of them) and options as the template needs them."""
     tools = options.get("tools")
+    if tools is None and isinstance(conversation, Mapping):  # a whole row of a data set
+        tools = conversation.get("tools")
     if tools is not None:
         tools = prepare_tools(tools)
         options = {**options, "tools": tools}

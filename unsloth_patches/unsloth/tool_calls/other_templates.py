@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from typing import Any, Optional
 
 from .checks import checkable_parts, checks_level, is_llama_3x
-from .reading import RESULT_ROLES, plain
+from .reading import RESULT_ROLES
+from .values import plain
 
 logger = logging.getLogger(__name__)
 
