@@ -551,7 +551,7 @@ def test_other_templates_are_untouched():
     assert tokenizer.apply_chat_template([{"role": "x"}], chat_template = own, tokenize = False) == ""
     tokenizer = get_chat_template(tokenizer, "llama-3", map_eos_token = False)
     checks = importlib.import_module("unsloth.tool_calls.checks")
-    assert isinstance(tokenizer, plain) and not isinstance(tokenizer, checks._ChecksToolCalls)
+    assert isinstance(tokenizer, plain) and not isinstance(tokenizer, checks.ChecksToolCalls)
     mapping = {"role": "from", "content": "value", "user": "human", "assistant": "gpt"}
     mapped = get_chat_template(tokenizer, "llama-3.1", mapping = mapping)
     assert "Hi" in mapped.apply_chat_template([{"from": "human", "value": "Hi"}], tokenize = False)

@@ -840,7 +840,7 @@ PATCHES: Tuple[Patch, ...] = (
         modules = ("tool_calls/reload.py",),
         tests = {"tests/test_tool_call_reload.py": "cpu"},
         # The last two decorate from_pretrained too, on the CPU backend and on GPUs.
-        requires = ("parallel-tool-calls",),
+        requires = ("parallel-tool-calls", "tool-call-other-templates"),
         after = ("fsdp2-sharded-4bit", "compile-workers"),
     ),
     Patch(
