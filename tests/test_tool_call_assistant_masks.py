@@ -132,3 +132,79 @@ def test_sft_with_a_tools_column(mode, tokenizers, tmp_path):
     )
     assert "Given the following functions" in tokenizer.decode(row["input_ids"])
     assert trainer.train().global_step == 3
+
+
+@pytest.mark.skipif(
+    getattr(unsloth, "DEVICE_TYPE", "") != "cpu",
+    reason = "elsewhere Unsloth's trainers want a model that Unsloth loaded; this one is made here",
+)
+@pytest.mark.parametrize("mode", ["split", "join"])
+def test_grpo_with_tools(mode, tokenizers, tmp_path):
+    """Three real steps of TRL's GRPO, whose rollouts call tools: calls are read and executed, and
+    their results rendered behind them. An untrained model calls nothing, so its first turn is given."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    if not hasattr(trl.GRPOTrainer, "_tool_call_loop"):
+        pytest.skip("the installed TRL's GRPO has no tools")
+    called, rewarded = [], []
+
+    def get_weather(city: str) -> str:
+        """The weather of a city.
+
+        Args:
+            city: The city to look up.
+        """
+        called.append(city)
+        return f"20 degrees in {city}"
+
+    def reward(completions, **_):
+        rewarded.extend(completions)
+        return [float(number) for number in range(len(completions))]
+
+    tokenizer = tokenizers["llama-3.1", mode][0]
+    config = trl.GRPOConfig(
+        output_dir = str(tmp_path),
+        per_device_train_batch_size = 2,
+        num_generations = 2,
+        max_completion_length = 400,
+        max_tool_calling_iterations = 1,
+        max_steps = 3,
+        logging_steps = 1,
+        report_to = "none",
+        save_strategy = "no",
+        use_cpu = True,
+        bf16 = False,
+    )
+    trainer = trl.GRPOTrainer(
+        model = make_tiny_llama(),
+        args = config,
+        reward_funcs = reward,
+        tools = [get_weather],
+        train_dataset = datasets.Dataset.from_list([{"prompt": [user("Rome?")]}] * 4),
+        processing_class = tokenizer,
+    )
+    cities = ("Rome", "Oslo") if mode == "join" else ("Rome",)
+    asking = calls(*[made("get_weather", {"city": city}) for city in cities])
+    generate = trainer._generate_single_turn
+
+    def given_first(prompt_ids, *arguments, **options):
+        done, logprobs = generate(prompt_ids, *arguments, **options)
+        if "20 degrees" not in tokenizer.decode(prompt_ids[0]):
+            tools = {"tools": [get_weather], "return_dict": False}
+            start = tokenizer.apply_chat_template([user("Rome?")], add_generation_prompt = True, **tools)
+            assert prompt_ids[0] == start
+            whole = tokenizer.apply_chat_template([user("Rome?"), asking], **tools)
+            done = [whole[len(start) :]] * len(done)
+        return done, logprobs
+
+    trainer._generate_single_turn = given_first
+    assert trainer.train().global_step == 3
+    assert called == list(cities) * 6 and len(rewarded) == 6
+    for completion in rewarded:
+        assert completion[0]["tool_calls"] == asking["tool_calls"]
+        results = [message for message in completion if message["role"] == "tool"]
+        assert [one["content"] for one in results] == [f"20 degrees in {city}" for city in cities]
+    logged = [entry for entry in trainer.state.log_history if "tools/call_frequency" in entry]
+    assert [entry["tools/call_frequency"] for entry in logged] == [len(cities)] * 3
+    assert all(entry["tools/failure_frequency"] == 0 for entry in logged)
+    assert all(entry["grad_norm"] > 0 for entry in logged)

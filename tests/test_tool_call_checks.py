@@ -264,6 +264,17 @@ def test_tools_in_every_form(tokenizer):
             rendered(tokenizer, [user("q")], tools = tools)
 
 
+def test_a_row_of_a_dataset_brings_its_tools(tokenizer):
+    """A dict with messages, system and tools renders as these given one by one."""
+    row = {"system": "S", "messages": [user("q")], "tools": json.dumps([WEATHER])}
+    options = {"tokenize": False, "date_string": DATE}
+    expected = tokenizer.apply_chat_template([system("S"), user("q")], tools = [WEATHER], **options)
+    assert tokenizer.apply_chat_template(row, **options) == expected
+    row["tools"] = float("nan")  # pandas' way to say that a row has none
+    expected = tokenizer.apply_chat_template([system("S"), user("q")], **options)
+    assert tokenizer.apply_chat_template(row, **options) == expected
+
+
 def test_null_default_of_a_tool_is_kept(tokenizer):
     """ "default": null is a value; a null type is Arrow's filling, and goes with all the others."""
     schema = {"type": "string", "default": None, "enum": ["a", None]}
@@ -471,6 +482,11 @@ UNUSUAL = {
     "rendered as a pair": [user("q"), calls({**ROME, "id": "a"}), identified("1", "b")],
     "not the first one": [user("q"), system("S")],
     "'developer'": [developer("D"), user("q")],
+    "'critic'": [user("q"), {"role": "critic", "content": "x"}],
+    "as Hermes and Qwen write calls": [
+        user("q"),
+        assistant('<tool_call>{"name": "f"}</tool_call>'),
+    ],
 }
 
 
@@ -535,7 +551,7 @@ def test_other_templates_are_untouched():
     assert tokenizer.apply_chat_template([{"role": "x"}], chat_template = own, tokenize = False) == ""
     tokenizer = get_chat_template(tokenizer, "llama-3", map_eos_token = False)
     checks = importlib.import_module("unsloth.tool_calls.checks")
-    assert isinstance(tokenizer, plain) and not isinstance(tokenizer, checks._ChecksToolCalls)
+    assert isinstance(tokenizer, plain) and not isinstance(tokenizer, checks.ChecksToolCalls)
     mapping = {"role": "from", "content": "value", "user": "human", "assistant": "gpt"}
     mapped = get_chat_template(tokenizer, "llama-3.1", mapping = mapping)
     assert "Hi" in mapped.apply_chat_template([{"from": "human", "value": "Hi"}], tokenize = False)

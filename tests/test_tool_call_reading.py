@@ -8,6 +8,7 @@ import enum
 import importlib
 import json
 
+import pandas
 import pytest
 import unsloth  # noqa: F401  (has to come before transformers)
 from conversation_formats import FORMATS, FORMATS_OF_SINGLE_CALLS, Conversations
@@ -94,6 +95,7 @@ class Prompt:
 
 
 ROME = made("get_weather", {"city": "Rome"})
+NAN = float("nan")
 
 
 @pytest.mark.parametrize(
@@ -164,6 +166,60 @@ ROME = made("get_weather", {"city": "Rome"})
             [calls(made("f", {"a": None}))],
         ),
         ([{"role": "critic", "content": "x"}], [{"role": "critic", "content": "x"}]),
+        # Roles of other libraries, in any case.
+        (
+            [{"role": "User", "content": "q"}, {"role": "MODEL", "content": "a"}],
+            [user("q"), assistant("a")],
+        ),
+        (
+            [{"from": "input", "value": "q"}, {"from": "bot", "value": "a"}],
+            [user("q"), assistant("a")],
+        ),
+        # What pandas has for a missing value.
+        (
+            [{**assistant("a"), "tool_calls": NAN, "tool_call_id": pandas.NA, "name": NAN}],
+            [assistant("a")],
+        ),
+        ([{**calls(ROME), "content": NAN}], [calls(ROME)]),
+        ([calls({"name": "f", "arguments": NAN, "args": {"a": 1}})], [calls(made("f", {"a": 1}))]),
+        # One part without a list around it, and a part without a type.
+        ([user({"type": "text", "text": "q"})], [user("q")]),
+        ([user([{"text": "q"}, {"type": None, "text": "!"}])], [user("q!")]),
+        # Anthropic's requests have the system text beside the messages.
+        ({"system": "S", "messages": [user("q")]}, [system("S"), user("q")]),
+        (
+            {"system": [{"type": "text", "text": "S"}], "messages": [user("q")]},
+            [system("S"), user("q")],
+        ),
+        ({"system": "", "messages": [user("q")]}, [user("q")]),
+        # The Responses API: outputs of several parts; LlamaIndex: calls that are blocks.
+        (
+            [
+                {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+                {
+                    "type": "function_call_output",
+                    "call_id": "c",
+                    "output": [{"type": "input_text", "text": "1"}],
+                },
+            ],
+            [calls(made("f", {})), result("1")],
+        ),
+        (
+            [
+                {
+                    "role": "assistant",
+                    "blocks": [
+                        {
+                            "block_type": "tool_call",
+                            "tool_call_id": "c",
+                            "tool_name": "f",
+                            "tool_kwargs": '{"a": 1}',
+                        }
+                    ],
+                }
+            ],
+            [calls(made("f", {"a": 1}))],
+        ),
         ([system(["a", {"type": "text", "text": "b"}])], [system("ab")]),
     ],
 )
@@ -190,14 +246,56 @@ def test_what_else_is_read(given, expected, read):
             "part 1 of the content is 'thinking'",
         ),
         ([{**result([]), "content": [{"type": "image"}]}, user([None])], "part 1 .* 'NoneType'"),
+        ([user({"a": 1})], r"messages\[0\]: part 1 of the content is 'dict of a'"),
+        (
+            [{"role": "user", "content": [{"toolResult": {}}]}],
+            "part 1 of the content is 'dict of toolResult'",
+        ),
         ("[1", "is a text that is not JSON"),
-        ({"text": "x"}, "the conversation is a dict"),
+        ({"text": "x", "id": 1}, "the conversation is a dict with the keys text, id; give a list"),
+        ({"system": "S", "messages": [user([3])]}, r"messages\[0\]: part 1"),
         (None, "the conversation is a NoneType"),
     ],
 )
 def test_what_cannot_be_read_is_named(given, expected, read):
     with pytest.raises(ValueError, match = expected):
         read(given)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("Arguments", "argument", "args_json", "arguments_json", "function_args", "tool_args"),
+        *(
+            "params",
+            "parameters_json",
+            "function_parameters",
+            "inputs",
+            "tool_input",
+            "action_input",
+        ),
+        *("kwargs", "tool_arguments"),
+    ],
+)
+def test_keys_that_look_like_arguments_are_not_lost(key, read):
+    """Objects and texts, in the call and in its function."""
+    for value in ({"a": 1}, '{"a": 1}'):
+        for call in ({"name": "f", key: value}, {"function": {"name": "f", key: value}}):
+            with pytest.raises(ValueError, match = f"call 1 .*key '{key}' looks like arguments"):
+                read([user("q"), calls(call)])
+
+
+@pytest.mark.parametrize(
+    "key", ["calls", "tool_call", "toolCalls", "ToolCall", "function_calls", "invalid_tool_calls"]
+)
+def test_keys_that_look_like_calls_are_not_lost(key, read):
+    for value in ([{"name": "f", "arguments": {}}], {"name": "f"}):
+        with pytest.raises(
+            ValueError, match = rf"messages\[1\]: the key '{key}' looks like tool calls"
+        ):
+            read([user("q"), {**assistant("a"), key: value}])
+    for empty in ([], None, NAN):
+        assert meant(read([{**assistant("a"), key: empty}])) == meant([assistant("a")])
 
 
 def test_schemas_decide_what_arrow_filled_in():

@@ -49,6 +49,26 @@ def test_mode_and_checks_survive(mode, reload, tmp_path):
         tokenizer = loaded
 
 
+def test_other_templates_show_calls_after_a_reload(reload, tmp_path):
+    """Arguments that are JSON text are printed as objects, before and after."""
+    from transformers import AutoTokenizer
+    from unsloth.chat_templates import get_chat_template
+
+    text = {**made("f", json.dumps({"city": "Rome"})), "id": "call_1"}
+    messages = [user("q"), {"role": "assistant", "content": "", "tool_calls": [text]}]
+    tokenizer = get_chat_template(make_llama_tokenizer(), "qwen-2.5", map_eos_token = False)
+    assert '\\"city' not in rendered(tokenizer, messages)
+    for turn in ("first", "second"):
+        tokenizer.save_pretrained(tmp_path / turn)
+        loaded = AutoTokenizer.from_pretrained(tmp_path / turn)
+        assert not reload.restore(loaded)  # no mode, and no stop tokens of Llama
+        assert rendered(loaded, messages) == rendered(tokenizer, messages)
+        tokenizer = loaded
+    llama = get_chat_template(tokenizer, "llama-3.1", map_eos_token = False)
+    llama.save_pretrained(tmp_path / "llama")
+    assert "qwen" not in (tmp_path / "llama" / "tokenizer_config.json").read_text("utf-8")
+
+
 def test_other_tokenizers_are_left_alone(reload, tmp_path):
     """None saved, another template since, or no tokenizer at all."""
     from transformers import AutoTokenizer
@@ -89,3 +109,10 @@ def test_adapters_and_merged_models(tmp_path):
             rendered(loaded, [user(None)])
         stops = loaded.convert_ids_to_tokens(model.generation_config.eos_token_id)
         assert {"<|eot_id|>", "<|eom_id|>"} <= set(stops), folder
+        # Inference's prompt and reply are the tokens that training has seen.
+        trained = tokenizer.apply_chat_template(MESSAGES, return_dict = False)
+        prompt = loaded.apply_chat_template(
+            MESSAGES[:1], add_generation_prompt = True, return_dict = False
+        )
+        assert trained[: len(prompt)] == prompt
+        assert loaded.apply_chat_template(MESSAGES, return_dict = False) == trained

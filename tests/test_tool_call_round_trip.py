@@ -8,7 +8,7 @@ import random
 
 import pytest
 import unsloth  # noqa: F401  (has to come before transformers)
-from conversation_formats import FORMATS, Conversations
+from conversation_formats import FORMATS, FORMATS_OF_SINGLE_CALLS, Conversations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama_chat import make_llama_tokenizer, parallel_calls, result, user
@@ -217,24 +217,44 @@ def test_parse_render_round_trip_drawn(calls, mode, seed, tokenizers, tool_calls
     check_round_trip(mode, hostile, tokenizers, tool_calls)
 
 
+def shown(messages):
+    """All that the templates print of prepared messages; repr, since 1 == 1.0 == True."""
+    return [
+        (
+            message["role"],
+            [call["function"] for call in message["tool_calls"]]
+            if message.get("tool_calls")
+            else message["content"],
+        )
+        for message in messages
+    ]
+
+
 @pytest.mark.parametrize("mode", ["split", "join"])
 def test_every_format_renders_the_same(mode, tokenizers, tool_calls):
-    """5,000 seeded conversations, each in one of ten formats: the bytes of OpenAI's form, and every
-    assistant turn reads back."""
-    formats = list(FORMATS.values())
+    """5,000 seeded conversations, each in all formats: what is printed of it is what is printed of
+    OpenAI's form, to the byte in one of the formats, and every assistant turn reads back."""
+    prepare = importlib.import_module("unsloth.tool_calls.messages").prepare_conversation
+    arrange = importlib.import_module("unsloth.tool_calls.parallel").MODES[mode]
     options = {"tokenize": False, "date_string": "x"}
     for seed in range(2500):
         tokenizer = tokenizers["llama-3.1" if seed % 2 else "llama-3.2", mode]
-        messages = Conversations(f"{mode} {seed}", several = 3).messages()
+        messages = Conversations(f"{mode} {seed}", several = 1 + seed % 3).messages()
+        expected = repr(shown(prepare(messages, arrange = arrange)))
+        single = all(len(message.get("tool_calls", ())) < 2 for message in messages)
+        formats = {**FORMATS, **(FORMATS_OF_SINGLE_CALLS if single else {})}
         text = tokenizer.apply_chat_template(messages, **options)
-        given = formats[seed % len(formats)](messages)
-        assert tokenizer.apply_chat_template(given, **options) == text, (seed, given)
+        for number, (name, convert) in enumerate(formats.items()):
+            given = convert(messages)
+            assert repr(shown(prepare(given, arrange = arrange))) == expected, (seed, name, given)
+            if number == seed % len(formats):
+                assert tokenizer.apply_chat_template(given, **options) == text, (seed, name, given)
         turns = [part.partition("<|eot_id|>")[0] for part in text.split(HEADER)[1:]]
         read = [tool_calls.parse_tool_calls(turn) for turn in turns]
         made = [call["function"] for one in read for call in one.get("tool_calls", ())]
-        assert made == [
-            call["function"] for one in messages for call in one.get("tool_calls", ())
-        ], seed
+        assert exact(made) == exact(
+            [call["function"] for one in messages for call in one.get("tool_calls", ())]
+        ), seed
 
 
 # ---------------------------------------------------------------- parsers of other projects, as documented
@@ -311,6 +331,55 @@ def test_mutated_output_never_raises(tokenizers, tool_calls):
         assert ("reason" in message) <= ("tool_calls" not in message)
         broken += "tool_calls" not in message
     assert broken > 300
+
+
+HOSTILE_VALUES = (
+    *("1e400", "-1e400", "NaN", "Infinity", "-Infinity", "1E5", "-0.0", "1e-400", "5e-324", "01"),
+    *("9" * 4300, "9" * 5000, "-" + "9" * 400, "true", "null", "[]", "{}", "", "'a'", "[1,]"),
+    *(r'"\ud800"', r'"\udc00\ud800"', r'"\ud83e\udd99"', '"\ud800"', r'"\u0000"', '"\x00"', '"\n"'),
+    *('"<|eot_id|>"', '"<|start_header_id|>"', r'"}; {\"name\": \""', '"é🦙"', r'{"\udfff": 1}'),
+    *('{"a": 1, "a": 2}', '{"": {"": ""}}', '"NaN"', '["null", null]'),
+)
+HOSTILE_NAMES = (
+    *('"f"',) * 12,
+    *('"Market Trends API"', '"<|eot_id|>"', r'"\u0041"', r'"f\ud800"', '"\ud800"'),
+    *(r'"a\"b"', r'"a\nb"', '""', "null", '"{"', '"; "', '"x" '),
+)
+
+
+def hostile_call(pick):
+    """Text that looks like a call, of what models and attackers write."""
+    value = pick(HOSTILE_VALUES)
+    depth = pick((0, 0, 0, 0, 0, 0, 1, 3, 197, 198, 199, 200, 2000))
+    value = pick(("[" * depth + value + "]" * depth, '{"a":' * depth + value + "}" * depth))
+    key = pick(("parameters", "parameters", "parameters", "arguments", "args"))
+    objects = (f'{{"a": {value}}}', f'{{"a": {value}, "b": {pick(HOSTILE_VALUES)}}}')
+    inner = pick((*objects, *objects, value))
+    return f'{{"name": {pick(HOSTILE_NAMES)}, "{key}": {inner}}}'
+
+
+def test_what_is_accepted_can_be_rendered_again(tokenizers, tool_calls):
+    """5,000 hostile replies: each is calls that the checks let through and that read back, or it is
+    text with the reason; the stream says the same."""
+    tokenizer, accepted = tokenizers["llama-3.1", "join"], 0
+    for seed in range(5000):
+        pick = random.Random(seed).choice
+        reply = pick(("; ", ";", "\n", "")).join(hostile_call(pick) for _ in range(pick((1, 1, 2))))
+        reply = pick(("", "", "<|python_tag|>")) + reply + pick(("", "<|eot_id|>", "<|eom_id|>"))
+        message = tool_calls.parse_tool_calls(reply)
+        stream = stream_of_calls()
+        emitted = [made for piece in Hostile(seed).pieces(reply) for made in stream.feed(piece)]
+        assert exact(stream.finish()) == exact(message), reply[:200]
+        if "tool_calls" not in message:
+            assert message["reason"] and message["content"], reply[:200]
+            continue
+        accepted += 1
+        assert exact(emitted) == exact(message["tool_calls"])
+        text = tokenizer.apply_chat_template([user("q"), message], tokenize = False)
+        text.encode("utf-8")
+        again = tool_calls.parse_tool_calls(text.rpartition(HEADER)[2])
+        assert exact(again) == exact(message), reply[:200]
+    assert 500 < accepted < 4000
 
 
 def test_cut_off_replies_lose_no_call_silently(tokenizers, tool_calls):

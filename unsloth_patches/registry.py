@@ -143,6 +143,7 @@ PATCHES: Tuple[Patch, ...] = (
             "tool_calls/parser.py",
             "tool_calls/schemas.py",
             "tool_calls/stop_tokens.py",
+            "tool_calls/values.py",
         ),
         tests = {
             "tests/test_tool_call_parser.py": "cpu",
@@ -159,8 +160,17 @@ PATCHES: Tuple[Patch, ...] = (
         requires = ("tool-call-parser",),
     ),
     Patch(
+        name = "tool-call-reading",
+        title = "Read tool calls of every usual format",
+        targets = (),
+        modules = ("tool_calls/calls.py", "tool_calls/reading.py"),
+        tests = {"tests/test_tool_call_reading.py": "cpu"},
+        shared = ("conversation_formats.py",),
+        requires = ("tool-call-parser",),
+    ),
+    Patch(
         name = "tool-call-datasets",
-        title = "Read tool calls of every usual format in standardize_sharegpt",
+        title = "Read tool calls in standardize_sharegpt",
         targets = (
             Target(
                 attribute = "unsloth.chat_templates:standardize_data_formats",
@@ -177,13 +187,9 @@ PATCHES: Tuple[Patch, ...] = (
                 optional = True,
             ),
         ),
-        modules = ("tool_calls/calls.py", "tool_calls/datasets.py", "tool_calls/reading.py"),
-        tests = {
-            "tests/test_tool_call_datasets.py": "cpu",
-            "tests/test_tool_call_reading.py": "cpu",
-        },
-        shared = ("conversation_formats.py",),
-        requires = ("llama-chat-templates", "tool-call-parser"),
+        modules = ("tool_calls/datasets.py",),
+        tests = {"tests/test_tool_call_datasets.py": "cpu"},
+        requires = ("llama-chat-templates", "tool-call-reading"),
     ),
     Patch(
         name = "tool-call-checks",
@@ -834,7 +840,7 @@ PATCHES: Tuple[Patch, ...] = (
         modules = ("tool_calls/reload.py",),
         tests = {"tests/test_tool_call_reload.py": "cpu"},
         # The last two decorate from_pretrained too, on the CPU backend and on GPUs.
-        requires = ("parallel-tool-calls",),
+        requires = ("parallel-tool-calls", "tool-call-other-templates"),
         after = ("fsdp2-sharded-4bit", "compile-workers"),
     ),
     Patch(

@@ -2,7 +2,6 @@
 # Copyright 2026 the contributors
 """Seeded conversations with tool calls, and what other formats make of them."""
 
-import copy
 import json
 import random
 
@@ -71,7 +70,7 @@ class Conversations:
 
 
 def _each(messages, change):
-    return [change(copy.deepcopy(message)) for message in messages]
+    return [change(message) for message in json.loads(json.dumps(messages))]  # a fast copy
 
 
 def openai_text_arguments(messages):

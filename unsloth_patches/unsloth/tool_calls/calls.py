@@ -7,6 +7,7 @@ What cannot be written raises ToolCallError; what is unusual is told to ``warn(w
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -14,11 +15,12 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from .errors import ToolCallError, where_in
 from .parser import MAX_DEPTH, NAME_PATTERN, USUAL_NAME, is_too_deep
-from .reading import plain
 from .schemas import Schemas, without_filling
+from .values import plain
 
 _ENCODER = json.JSONEncoder(ensure_ascii = False, allow_nan = False)
 _USUAL_NAME = re.compile(USUAL_NAME)
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _SPECIAL_TOKEN_TEXT = re.compile(
     r"<\|(?:begin_of_text|end_of_text|start_header_id|end_header_id|eo[tm]_id|python_tag)\|>"
 )
@@ -70,36 +72,48 @@ def tidy_call(
 
 
 def is_clean_call(call: Any, builtin_tools: Sequence[str] = ()) -> bool:
-    """Whether ``tidy_call`` has only the arguments' values to look at (see ``are_clean``)."""
+    """Whether ``tidy_call`` would leave the call as it is, without a word."""
     if type(call) is not dict or not call.keys() <= _CALL_KEYS:
         return False
     function = call.get("function")
-    if type(function) is not dict or function.keys() != _FUNCTION_KEYS:
+    if type(function) is not dict or len(function) != 2:
         return False
-    name = function["name"]
-    is_usual = type(name) is str and _USUAL_NAME.fullmatch(name) and name not in builtin_tools
-    return bool(is_usual) and type(function["arguments"]) is dict
+    name, arguments = function.get("name"), function.get("arguments")
+    if type(name) is not str or name in builtin_tools or type(arguments) is not dict:
+        return False
+    return _has_usual_name(name) and _is_clean_value(arguments)
 
 
-def are_clean(arguments: List[Dict[str, Any]]) -> bool:
-    """Whether all of them can be written as they are, and none has a null or a special token."""
-    if not arguments:
+@functools.lru_cache(maxsize = 1000)
+def _has_usual_name(name: str) -> bool:
+    return _USUAL_NAME.fullmatch(name) is not None
+
+
+def _is_clean_value(value: Any, levels: int = MAX_DEPTH) -> bool:
+    """Whether JSON in UTF-8 holds a value as it is, and it has no null and no special token.
+
+    For most arguments a walk takes half the time that writing them as JSON does.
+    """
+    kind = type(value)
+    if kind is str:
+        return "<|" not in value and (value.isascii() or not _SURROGATE.search(value))
+    if kind is dict or kind is list:
+        if not levels:
+            return False
+        for inner in value:
+            if kind is dict:
+                if type(inner) is not str or not _is_clean_value(inner):
+                    return False
+                inner = value[inner]
+            if not _is_clean_value(inner, levels - 1):
+                return False
         return True
-    try:
-        text = _ENCODER.encode(arguments)
-        text.encode("utf-8")
-    except (TypeError, ValueError, RecursionError):
-        return False
-    if "null" in text or "<|" in text or is_too_deep(text):
-        return False
-    # JSON makes text of keys that are none. Only objects in objects need a look at every key.
-    if text.count("{") > len(arguments):
-        return json.loads(text) == arguments
-    return all(type(key) is str for one in arguments for key in one)
+    if kind is int:
+        return value.bit_length() < 10_000  # Python writes no more than 4300 digits
+    return kind is bool or (kind is float and value - value == 0)
 
 
 _CALL_KEYS = frozenset(("id", "type", "function"))
-_FUNCTION_KEYS = {"name", "arguments"}
 
 
 def _as_object(arguments: Any, where: str) -> Dict[str, Any]:

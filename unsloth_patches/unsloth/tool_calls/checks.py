@@ -22,9 +22,9 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 from ..llama_chat_templates import LLAMA_3X_NAMES
 from .errors import ToolCallError
 from .messages import is_clean, prepare_conversation
-from .reading import plain
 from .results import one_call_a_message
 from .schemas import prepare_tools
+from .values import plain
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +95,8 @@ def checkable_parts(tokenizer) -> List[Any]:
 
 def set_checks(part, checks: Checks) -> None:
     """Makes a tokenizer or processor check conversations, in place."""
-    if not isinstance(part, _ChecksToolCalls):
-        part.__class__ = _checking_class(type(part))
+    if not isinstance(part, ChecksToolCalls):
+        part.__class__ = mixed_class(ChecksToolCalls, type(part))
     part.chat_template = checks.template
     part._tool_call_checks = checks
 
@@ -104,15 +104,38 @@ def set_checks(part, checks: Checks) -> None:
 # ---------------------------------------------------------------- the tokenizer's own checks
 
 
-class _ChecksToolCalls:
-    """Mixed into the class of a tokenizer or processor: conversations are tidied before rendering.
+class MixedIn:
+    """Mixed into the class of a tokenizer or processor.
 
     A subclass and not a method on the object, so that copies and pickles (``datasets`` sends
     tokenizers to worker processes) keep it. Its name stays that of the plain class, which
     ``save_pretrained`` writes.
     """
 
+    _mixin: type
     _plain_class: type
+
+    def __reduce_ex__(self, protocol):
+        make, arguments, *state = super().__reduce_ex__(max(protocol, 2))
+        return (_new_mixed, (self._mixin, self._plain_class, make, tuple(arguments[1:])), *state)
+
+
+@functools.lru_cache(maxsize = None)
+def mixed_class(mixin: type, plain_class: type) -> type:
+    names = ("__module__", "__qualname__", "__doc__")
+    attributes = {name: getattr(plain_class, name) for name in names}
+    attributes.update(_mixin = mixin, _plain_class = plain_class)
+    return type(plain_class.__name__, (mixin, plain_class), attributes)
+
+
+def _new_mixed(mixin: type, plain_class: type, make, arguments):
+    """Unpickles an object of a mixed class, which no module has under its name."""
+    return make(mixed_class(mixin, plain_class), *arguments)
+
+
+class ChecksToolCalls(MixedIn):
+    """Conversations are tidied before rendering."""
+
     _tool_call_checks: Checks
 
     def apply_chat_template(self, conversation, *args, **kwargs):
@@ -125,10 +148,6 @@ class _ChecksToolCalls:
             conversation, options = _prepared(conversation, options, checks, level)
         return render(conversation, **options)
 
-    def __reduce_ex__(self, protocol):
-        make, arguments, *state = super().__reduce_ex__(max(protocol, 2))
-        return (_new_checked, (self._plain_class, make, tuple(arguments[1:])), *state)
-
 
 def checks_level() -> str:
     level = os.environ.get("UNSLOTH_TOOL_CHECKS", "error")
@@ -140,6 +159,8 @@ def checks_level() -> str:
 def _prepared(conversation, options: Mapping[str, Any], checks: Checks, level: str):
     """Conversation (or batch of them) and options as the template needs them."""
     tools = options.get("tools")
+    if tools is None and isinstance(conversation, Mapping):  # a whole row of a data set
+        tools = conversation.get("tools")
     if tools is not None:
         tools = prepare_tools(tools)
         options = {**options, "tools": tools}
@@ -234,28 +255,12 @@ def warn_once(where: str, notice: str) -> None:
         logger.warning(where + notice)
 
 
-@functools.lru_cache(maxsize = None)
-def _checking_class(plain_class: type) -> type:
-    attributes = {
-        "__module__": plain_class.__module__,
-        "__qualname__": plain_class.__qualname__,
-        "__doc__": plain_class.__doc__,
-        "_plain_class": plain_class,
-    }
-    return type(plain_class.__name__, (_ChecksToolCalls, plain_class), attributes)
-
-
-def _new_checked(plain_class: type, make, arguments):
-    """Unpickles an object of the checking class, which no module has under its name."""
-    return make(_checking_class(plain_class), *arguments)
-
-
 class _Unchecked:
     """Within it a tokenizer has no checks; after an error it has the same ones again."""
 
     def __init__(self, tokenizer):
         parts = [tokenizer, getattr(tokenizer, "tokenizer", None)]
-        self._parts = [part for part in parts if isinstance(part, _ChecksToolCalls)]
+        self._parts = [part for part in parts if isinstance(part, ChecksToolCalls)]
 
     def __enter__(self):
         self._before = [(part, part.__class__, dict(part.__dict__)) for part in self._parts]

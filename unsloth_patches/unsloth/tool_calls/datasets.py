@@ -18,8 +18,9 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 from .calls import tidy_call
 from .errors import ToolCallError, where_in
-from .reading import CALL_ROLES, RESULT_ROLES, plain, read_messages
+from .reading import CALL_ROLES, RESULT_ROLES, read_messages
 from .schemas import Schemas
+from .values import plain
 
 COLUMN = "conversations"
 # Rows of a stream that are looked at to find out whether it has tool calls.

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Dict, List, Sequence
 
-from .calls import are_clean, is_clean_call, silent, tidy_call
+from .calls import is_clean_call, silent, tidy_call
 from .errors import ToolCallError, where_in
 from .reading import read_messages
 from .results import Turn, one_call_a_message
@@ -28,6 +28,8 @@ from .schemas import Schemas
 _RESULT_ROLES = ("tool", "ipython")
 _RESULT_KEYS = frozenset(("role", "content", "tool_call_id"))
 _CALLING_KEYS = frozenset(("role", "content", "tool_calls"))
+_KNOWN_ROLES = ("system", "user", "assistant", *_RESULT_ROLES)
+TAGGED_CALL = "<tool_call>"
 
 
 def is_clean(
@@ -39,13 +41,14 @@ def is_clean(
 
     several: a message may have several calls, and be rendered as it is.
     """
-    expected: List[
-        Any
-    ] = []  # ids of the calls whose results have to follow, None where they have none
-    arguments: List[Any] = []
+    # Ids of the calls whose results have to follow, None where they have none.
+    expected: List[Any] = []
     answered = False
     for position, message in enumerate(messages):
-        if type(message) is not dict or type(message.get("content", "")) is not str:
+        if type(message) is not dict:
+            return False
+        content = message.get("content", "")
+        if type(content) is not str or TAGGED_CALL in content:
             return False
         role = message.get("role")
         if role == "tool":
@@ -60,20 +63,19 @@ def is_clean(
             calls = message["tool_calls"]
             if type(calls) is not list or (len(calls) > 1 and not several):
                 return False
-            if not message.keys() <= _CALLING_KEYS or message.get("content", "").strip():
+            if not message.keys() <= _CALLING_KEYS or content.strip():
                 return False
             for call in calls:
                 if not is_clean_call(call, builtin_tools):
                     return False
                 expected.append(call.get("id"))
-                arguments.append(call["function"]["arguments"])
             answered = False
         elif len(message) != 2 or "content" not in message:
             return False
         elif role not in ("user", "assistant") and (role != "system" or position):
             return False
     ids = [one for one in expected if one is not None]
-    return not (expected and answered) and len(ids) == len(set(ids)) and are_clean(arguments)
+    return not (expected and answered) and len(ids) == len(set(ids))
 
 
 def prepare_conversation(
@@ -150,11 +152,24 @@ def _check_message(message: Dict[str, Any], index: int, position: int, warn) -> 
         warn(where_in(index), "is a system message that is not the first one; Llama has seen few.")
     elif role == "developer":
         warn(where_in(index), "has role 'developer', which Llama does not know; use 'system'.")
+    elif role not in _KNOWN_ROLES:
+        warn(
+            where_in(index),
+            f"has role {role!r}, which Llama does not know; use 'system', 'user', 'assistant' or 'tool'.",
+        )
+    if role == "assistant" and TAGGED_CALL in str(message.get("content")):
+        warn(
+            where_in(index),
+            f"has {TAGGED_CALL} in its text, as Hermes and Qwen write calls. Llama's parsers do not read "
+            "it; put the calls into tool_calls to train Llama's own form.",
+        )
 
 
 def _check_content(message: Dict[str, Any], index: int) -> None:
     if message.get("content") is None:
+        others = ", ".join(str(key) for key in message if key != "role")
         raise ToolCallError(
-            where_in(index) + f"the {message['role']} message has neither content nor tool_calls. "
+            where_in(index) + f"the {message['role']} message has neither content nor tool_calls"
+            f"{f', only {others}' if others else ''}. "
             "Give it a text (an empty one is fine), or leave the message out."
         )

@@ -16,13 +16,15 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Optional
 
-from .checks import checkable_parts, checks_level, is_llama_3x
-from .reading import RESULT_ROLES, plain
+from .checks import MixedIn, checkable_parts, checks_level, is_llama_3x, mixed_class
+from .reading import RESULT_ROLES
+from .values import plain
 
 logger = logging.getLogger(__name__)
 
 _FILLED = ("tool_calls", "tool_call_id", "name")  # None in every other message after Arrow
 _PROBE = {"probe_key": "probe_value"}
+SAVED_NAME = "unsloth_chat_template"  # in tokenizer_config.json, for a reload
 
 
 def show_tool_calls(stock):
@@ -46,22 +48,28 @@ def show_tool_calls(stock):
             tokenizer = stock(*args, **kwargs)
         except BaseException:
             for part in before:
-                part.__class__ = _showing_class(type(part))
+                part.__class__ = mixed_class(_ShowsToolCalls, type(part))
             raise
         name = given.get("chat_template")
-        if not is_llama_3x(name):
-            for part in checkable_parts(tokenizer):
-                part.__class__ = _showing_class(type(part))
-                part._chat_template_name = name if isinstance(name, str) else "of your own"
+        for part in checkable_parts(tokenizer):
+            saved = getattr(part, "init_kwargs", {})  # save_pretrained writes them
+            saved.pop(SAVED_NAME, None)
+            if not is_llama_3x(name):
+                saved[SAVED_NAME] = name if isinstance(name, str) else "of your own"
+                show_calls_in(part)
         return tokenizer
 
     return get_chat_template
 
 
-class _ShowsToolCalls:
-    """Mixed into the class of a tokenizer or processor, so that copies and pickles keep it."""
+def show_calls_in(part) -> None:
+    """Makes a tokenizer or processor with another template show tool calls, in place."""
+    if not isinstance(part, _ShowsToolCalls):
+        part.__class__ = mixed_class(_ShowsToolCalls, type(part))
 
-    _plain_class: type
+
+class _ShowsToolCalls(MixedIn):
+    """Tool calls get the form that the template prints, before rendering."""
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         render = super().apply_chat_template
@@ -70,29 +78,9 @@ class _ShowsToolCalls:
         if checks_level() != "off" and isinstance(template, str) and len(args) < 3:
             conversation = plain(conversation)
             if isinstance(conversation, (list, tuple)):
-                name = getattr(self, "_chat_template_name", "")
+                name = getattr(self, "init_kwargs", {}).get(SAVED_NAME, "")
                 conversation = _prepared(conversation, render, template, name)
         return render(conversation, *args, **kwargs)
-
-    def __reduce_ex__(self, protocol):
-        make, arguments, *state = super().__reduce_ex__(max(protocol, 2))
-        return (_new_showing, (self._plain_class, make, tuple(arguments[1:])), *state)
-
-
-@functools.lru_cache(maxsize = None)
-def _showing_class(plain_class: type) -> type:
-    attributes = {
-        "__module__": plain_class.__module__,
-        "__qualname__": plain_class.__qualname__,
-        "__doc__": plain_class.__doc__,
-        "_plain_class": plain_class,
-    }
-    return type(plain_class.__name__, (_ShowsToolCalls, plain_class), attributes)
-
-
-def _new_showing(plain_class: type, make, arguments):
-    """Unpickles an object of the showing class, which no module has under its name."""
-    return make(_showing_class(plain_class), *arguments)
 
 
 # ---------------------------------------------------------------- conversations

@@ -11,13 +11,13 @@ looks like arguments and is none that is known raises, and so does content that 
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from .errors import ToolCallError, where_in
+from .values import is_missing, plain
 
 CALL_ROLES = ("function_call", "function-call", "tool_call", "tool_calls")
 RESULT_ROLES = (
@@ -30,9 +30,10 @@ RESULT_ROLES = (
     "function-response",
 )
 ROLES = {
+    **{role: role for role in ("system", "user", "assistant")},
     "human": "user",
-    "gpt": "assistant",
-    "ai": "assistant",
+    "input": "user",
+    **dict.fromkeys(("gpt", "ai", "model", "bot", "chatbot", "output"), "assistant"),
     "aimessage": "assistant",
     "aimessagechunk": "assistant",
     "humanmessage": "user",
@@ -42,33 +43,10 @@ ROLES = {
     **{role: "tool" for role in RESULT_ROLES},
 }
 _ARGUMENT_KEYS = ("arguments", "parameters", "args", "input", "tool_kwargs")
-_LOOK_LIKE_ARGUMENTS = (
-    "argument",
-    "params",
-    "inputs",
-    "kwargs",
-    "tool_input",
-    "tool_args",
-    "function_args",
-    "tool_arguments",
-    "function_arguments",
-)
+# Keys that hold something which is not read, and would be lost in silence.
+_LOOKS_LIKE_ARGUMENTS = re.compile(r"arg(ument)?s?(_?json)?$|param|inputs?$|kwargs$", re.IGNORECASE)
+_LOOKS_LIKE_CALLS = re.compile(r"((tool|function)_?)?calls$|(tool|function)_?call$", re.IGNORECASE)
 _TEXT_PARTS = ("text", "input_text", "output_text")
-
-
-def plain(value: Any) -> Any:
-    """A dict, list or scalar for what pydantic, Arrow, numpy, pandas and enums hold."""
-    if value is None or isinstance(value, (dict, list, str)) and not isinstance(value, enum.Enum):
-        return value
-    if isinstance(value, enum.Enum):
-        return value.value
-    for name in ("model_dump", "as_py", "to_pylist", "tolist"):
-        method = getattr(value, name, None)
-        if callable(method) and not isinstance(value, type):
-            return method()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return value
 
 
 def read_messages(
@@ -84,7 +62,7 @@ def read_messages(
     messages: List[Dict[str, Any]] = []
     places: List[int] = []
     in_calls = False
-    for index, raw in enumerate(_listed(conversation)):
+    for index, raw in enumerate(*_listed(conversation)):
         for role, message in _read_message(raw, index, roles):
             # Calls one after the other are calls of one message.
             if role == "call" and in_calls:
@@ -98,19 +76,27 @@ def read_messages(
     return messages, places
 
 
-def _listed(conversation: Any) -> List[Any]:
+def _listed(conversation: Any) -> Tuple[List[Any], int]:
+    """The messages and the first one's index: -1 for a system text that stood beside them."""
     conversation = plain(getattr(conversation, "messages", conversation))
     if isinstance(conversation, str):
         conversation = _json(conversation, "Unsloth: the conversation")
     if isinstance(conversation, Mapping):
         keys = [key for key in ("messages", "conversations", "conversation") if key in conversation]
-        conversation = plain(conversation[keys[0]]) if keys else conversation
+        if not keys:
+            raise ToolCallError(
+                f"Unsloth: the conversation is a dict with the keys {', '.join(map(str, conversation))}; "
+                "give a list of messages, each a dict with role and content."
+            )
+        system, conversation = plain(conversation.get("system")), plain(conversation[keys[0]])
+        if isinstance(conversation, (list, tuple)) and not is_missing(system) and system:
+            return [{"role": "system", "content": system}, *conversation], -1
     if not isinstance(conversation, (list, tuple)):
         raise ToolCallError(
             f"Unsloth: the conversation is a {type(conversation).__name__}; give a list of messages, "
             "each a dict with role and content."
         )
-    return conversation
+    return conversation, 0
 
 
 def _json(text: str, what: str) -> Any:
@@ -128,8 +114,14 @@ def _read_message(
 ) -> Iterator[Tuple[str, Dict[str, Any]]]:
     """(role or "call", message) of each message that one entry of the list holds."""
     where = where_in(index)
-    given = {key: value for key, value in _unwrapped(raw, where).items() if value is not None}
+    given = {key: value for key, value in _unwrapped(raw, where).items() if not is_missing(value)}
     role = _role(given, roles)
+    for key in given:
+        if key not in _READ_KEYS and given[key] and _LOOKS_LIKE_CALLS.search(str(key)):
+            raise ToolCallError(
+                where + f"the key {key!r} looks like tool calls and is not read; name it "
+                "'tool_calls', or leave it out."
+            )
     content = _content(given)
     message = {key: given[key] for key in given if key not in _READ_KEYS}
     extra = plain(given.get("additional_kwargs"))
@@ -243,6 +235,8 @@ def _calls_in_text(message: Dict[str, Any], content: Any, index: int) -> List[Di
 
 def _parts(content: Any, role: Any, where: str):
     """(text or other content, calls, results) of content that may be a list of parts."""
+    if isinstance(content, Mapping) and role not in ("tool", "ipython"):
+        content = [content]
     if not isinstance(content, (list, tuple)) or (
         role in ("tool", "ipython") and not _is_text(content)
     ):
@@ -255,7 +249,7 @@ def _parts(content: Any, role: Any, where: str):
         kind = part.get("type") or part.get("block_type") if isinstance(part, Mapping) else None
         if isinstance(part, str):
             texts.append(part)
-        elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+        elif _is_text([part]):
             texts.append(part["text"])
         elif kind in ("tool_use", "tool_call") and role == "assistant":
             calls.append(part)
@@ -266,8 +260,8 @@ def _parts(content: Any, role: Any, where: str):
         else:
             raise ToolCallError(
                 where
-                + f"part {number} of the content is {kind or type(part).__name__!r}, which the "
-                "Llama 3 templates cannot render; keep text parts, or leave the message out."
+                + f"part {number} of the content is {kind or _described(part)!r}, which the Llama 3 "
+                "templates cannot render; keep text parts, or leave the message out."
             )
     return "".join(texts) if texts or not (calls or results) else None, calls, results
 
@@ -276,9 +270,18 @@ def _is_text(content: Any) -> bool:
     """A list of text parts, and not a tool's result that is a list."""
     return bool(content) and all(
         isinstance(part, Mapping)
-        and (part.get("type") or part.get("block_type")) in _TEXT_PARTS
         and isinstance(part.get("text"), str)
+        and (
+            (part.get("type") or part.get("block_type")) in _TEXT_PARTS
+            or [key for key in part if part[key] is not None] == ["text"]  # Bedrock's
+        )
         for part in content
+    )
+
+
+def _described(part: Any) -> str:
+    return (
+        f"dict of {', '.join(map(str, part))}" if isinstance(part, Mapping) else type(part).__name__
     )
 
 
@@ -301,10 +304,10 @@ def read_call(raw: Any, index: int, number: int) -> Dict[str, Any]:
             where + f"is a {type(call).__name__}; expected "
             '{"type": "function", "function": {"name": ..., "arguments": {...}}}.'
         )
-    fields = {key: plain(value) for key, value in call.items() if value is not None}
+    fields = {key: plain(value) for key, value in call.items() if not is_missing(value)}
     function = fields.pop("function", None)
     if isinstance(function, Mapping):
-        fields.update((k, plain(v)) for k, v in function.items() if v is not None)
+        fields.update((k, plain(v)) for k, v in function.items() if not is_missing(v))
     elif isinstance(function, str):
         fields.setdefault("name", function)
     name = fields.get("name", fields.get("tool_name"))
@@ -326,8 +329,8 @@ def _arguments(fields: Dict[str, Any], where: str) -> Any:
             where + f"has {' and '.join(given)}, which differ; keep the one that is meant."
         )
     for key, value in fields.items():
-        unread = isinstance(value, Mapping) and not given and key not in _ARGUMENT_KEYS
-        if key in _LOOK_LIKE_ARGUMENTS or (unread and value):
+        unread = isinstance(value, Mapping) and not given and value
+        if key not in _ARGUMENT_KEYS and (unread or _LOOKS_LIKE_ARGUMENTS.search(str(key))):
             raise ToolCallError(
                 where
                 + f"the key {key!r} looks like arguments and is not read; name it 'arguments', "

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the contributors
-"""Checks and mode of a tokenizer that was saved with a Llama 3.x template, when it is loaded again."""
+"""Checks and mode of a tokenizer that get_chat_template made, when it is saved and loaded again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import functools
 import logging
 
 from .checks import Checks, checkable_parts, set_checks
+from .other_templates import SAVED_NAME, show_calls_in
 from .parallel import MODES
 from .stop_tokens import add_stop_tokens
 
@@ -35,11 +36,13 @@ def restore_tool_call_mode(stock):
 
 
 def restore(tokenizer) -> bool:
-    """Gives a loaded tokenizer its checks and mode back, in place; whether it had any."""
+    """Gives a loaded tokenizer its checks and mode back, in place; whether it had any mode."""
     restored = False
     for part in checkable_parts(tokenizer):
-        mode = (getattr(part, "init_kwargs", None) or {}).get("parallel_tool_calls")
-        text = part.chat_template
+        saved = getattr(part, "init_kwargs", None) or {}
+        mode, text = saved.get("parallel_tool_calls"), part.chat_template
+        if SAVED_NAME in saved and isinstance(text, str):
+            show_calls_in(part)
         if mode not in MODES or not isinstance(text, str):
             continue
         if '"parameters": ' not in text or (mode == "join") != ("tool_calls|length > 1" in text):

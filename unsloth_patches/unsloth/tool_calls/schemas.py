@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Dict, Iterator, List, Optional
 
 from .errors import ToolCallError
+from .values import is_missing, plain
 
 _NULL_MAY_BE_MEANT = ("default", "const", "example", "examples", "enum")
 
@@ -23,11 +24,11 @@ def prepare_tools(tools: Any) -> Optional[List[Any]]:
 
     Raises ToolCallError for a text that is not the JSON of a list.
     """
-    tools = _plain(tools)
+    tools = None if is_missing(tools) else plain(tools)
     if isinstance(tools, str):
         tools = _loaded(tools) if tools.strip() else None
     if isinstance(tools, Mapping):
-        inner = _plain(tools.get("tools"))
+        inner = plain(tools.get("tools"))
         tools = inner if isinstance(inner, list) else [tools]
     if tools is not None and not isinstance(tools, (list, tuple)):
         raise ToolCallError(f"Unsloth: tools is a {type(tools).__name__}; give a list of tools.")
@@ -35,13 +36,6 @@ def prepare_tools(tools: Any) -> Optional[List[Any]]:
     if "None" in repr(tools):  # a thousand times faster than looking at each value
         tools = [_without_null_keywords(tool) if _is_filled(tool) else tool for tool in tools]
     return tools or None
-
-
-def _plain(value: Any) -> Any:
-    for name in ("model_dump", "as_py", "to_pylist", "tolist"):
-        if not isinstance(value, (type, dict, list, str)) and hasattr(value, name):
-            return getattr(value, name)()
-    return value
 
 
 def _loaded(text: str) -> Any:
@@ -59,7 +53,7 @@ def _loaded(text: str) -> Any:
 def _tool(tool: Any) -> Any:
     if type(tool) is dict and "input_schema" not in tool:
         return tool
-    tool = _plain(tool)
+    tool = plain(tool)
     if isinstance(tool, str):
         tool = _loaded(tool)
     if isinstance(tool, Mapping) and isinstance(tool.get("input_schema"), Mapping):  # Anthropic's
