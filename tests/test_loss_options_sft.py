@@ -2,16 +2,22 @@
 # Copyright 2026 the contributors
 """SFTTrainer on the losses, with their options."""
 
+import contextlib
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from backend import DEVICE, GPU, require
 from loss_trainer import (  # noqa: F401
     checkpoint,
+    in_order,
+    label_counts,
     load,
     reference_losses,
     reference_rows,
     rows_of_tokens,
+    sequential,
     train,
 )
 
@@ -60,15 +66,16 @@ def test_class_weights_through_sft_trainer(checkpoint, mean, accumulated):
         lambda model: set_loss_options(model, **options),
         gradient_accumulation_steps = accumulated,
     )
-    rows = reference_rows(checkpoint)
-    steps = [rows[i : i + accumulated] for i in range(0, 4, accumulated)]
-    for loss, step in zip(found, steps, strict = True):
-        logits, labels = (torch.cat(parts) for parts in zip(*step))
+    rows, counts = reference_rows(checkpoint), label_counts()
+    starts = range(0, 4, accumulated)
+    for loss, start in zip(found, starts, strict = True):
+        logits, labels = map(torch.cat, zip(*rows[start : start + accumulated]))
+        count = max(sum(counts[start : start + accumulated]), 1)
         keep = labels != -100
         summed = F.cross_entropy(logits, labels, weight = weight, reduction = "sum")
-        divisor = weight[labels[keep]].sum() if mean == "weights" else keep.sum()
-        square = logits[keep].logsumexp(1).square().sum() / keep.sum().clamp(min = 1)
-        expected = summed / divisor.clamp(min = 1) + 0.01 * square
+        divisor = weight[labels[keep]].sum().clamp(min = 1) if mean == "weights" else count
+        square = logits[keep].logsumexp(1).square().sum() / count
+        expected = summed / divisor + 0.01 * square
         assert loss == pytest.approx(expected.item(), abs = EXACT)
     assert abs(found[0] / reference_losses(checkpoint)[0] - 1) > 4e-2
 
@@ -81,10 +88,10 @@ def test_evaluation_and_prediction_honour_the_options(checkpoint):
     plain = trainer.evaluate()
     set_loss_options(trainer.model, z_loss = 0.1, label_smoothing = 0.2)
     expected = []
-    for logits, labels in reference_rows(checkpoint)[:2]:
-        square = logits[labels != -100].logsumexp(1).square().mean()
-        loss = F.cross_entropy(logits, labels, label_smoothing = 0.2) + 0.1 * square
-        expected.append(loss.item())
+    for (logits, labels), count in list(zip(reference_rows(checkpoint), label_counts()))[:2]:
+        square = logits[labels != -100].logsumexp(1).square().sum()
+        loss = F.cross_entropy(logits, labels, label_smoothing = 0.2, reduction = "sum")
+        expected.append((loss + 0.1 * square).item() / count)
     expected = sum(expected) / 2
     found = trainer.evaluate()
     assert found["eval_loss"] == pytest.approx(expected, abs = EXACT)
@@ -101,11 +108,11 @@ def test_evaluation_and_prediction_honour_the_options(checkpoint):
 
 
 def test_trainers_with_a_loss_of_their_own_refuse_options(checkpoint):
-    """loss_type = "dft", in training."""
+    """loss_type = "dft", in training; before TRL 1.0 that is a compute_loss_func."""
     from unsloth.fused_loss import set_loss_options
 
     set_options = lambda model: set_loss_options(model, z_loss = 0.1)  # noqa: E731
-    with pytest.raises(NotImplementedError, match = 'loss_type = "dft"'):
+    with pytest.raises(NotImplementedError, match = 'loss_type = "dft"|compute_loss_func'):
         train(checkpoint, set_options, loss_type = "dft")
 
 
@@ -126,11 +133,11 @@ def test_preference_trainers_keep_their_losses_and_refuse_options(checkpoint, tm
     from transformers import AutoModelForCausalLM, set_seed
     from unsloth.fused_loss import set_loss_options
 
+    home = trl
     if kind == "ORPO":
-        from trl.experimental.orpo import ORPOConfig as Config
-        from trl.experimental.orpo import ORPOTrainer as Trainer
-    else:
-        Config, Trainer = getattr(trl, f"{kind}Config"), getattr(trl, f"{kind}Trainer")
+        with contextlib.suppress(ImportError):  # TRL 0.24 has it at its top
+            home = importlib.import_module("trl.experimental.orpo")
+    Config, Trainer = getattr(home, f"{kind}Config"), getattr(home, f"{kind}Trainer")
     rows = preference_rows()
     if kind == "KTO":
         rows = [
@@ -230,8 +237,8 @@ def test_weights_of_tokens_of_prompts_and_completions(checkpoint, packed):
         completion_only_loss = True,
         padding_free = packed,
         max_length = 32,
-        train_sampling_strategy = "sequential",
         bf16 = GPU,
+        **sequential(),
     )
     trainer = SFTTrainer(
         model = model,
@@ -239,7 +246,7 @@ def test_weights_of_tokens_of_prompts_and_completions(checkpoint, packed):
         train_dataset = Dataset.from_list(rows),
         processing_class = tokenizer,
     )
-    trainer.train()
+    in_order(trainer).train()
     total = weights = 0.0
     for row, (logits, _) in zip(rows, reference_rows(checkpoint)):
         keep = torch.tensor(row["completion_mask"][1:])
@@ -280,11 +287,11 @@ def test_a_loss_of_ones_own_trains_without_logits(checkpoint, loss_fn):
             log_probs, ids = torch.randn(12, 64, generator = make).log_softmax(1).topk(4)
             row.update(teacher_ids = ids.tolist(), teacher_log_probs = log_probs.tolist())
     expected = []
-    for row, (logits, labels) in zip(rows, reference_rows(checkpoint)):
+    for row, (logits, labels), count in zip(rows, reference_rows(checkpoint), label_counts()):
         keep = labels != -100
         extra = [torch.tensor(row[name])[1:][keep] for name in columns]
         total = loss_fn(logits[keep], labels[keep], *extra).sum()
-        expected.append((total / keep.sum().clamp(min = 1)).item())
+        expected.append(total.item() / max(count, 1))
     found, trainer = train(
         checkpoint,
         lambda model: set_loss_options(model, loss_fn = loss_fn, loss_columns = columns),
@@ -460,8 +467,6 @@ def test_models_with_soft_caps_and_scales_take_options_on_the_cpu(tmp_path):
 )
 def test_a_loss_of_an_unknown_zoo_stays_stock_and_drops_no_option(name):
     """unsloth_zoo is released apart from Unsloth: one that we do not know must not break an import."""
-    import importlib
-
     module, _, decorator = name.partition(":")
     decorator = getattr(importlib.import_module(f"unsloth.{module}"), decorator)
 

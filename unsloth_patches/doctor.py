@@ -103,11 +103,33 @@ def _private_names() -> Iterator[Finding]:
     """Undocumented names that the installed PyTorch and Triton lack, and what goes without them."""
     for name in missing(source_file, _has_cuda()):
         if name.without != NAME_SKIPS_PATCH:  # the row of a patch that is skipped says so
-            package = name.place.partition(".")[0]
-            oldest, newest = tested_range(package)
-            remedy = f"{name.without}; tested with {package} {oldest} to {newest}"
-            found = f"this {package} has no {name.place.replace(':', '.')}"
-            yield Finding(", ".join(name.patches), found, "note", remedy)
+            oldest, newest = tested_range(name.package)
+            remedy = f"{name.without}; tested with {name.package} {oldest} to {newest}"
+            yield Finding(", ".join(name.patches), str(name), "note", remedy)
+
+
+def _four_bits() -> Iterator[Finding]:
+    """Without a GPU a bitsandbytes may have no kernels, and Unsloth then loads 16 bits with a line of text."""
+    if _sees_gpu() or not _version("bitsandbytes") or not _version("torch"):
+        return
+    reason = _why_not_4bit()
+    if reason:
+        version, newest = _version("bitsandbytes"), tested_range("bitsandbytes")[1]
+        remedy = f"models load in 16 bits, and LoRA on them is not QLoRA: pip install 'bitsandbytes=={newest}'"
+        found = f"bitsandbytes {version} does not quantize on this CPU: {reason}"
+        yield Finding("4 bits", found, "note", remedy)
+
+
+def _why_not_4bit() -> str:
+    try:
+        import torch
+        from bitsandbytes import functional
+
+        packed, state = functional.quantize_4bit(torch.ones(64, 64), quant_type = "nf4")
+        functional.dequantize_4bit(packed, state)
+    except Exception as error:
+        return str(error).partition("\n")[0]
+    return ""
 
 
 def _has_cuda() -> bool:
@@ -218,8 +240,10 @@ def _patches() -> Iterator[Finding]:
             continue
         if row.state == PENDING:
             # What it waits for is for `status`; here it only matters whether it will fit.
-            fits = row.brief in (WILL_APPLY, FOR_GPUS)
-            found = FOR_GPUS if fits and row.name in for_gpus else row.brief
+            # Behind it stands what has a row of its own here: an unknown value, an absent private name.
+            outlook = row.brief.partition(";")[0]
+            fits = outlook in (WILL_APPLY, FOR_GPUS)
+            found = FOR_GPUS if fits and row.name in for_gpus else outlook if fits else row.brief
             remedy = "" if fits else "stock functions stay; see CONTRIBUTING, refreshing a patch"
             yield Finding(row.name, found, "ok" if fits else "note", remedy)
         elif row.state in (SKIPPED, FAILED):
@@ -247,6 +271,7 @@ def examine() -> List[Finding]:
         *_packages(),
         _device(),
         *_compiler(),
+        *_four_bits(),
         _order(),
     ]
     return [*findings, *_switches(), *_patches(), *_private_names()]

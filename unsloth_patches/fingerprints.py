@@ -126,6 +126,12 @@ def binds(
     return any(binds(origin, head, find_file, hops - 1) for origin in origins)
 
 
+def binds_field(module: str, name: str, find_file: FindFile) -> bool:
+    """Whether a class of the module binds a name in its body: ``Class.field``."""
+    owner, _, field = name.partition(".")
+    return any(field in _bound_names(node) for node in find_definitions(module, owner, find_file))
+
+
 def _bound_names(tree: ast.AST) -> Iterator[str]:
     """What the statements of a module bind, those of branches, loops and handlers included."""
     for node in ast.iter_child_nodes(tree):

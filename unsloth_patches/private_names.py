@@ -12,13 +12,13 @@ from __future__ import annotations
 import sys
 from typing import List, NamedTuple, Tuple
 
-from .fingerprints import FindFile, binds
+from .fingerprints import FindFile, binds, binds_field
 
 SKIPPED = "the patch is skipped"
 
 
 class PrivateName(NamedTuple):
-    """``module:name``, the patches that use it, and what they do without it.
+    """``module:name`` or ``module:Class.field``, the patches that use it, and what they do without it.
 
     gpu: only builds for CUDA have it.
     """
@@ -28,12 +28,20 @@ class PrivateName(NamedTuple):
     without: str = SKIPPED
     gpu: bool = False
 
+    def __str__(self) -> str:
+        """``this torch has no torch._inductor.async_compile.maybe_warm_pool``"""
+        return f"this {self.package} has no {self.place.replace(':', '.')}"
+
+    @property
+    def package(self) -> str:
+        return self.place.partition(".")[0]
+
     def is_there(self, find_file: FindFile) -> bool:
         """Read from the sources, so that nothing is imported for it; what torch compiled in is asked of torch,
         once that is imported."""
         module, _, name = self.place.partition(":")
         if module != "torch._C":
-            return binds(module, name, find_file)
+            return (binds_field if "." in name else binds)(module, name, find_file)
         found = getattr(sys.modules.get("torch"), "_C", None)
         for part in name.split(".") if found is not None else ():
             found = getattr(found, part, None)
@@ -60,6 +68,11 @@ PRIVATE_NAMES = (
     PrivateName("torch._dynamo.utils:counters", ("compile-events",)),
     PrivateName("torch._dynamo.utils:get_compilation_metrics", ("compile-events",)),
     PrivateName("torch._dynamo.utils:set_compilation_metrics_limit", ("compile-events",)),
+    PrivateName(
+        "torch._dynamo.utils:CompilationMetrics.inductor_fx_local_cache_hit_count",
+        ("compile-report",),
+        "the report does not tell what came from a cache",
+    ),
     PrivateName("torch._logging._internal:log_state", ("compile-events",)),
     PrivateName("torch._inductor.async_compile:maybe_warm_pool", ("compile-workers",), _WORKERS),
     PrivateName(
@@ -79,8 +92,8 @@ PRIVATE_NAMES = (
 
 
 def missing(find_file: FindFile, on_gpu: bool) -> List[PrivateName]:
-    """What the installed versions lack."""
-    names = [name for name in PRIVATE_NAMES if on_gpu or not name.gpu]
+    """What the installed versions lack; of a package that is not there, nothing is told."""
+    names = [n for n in PRIVATE_NAMES if (on_gpu or not n.gpu) and find_file(n.package)]
     return [name for name in names if not name.is_there(find_file)]
 
 
@@ -88,8 +101,5 @@ def why_skipped(patch: str, find_file: FindFile) -> str:
     """The name that a patch cannot do without and that is not there; empty where all are."""
     for name in PRIVATE_NAMES:
         if patch in name.patches and name.without == SKIPPED and not name.is_there(find_file):
-            module, _, leaf = name.place.partition(":")
-            return (
-                f"this {module.partition('.')[0]} has no {module}.{leaf}, which the patch relies on"
-            )
+            return f"{name}, which the patch relies on"
     return ""

@@ -10,6 +10,8 @@ import sys
 from typing import Dict, Iterable, List, NamedTuple, Tuple
 
 from .hooks import imported_late, installed
+from .private_names import SKIPPED as NAME_SKIPS_PATCH
+from .private_names import missing
 from .registry import Patch, Target
 from .settings import set_values
 from .states import (
@@ -27,7 +29,7 @@ from .states import (
     say,
     watched_modules,
 )
-from .upstream_source import is_absent, is_upstreamed, on_cpu_backend
+from .upstream_source import is_absent, is_upstreamed, on_cpu_backend, source_file
 
 _UNDONE = "undo() gave Unsloth its own functions back; install() replaces again what it still can"
 _IN_STOCK = "only inside this stock() block, where Unsloth's own functions run; in again after it"
@@ -67,13 +69,16 @@ def status() -> List[PatchStatus]:
     """The state of every patch now. A pending one says what it waits for and whether it will fit.
 
     A late import has a row of its own, the first. A patch whose environment variable has an unknown
-    value says so in its reason.
+    value says so in its reason, and so does one that goes without a name of torch or Triton.
     """
     rows = [_patch_status(record) for record in records().values()]
     if imported_late() and installed():
         title = "unsloth_patches was imported after unsloth"
         rows.insert(0, PatchStatus("import order", title, (), LATE, LATE_MEANS, LATE_MEANS))
     problems = _switch_problems()
+    for name in missing(source_file, on_gpu = False):
+        for patch in name.patches if name.without != NAME_SKIPS_PATCH else ():
+            problems.setdefault(patch, []).append(f"{name}: {name.without}")
     return [_with_problems(row, problems.get(row.name, [])) for row in rows]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import threading
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Set
 
@@ -64,8 +65,19 @@ def disabled_names() -> Set[str]:
     return set(patch_names()) if "all" in names else names
 
 
-@functools.lru_cache(maxsize = None)
 def records() -> Dict[str, Record]:
+    """Patch name -> what is known of it."""
+    with _making_records:
+        return _records()
+
+
+# lru_cache alone lets two threads that are the first to ask make one each, and what a thread writes into
+# its own is lost.
+_making_records = threading.Lock()
+
+
+@functools.lru_cache(maxsize = None)
+def _records() -> Dict[str, Record]:
     names, disabled = patch_names(), disabled_names()
     found = {patch.name: Record(patch) for patch in PATCHES if patch.name in names}
     for name in disabled & set(found):
@@ -133,6 +145,6 @@ def misfit(record: Record) -> str:
 
 def forget_all() -> None:
     """Start again, with the environment and the Unsloth that are there by now."""
-    for cache in (records, hooked_modules, new_modules):
+    for cache in (_records, hooked_modules, new_modules):
         cache.cache_clear()
     forget()

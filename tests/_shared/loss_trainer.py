@@ -10,12 +10,34 @@ import torch.nn.functional as F
 from backend import GPU
 from torch.utils.data import SequentialSampler
 
-_ORDER = "train_sampling_strategy"  # transformers 5 and newer; before, the sampler is replaced
+_ORDER = "train_sampling_strategy"
+
+
+def is_transformers_5():
+    """4.57 has no ``train_sampling_strategy``, and counts a label on a row's first token, which nothing predicts."""
+    from transformers import TrainingArguments
+    return _ORDER in TrainingArguments.__dataclass_fields__
+
+
+def in_order(trainer):
+    """The trainer, which takes its rows as they come; with transformers 5, ``sequential`` says so."""
+    if not is_transformers_5():
+        trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
+    return trainer
+
+
+def sequential():
+    """The argument of SFTConfig for that, where there is one."""
+    return {_ORDER: "sequential"} if is_transformers_5() else {}
 
 
 def default_data_collator(rows):
     from transformers import default_data_collator
-    return default_data_collator(rows)
+
+    batch = default_data_collator(rows)
+    if not is_transformers_5():  # whose TRL asks for it in evaluation
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    return batch
 
 
 @pytest.fixture(scope = "module")
@@ -44,7 +66,10 @@ def checkpoint(tmp_path_factory):
     tokenizer = Tokenizer(models.WordLevel(words, unk_token = "<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<pad>"}
-    PreTrainedTokenizerFast(tokenizer_object = tokenizer, **special).save_pretrained(folder)
+    names = ["input_ids", "attention_mask"]
+    PreTrainedTokenizerFast(
+        tokenizer_object = tokenizer, model_input_names = names, **special
+    ).save_pretrained(folder)
     return folder
 
 
@@ -100,7 +125,7 @@ def train(
         save_strategy = "no",
         max_length = 32,
         dataset_kwargs = {"skip_prepare_dataset": True},
-        **({_ORDER: "sequential"} if _ORDER in SFTConfig.__dataclass_fields__ else {}),
+        **sequential(),
         bf16 = GPU,
         **config,
     )
@@ -112,9 +137,7 @@ def train(
         args = settings,
         data_collator = collator,
     )
-    if _ORDER not in SFTConfig.__dataclass_fields__:
-        trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
-    trainer.train()
+    in_order(trainer).train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer
 
 
@@ -135,10 +158,16 @@ def reference_rows(checkpoint):
     return found
 
 
+def label_counts():
+    """How many labels transformers counts in each row, by which a step's loss is divided."""
+    first = int(is_transformers_5())
+    return [sum(label != -100 for label in row["labels"][first:]) for row in rows_of_tokens()]
+
+
 def reference_losses(checkpoint, **options):
     """Cross entropy of those logits for each row, in order; 0 for a row without labels."""
     losses = []
-    for logits, labels in reference_rows(checkpoint):
-        reduction = "mean" if (labels != -100).any() else "sum"
-        losses.append(F.cross_entropy(logits, labels, reduction = reduction, **options).item())
+    for (logits, labels), count in zip(reference_rows(checkpoint), label_counts()):
+        summed = F.cross_entropy(logits, labels, reduction = "sum", **options)
+        losses.append(summed.item() / max(count, 1))
     return losses

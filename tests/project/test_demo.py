@@ -361,6 +361,13 @@ def test_a_library_that_is_missing_stops_before_training(tmp_path, monkeypatch, 
     assert "no_such_plotter not installed" in printed and "pip install no_such_plotter" in printed
 
 
+def test_a_model_that_was_not_loaded_in_4_bits_stops_before_training(tmp_path):
+    from unsloth_patches.demo.job import _require_4bit
+    _require_4bit(14, tmp_path)
+    with pytest.raises(DemoError, match = "not QLoRA.*doctor"):
+        _require_4bit(0, tmp_path)
+
+
 def test_out_is_made_and_left_empty(tmp_path):
     assert list(check_out(tmp_path / "a" / "b").iterdir()) == []
     check_numbers(None, 30)

@@ -118,6 +118,21 @@ def test_an_absent_private_name_is_told(machine, monkeypatch):
     assert finding.found == "this torch has no torch.nowhere.x" and "goes without" in finding.remedy
 
 
+def test_a_bitsandbytes_without_kernels_for_the_cpu(machine, monkeypatch):
+    from bitsandbytes import functional
+
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("Device type not supported: cpu\nmore")
+
+    assert "4 bits" not in {finding.check for finding in doctor.examine()}
+    monkeypatch.setattr(functional, "quantize_4bit", refuse)
+    machine["bitsandbytes"] = "0.45.5"
+    finding = found("4 bits", "note")
+    assert finding.found.endswith("Device type not supported: cpu") and "0.45.5" in finding.found
+    newest = doctor.tested_range("bitsandbytes")[1]
+    assert "not QLoRA" in finding.remedy and f"'bitsandbytes=={newest}'" in finding.remedy
+
+
 def test_torch_does_not_import(machine, monkeypatch):
     """A broken torch is one row; the checks that need it are left out instead of failing."""
     monkeypatch.setitem(sys.modules, "torch", None)

@@ -527,11 +527,29 @@ def test_threads_importing_at_once(fake):
         names = ["unsloth.late", "unsloth.kernels.utils", "unsloth", "unsloth.user"] * 2
         threads = [threading.Thread(target = work, args = (name,)) for name in names]
         [thread.start() for thread in threads]
-        [thread.join(60) for thread in threads]
+        [thread.join(200) for thread in threads]
         assert not any(thread.is_alive() for thread in threads)
         import unsloth.user, unsloth.late
         assert unsloth.user.use(1) == ("patched", ("stock", 1)) == unsloth.late.slow(1)
         assert states() == {"both": "applied"}
+        """,
+        fake,
+    )
+
+
+def test_threads_that_ask_first_share_the_records(fake):
+    run(
+        """
+        import threading, time
+        from unsloth_patches import states
+        catalogue(FAST)
+        disabled_names, seen = states.disabled_names, []
+        states.disabled_names = lambda: time.sleep(0.2) or disabled_names()
+        work = lambda: seen.append(states.records()["fast"])
+        threads = [threading.Thread(target = work) for _ in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        assert len({id(record) for record in seen}) == 1 and seen[0] is states.records()["fast"]
         """,
         fake,
     )
@@ -663,7 +681,7 @@ def test_threads_importing_a_package_at_once(fake):
         names = ["unsloth.tools.parser", "unsloth_patches.unsloth.tools.parser"] * 4
         threads = [threading.Thread(target = work, args = (name,)) for name in names]
         [thread.start() for thread in threads]
-        [thread.join(60) for thread in threads]
+        [thread.join(200) for thread in threads]
         assert len(found) == 8 and all(each is found[0] for each in found)
         """,
         fake,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from toy_project import ROOT
 
+import unsloth_patches
 from unsloth_patches import private_names
 from unsloth_patches.private_names import PRIVATE_NAMES
 from unsloth_patches.registry import PATCHES
@@ -41,13 +42,24 @@ def test_every_private_import_is_listed():
             assert name in listed, f"{file.name} uses {found[0]}: add it to private_names.py"
 
 
-@pytest.mark.parametrize("place", ["torch._C:_gone", "torch._dynamo.utils:gone", "torch._gone:x"])
+PLACES = [
+    "torch._C:_gone",
+    "torch._dynamo.utils:gone",
+    "torch._gone:x",
+    "torch._dynamo.utils:CompilationMetrics.gone",
+    "torch._dynamo.utils:Gone.field",
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_an_absent_one_switches_its_patch_off(monkeypatch, place):
     gone = private_names.PrivateName(place, ("nf4-kernel",))
     less = private_names.PrivateName(place, ("compile-workers",), "later")
     monkeypatch.setattr(private_names, "PRIVATE_NAMES", (gone, less, PRIVATE_NAMES[-1]))
     assert private_names.missing(source_file, on_gpu = False) == [gone, less]
     by_name = {patch.name: patch for patch in PATCHES}
+    (row,) = [row for row in unsloth_patches.status() if row.name == "compile-workers"]
+    assert row.brief.endswith(f"this torch has no {place.replace(':', '.')}: later")
     reason = patch_misfit(by_name["nf4-kernel"])
     assert reason == f"this torch has no {place.replace(':', '.')}, which the patch relies on"
     assert patch_misfit(by_name["compile-workers"]) == ""

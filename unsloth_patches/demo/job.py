@@ -51,6 +51,7 @@ def fine_tune(
         model, tokenizer = train.load(model_folder, recipe)
     settings = _settings(model, tokenizer, model_folder, recipe, seed)
     console.print(report.settings_table(settings))
+    _require_4bit(settings["layers in 4 bits"], model_folder)
     losses: List[float] = []
     bar = _bar(console)
     task = bar.add_task("training", total = recipe.steps, note = "")
@@ -124,6 +125,15 @@ def _settings(model, tokenizer, folder: Path, recipe: train.Recipe, seed: int) -
         "optimizer": "Muon (LoRA), AdamW (embeddings)" if recipe.from_scratch else "AdamW",
         "seed": seed,
     }
+
+
+def _require_4bit(layers: int, folder: Path) -> None:
+    """Unsloth loads 16 bits where bitsandbytes has no kernels for the device, and says one line."""
+    if not layers:
+        raise DemoError(
+            f"Unsloth refused 4 bits and loaded {folder} in 16: LoRA on that is not QLoRA, which this "
+            "demo is about. `python -m unsloth_patches doctor` says why, and names the bitsandbytes to install."
+        )
 
 
 def _is_4bit(module) -> bool:
