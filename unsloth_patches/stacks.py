@@ -41,7 +41,19 @@ STACKS: Tuple[Stack, ...] = (
             "peft": "0.21.2",
             "bitsandbytes": "0.50.2",
         },
-        "README's install, SFTTrainer in 4 bits, the import form on the CPU backend",
+        "README's install, SFTTrainer in 4 bits, the patches' tests in all forms, on the CPU",
+        "2026-11-26",
+    ),
+    Stack(
+        "3.11",
+        {"torch": "2.13.0", "transformers": "5.5.0", "trl": "1.0.0"},
+        "demo, trainer, template and loss tests on the CPU (scripts/overlay.sh 5.5.0)",
+        "2026-11-26",
+    ),
+    Stack(
+        "3.11",
+        {"torch": "2.13.0", "transformers": "4.57.6", "trl": "0.24.0"},
+        "demo, trainer, template and loss tests on the CPU (scripts/overlay.sh 4.57.6)",
         "2026-11-26",
     ),
     Stack(

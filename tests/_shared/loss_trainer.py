@@ -13,29 +13,37 @@ from torch.utils.data import SequentialSampler
 _ORDER = "train_sampling_strategy"
 
 
-def is_transformers_5():
-    """4.57 has no ``train_sampling_strategy``, and counts a label on a row's first token, which nothing predicts."""
+def has_order():
     from transformers import TrainingArguments
     return _ORDER in TrainingArguments.__dataclass_fields__
 
 
+def counts_first_labels():
+    """Older transformers count a label on a row's first token, which nothing predicts; Unsloth's GPU path does not."""
+    import inspect
+
+    import transformers.trainer
+
+    return not GPU and "_loss_shifts_labels" not in inspect.getsource(transformers.trainer)
+
+
 def in_order(trainer):
     """The trainer, which takes its rows as they come; with transformers 5, ``sequential`` says so."""
-    if not is_transformers_5():
+    if not has_order():
         trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
     return trainer
 
 
 def sequential():
     """The argument of SFTConfig for that, where there is one."""
-    return {_ORDER: "sequential"} if is_transformers_5() else {}
+    return {_ORDER: "sequential"} if has_order() else {}
 
 
 def default_data_collator(rows):
     from transformers import default_data_collator
 
     batch = default_data_collator(rows)
-    if not is_transformers_5():  # whose TRL asks for it in evaluation
+    if counts_first_labels():  # as old as those are the TRLs that ask for it in evaluation
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     return batch
 
@@ -160,7 +168,7 @@ def reference_rows(checkpoint):
 
 def label_counts():
     """How many labels transformers counts in each row, by which a step's loss is divided."""
-    first = int(is_transformers_5())
+    first = int(not counts_first_labels())
     return [sum(label != -100 for label in row["labels"][first:]) for row in rows_of_tokens()]
 
 

@@ -3,7 +3,7 @@
 """Releases that Unsloth might publish: the installed sources with one target changed, seeded.
 
 python tests/project/drift.py 200             every variant judged by the sources, as the hooks judge
-python tests/project/drift.py 200 --import 10 and Unsloth imported with the first ten of them
+python tests/project/drift.py 200 --import    and Unsloth imported with them, some in each process
 """
 
 import argparse
@@ -11,6 +11,7 @@ import ast
 import collections
 import copy
 import importlib
+import json
 import os
 import random
 import re
@@ -138,7 +139,10 @@ def _moved(patch, target, module, name, text, spans, changed):
         first = min([start] + [each.lineno - 1 for each in node.decorator_list])
         indent = " " * node.col_offset
         lines[first:end] = [f"{indent}from {new} import {name}"]
-    files = {module: "\n".join(lines) + "\n", new: f"from {module} import *\n" + moved[0] + "\n"}
+    # With the names that its home has by then; ``import *`` would want all of them.
+    names = "{name: value for name, value in vars(home).items() if not name.startswith('__')}"
+    head = f"import sys\nhome = sys.modules[{module!r}]\nglobals().update({names})\n"
+    files = {module: "\n".join(lines) + "\n", new: head + moved[0] + "\n"}
     if any(node.decorator_list for _, _, node in spans):
         return None  # a fingerprint has the decorators too
     return Variant(patch, target, "move_function", files, changed)
@@ -328,39 +332,70 @@ def _quiet():
 # --- importing ---------------------------------------------------------------------------------
 
 IMPORT = """
-import sys
+import json
 import unsloth_patches
 import unsloth, unsloth.chat_templates
-whole = {}
-for row in unsloth_patches.status():
-    record = unsloth_patches.states.records()[row.name]
-    done = len(record.replaced)
-    if row.state in ("skipped", "failed", "pending"):
-        assert not done, f"half applied: {row}"
+rows = {row.name: row for row in unsloth_patches.status()}
+for name, row in rows.items():
+    done = unsloth_patches.states.records()[name].replaced
     assert row.state != "failed", row
-    whole[row.name] = row.state, row.reason
-print("STATE", whole[sys.argv[1]])
+    assert row.state not in ("skipped", "pending") or not done, f"half applied: {row}"
+print("STATES", json.dumps({name: [row.state, row.reason] for name, row in rows.items()}))
 """
+TOGETHER = 8  # variants of one import
 
 
-def import_with(variant, folder):
-    """Import Unsloth with the variant in front: the patch's state; an AssertionError where that breaks."""
-    for package in {module.partition(".")[0] for module in variant.files}:
+def _on_cpu(variant):
+    return ".cpu" in variant.target.module or "_cpu_init" in variant.target.module
+
+
+def groups(found):
+    """Variants that one release can have together: of other patches and other files, on one backend."""
+    made = []
+    for variant in found:
+        for group in made:
+            apart = all(
+                other.patch != variant.patch and not set(other.files) & set(variant.files)
+                for other in group
+            )
+            if apart and len(group) < TOGETHER and _on_cpu(group[0]) == _on_cpu(variant):
+                group.append(variant)
+                break
+        else:
+            made.append([variant])
+    return made
+
+
+def import_with(group, reasons, folder):
+    """Import Unsloth with the variants in front; what is wrong with what the hooks made of them."""
+    modules = {module for variant in group for module in variant.files}
+    for package in {module.partition(".")[0] for module in modules}:
         (folder / package).mkdir()
         real = upstream_source.source_file(package).parent
-        _mirror(real, folder / package, {m for m in variant.files if m.startswith(package + ".")})
-    for module, text in variant.files.items():
+        _mirror(real, folder / package, {m for m in modules if m.startswith(package + ".")})
+    for module, text in (item for variant in group for item in variant.files.items()):
         file = folder / (module.replace(".", "/") + ".py")
+        if not file.is_file() and file.with_suffix("").is_dir():
+            file = file.with_suffix("") / "__init__.py"
         file.unlink(missing_ok = True)
         file.write_text(text, encoding = "utf-8")
-    world = dict(os.environ, UNSLOTH_ALLOW_CPU = "1", TRITON_INTERPRET = "1")
-    world["PYTHONPATH"] = os.pathsep.join([str(folder), str(ROOT)])
-    if ".cpu." in variant.target.module or "_cpu_init" in variant.target.module:
-        del world["UNSLOTH_ALLOW_CPU"], world["TRITON_INTERPRET"]
-    code = [sys.executable, "-c", IMPORT, variant.patch]
+    world = dict(os.environ, UNSLOTH_PATCHES_QUIET = "1")
+    if not _on_cpu(group[0]):
+        world.update(UNSLOTH_ALLOW_CPU = "1", TRITON_INTERPRET = "1")
+    world["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(folder), str(ROOT), os.environ.get("PYTHONPATH")])
+    )
+    code = [sys.executable, "-c", IMPORT]
     done = subprocess.run(code, capture_output = True, text = True, env = world, cwd = folder)
-    assert done.returncode == 0, f"{variant}\n{done.stderr[-2000:]}"
-    return next(line for line in done.stdout.splitlines() if line.startswith("STATE"))
+    line = next((each for each in done.stdout.splitlines() if each.startswith("STATES ")), "")
+    if done.returncode or not line:
+        return [" and ".join(map(str, group)) + f"\n{done.stderr[-2000:]}"]
+    states = json.loads(line.partition(" ")[2])
+    return [
+        f"{variant}: applied, although {reason}"
+        for variant, reason in zip(group, reasons)
+        if reason and states[variant.patch][0] == "applied"
+    ]
 
 
 def _mirror(real, folder, modules):
@@ -370,7 +405,9 @@ def _mirror(real, folder, modules):
         inside = {Path(*path.parts[1:]) for path in paths if path.parts[0] == entry.name}
         if entry.is_dir() and inside:
             (folder / entry.name).mkdir()
-            _mirror(entry, folder / entry.name, {".".join(["x", *p.parts]) for p in inside})
+            _mirror(
+                entry, folder / entry.name, {".".join(["x", *p.parts]) for p in inside if p.parts}
+            )
         elif entry.name != "__pycache__":
             (folder / entry.name).symlink_to(entry)
 
@@ -379,24 +416,26 @@ def main():
     parser = argparse.ArgumentParser(description = __doc__)
     parser.add_argument("count", type = int, nargs = "?", default = 200)
     parser.add_argument("--seed", type = int, default = 3407)
-    parser.add_argument("--import", dest = "imports", type = int, default = 0)
+    parser.add_argument("--import", dest = "imports", action = "store_true")
     options = parser.parse_args()
-    counts, faults = collections.Counter(), []
+    counts, faults, reasons = collections.Counter(), [], {}
     made = variants(options.count, options.seed)
-    for number, variant in enumerate(made):
+    for variant in made:
         with tempfile.TemporaryDirectory() as folder:
-            reason, wrong = judge(variant, Path(folder))
-        counts[variant.mutation, "noticed" if reason else "harmless"] += 1
-        if wrong:
-            faults.append(f"{variant}: {wrong}")
-        if number < options.imports:
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    print(f"{variant}: {import_with(variant, Path(folder))}", flush = True)
-                except AssertionError as error:
-                    faults.append(str(error))
+            reasons[id(variant)], wrong = judge(variant, Path(folder))
+        counts[variant.mutation, "noticed" if reasons[id(variant)] else "harmless"] += 1
+        faults += [f"{variant}: {wrong}"] if wrong else []
     for (mutation, verdict), count in sorted(counts.items()):
-        print(f"{mutation:18} {verdict:9} {count}")
+        print(f"{mutation:18} {verdict:9} {count}", flush = True)
+    releases = groups(made) if options.imports else []
+    for number, group in enumerate(releases, 1):
+        with tempfile.TemporaryDirectory() as folder:
+            found = import_with(group, [reasons[id(each)] for each in group], Path(folder))
+        faults += found
+        print(
+            f"import {number} of {len(releases)}: {len(group)} variants, {len(found)} faults",
+            flush = True,
+        )
     targets = len({variant.target for variant in made})
     print(f"{len(made)} variants over {targets} targets, seed {options.seed}: {len(faults)} faults")
     print(*faults, sep = "\n")
