@@ -89,3 +89,18 @@ def test_adapters_and_merged_models(tmp_path):
             rendered(loaded, [user(None)])
         stops = loaded.convert_ids_to_tokens(model.generation_config.eos_token_id)
         assert {"<|eot_id|>", "<|eom_id|>"} <= set(stops), folder
+
+
+def test_the_tokenizer_of_a_processor_is_restored(reload):
+    """The processor itself says nothing of a mode; its tokenizer, which comes second, does."""
+    transformers = importlib.import_module("transformers")
+
+    class Processor(transformers.ProcessorMixin):
+        def __init__(self, tokenizer):
+            self.tokenizer, self.chat_template = tokenizer, tokenizer.chat_template
+
+    plain = make_llama_tokenizer("<|end_of_text|>")
+    plain.chat_template = tokenizer_with("split").chat_template
+    plain.init_kwargs["parallel_tool_calls"] = "split"
+    assert reload.restore(Processor(plain))
+    assert rendered(plain) == rendered(tokenizer_with("split"))
