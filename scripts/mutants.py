@@ -8,14 +8,18 @@
     python scripts/mutants.py table results.json
 
 A mutant is one of cosmic-ray's at a seeded place of what lands in Unsloth, or of patching.py, hooks.py and
-fingerprints.py. Each runs against its own patch's tests in the import form, until the first failure. Tests
-that fail unmutated are left out; a run that takes three times as long as unmutated counts as noticed.
+fingerprints.py. Each runs against its own patch's tests in the import form, until the first failure, which has
+to pass unmutated. A run of more than ``--slowest`` seconds that ends unmutated counts as noticed.
+Results are saved after each mutant; the same command goes on where it was stopped.
 """
 
 import argparse
 import ast
 import collections
 import concurrent.futures
+import contextlib
+import importlib
+import itertools
 import json
 import os
 import queue
@@ -25,7 +29,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +70,21 @@ def _meaning(code):
     return ast.dump(_Bare().visit(ast.parse(code)))
 
 
+def _hunk(code, mutated):
+    """What to find and what to put there: the lines that differ, and as many around as make them the only ones."""
+    old, new = code.splitlines(True), mutated.splitlines(True)
+    start, end = 0, 0
+    while old[start] == new[start]:
+        start += 1
+    while end < min(len(old), len(new)) - start and old[-1 - end] == new[-1 - end]:
+        end += 1
+    for around in itertools.count(1):
+        first, last = max(0, start - around), max(0, end - around)
+        find = "".join(old[first : len(old) - last])
+        if code.count(find) == 1:
+            return dict(find = find, put = "".join(new[first : len(new) - last]))
+
+
 def sample(seed, count):
     """``count`` mutants: a place is drawn first, so that operators with many variants weigh no more."""
     from cosmic_ray.ast import ast_nodes, get_ast
@@ -97,107 +118,239 @@ def sample(seed, count):
         )
         drawn.append(dict(
             file = file, line = line, operator = name.partition("/")[2], old = old.strip(),
-            new = new.strip(), tests = tests[file], code = mutated,
+            new = new.strip(), tests = tests[file], **_hunk(code, mutated),
         ))  # fmt: skip
         if len(drawn) == count:
             break
     return dict(seed = seed, places = len(places), mutants = drawn)
 
 
-def _run_tests(tree, test, timeout):
-    """(exit code, or None when it was stopped; seconds; the last lines)."""
-    environment = {**os.environ, "UNSLOTH_PATCHES_FORM": "import", "CUDA_VISIBLE_DEVICES": ""}
-    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    others = [each for each in path if each and not (Path(each) / "unsloth_patches").is_dir()]
-    environment["PYTHONPATH"] = os.pathsep.join([str(tree), *others])
-    scratch = tempfile.mkdtemp(prefix = "run-", dir = tree)
-    environment.update(UNSLOTH_COMPILE_LOCATION = scratch + "/compiled", TMPDIR = scratch)
-    command = [sys.executable, "-m", "pytest", test, "-x", "-q", "--tb=line", "--color=no"]
-    command += ["-p", "no:cacheprovider", f"--rootdir={tree}"]
-    began = time.monotonic()
-    process = subprocess.Popen(
-        command, cwd = tree, env = environment, stdout = subprocess.PIPE, stderr = subprocess.STDOUT,
-        encoding = "utf-8", errors = "replace", start_new_session = True,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout = timeout)
-        code = process.returncode
-    except subprocess.TimeoutExpired:
-        output, code = "stopped", None
-    finally:
-        try:  # ranks and compile workers of the test too
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
+# Imports take longer than most tests: done once, then forked. Unsloth's own, too, for a mutant in a module
+# that it does not import.
+PRELOADED = (
+    "torch torch._inductor.compile_fx torch._inductor.select_algorithm torch.distributed.fsdp "
+    "transformers.trainer datasets peft trl bitsandbytes pytest"
+)
+
+
+def serve(tree):
+    """The modules of ours that are loaded; then for each line {environment, arguments, log} of stdin: pytest
+    in a fork, its pid, its code. tree: the project whose Unsloth to import first; None: without.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for name in PRELOADED.split() if tree is None else ("unsloth_patches", "unsloth", "pytest"):
+        sys.path[0] = str(tree)
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    ours = [name for name in sys.modules if name.startswith("unsloth_patches.")]
+    print(json.dumps(ours), file = answers, flush = True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            code = 99
+            try:
+                os.setsid()
+                log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(log, 1)
+                os.dup2(log, 2)
+                os.chdir(asked["cwd"])
+                os.environ.update(asked["environment"])
+                tempfile.tempdir = None
+                sys.path[0] = asked["cwd"]
+                import pytest
+
+                code = pytest.main(asked["arguments"])
+                sys.stdout.flush()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(int(code))
+        print(pid, file = answers, flush = True)
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), file = answers, flush = True)
+
+
+class Worker:
+    """A copy of the project, and a process per backend that has the slow imports done."""
+
+    def __init__(self, tree):
+        self.tree, self.servers = tree, {}
+        for name in ("unsloth_patches", "tests", "scripts", "patches", "docs"):
+            shutil.copytree(ROOT / name, tree / name, ignore = shutil.ignore_patterns("__pycache__"))
+        for file in ("pyproject.toml", "README.md", "CONTRIBUTING.md"):
+            shutil.copy(ROOT / file, tree)
+
+    def close(self):
+        for server in self.servers.values():
+            server.kill()
+            server.wait()
+
+    def _environment(self, scratch):
+        path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        others = [each for each in path if each and not (Path(each) / "unsloth_patches").is_dir()]
+        return {
+            "UNSLOTH_PATCHES_FORM": "import",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": os.pathsep.join([str(self.tree), *others]),
+            "UNSLOTH_COMPILE_LOCATION": f"{scratch}/compiled",
+            "TMPDIR": scratch,
+        }
+
+    def _server(self, interpreted, full):
+        server = self.servers.get((interpreted, full))
+        if server is None or server.poll() is not None:
+            chosen = {"TRITON_INTERPRET": "1", "UNSLOTH_ALLOW_CPU": "1"} if interpreted else {}
+            environment = {**os.environ, **self._environment(str(self.tree)), **chosen}
+            server = self.servers[interpreted, full] = subprocess.Popen(
+                [sys.executable, __file__, "serve", *([str(self.tree)] if full else [])],
+                stdin = subprocess.PIPE, stdout = subprocess.PIPE, stderr = subprocess.DEVNULL,
+                env = environment, encoding = "utf-8",
+            )  # fmt: skip
+            server.loaded = json.loads(server.stdout.readline())
+        return server
+
+    def server_for(self, interpreted, module):
+        """A server that has not loaded ``module``, where the mutant will be. Asked before it is."""
+        if module.startswith("unsloth_patches.unsloth."):
+            server = self._server(interpreted, True)
+            if module not in server.loaded:
+                return server
+        return self._server(interpreted, False)
+
+    def run(self, tests, timeout, server):
+        """(exit code, or None when it was stopped; the last lines) of pytest in a fork of ``server``."""
+        scratch = tempfile.mkdtemp(prefix = "run-", dir = self.tree)
+        log = Path(scratch) / "log"
+        arguments = [*tests, "-x", "-q", "--tb=line", "--color=no", "-p", "no:cacheprovider"]
+        arguments.append(f"--rootdir={self.tree}")
+        asked = dict(
+            cwd = str(self.tree), environment = self._environment(scratch), arguments = arguments,
+            log = str(log),
+        )  # fmt: skip
+        began = time.monotonic()
+        print(json.dumps(asked), file = server.stdin, flush = True)
+        pid = int(server.stdout.readline())
+        stopper = threading.Timer(timeout, _kill_group, (pid,))
+        stopper.start()
+        code = int(server.stdout.readline() or 99)  # nothing: the server itself was killed
+        stopper.cancel()
+        _kill_group(pid)  # ranks and compile workers of the test too
+        lines = log.read_text("utf-8", errors = "replace").strip().splitlines()[-6:]
         shutil.rmtree(scratch, ignore_errors = True)
-    return code, time.monotonic() - began, output.strip().splitlines()[-6:]
+        stopped = time.monotonic() - began >= timeout
+        return (None if stopped else code), lines or ["no output"]
+
+    def by_backend(self, tests):
+        """The tests of one process each: those of the CPU backend first, which are quick."""
+        groups = collections.defaultdict(list)
+        for test in tests:
+            text = (self.tree / test).read_text("utf-8")
+            interpreted = 'require("interpreter")' in text
+            groups[interpreted, 'require("gloo")' in text].append(test)
+        return sorted(groups.items())
 
 
-def run(mutants, jobs, slowest, seconds, unmutated):
-    """Adds ``outcome`` to each: noticed, survived, or why it did not run.
+def _kill_group(pid):
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
 
-    unmutated: test -> its seconds, None where it fails; what is missing is measured first.
+
+def _put_in(mutant, code):
+    """``code`` with the mutant in it; None where that place is no longer there."""
+    return code.replace(mutant["find"], mutant["put"]) if code.count(mutant["find"]) == 1 else None
+
+
+def run(found, save, jobs, slowest, seconds, again):
+    """Adds ``outcome`` to each mutant: noticed, survived, or why it did not run; keeps those that are there.
+
+    What notices a mutant has to pass without it: found["confirmed"] keeps test -> whether it does.
     """
     deadline = time.monotonic() + seconds
-    trees, whole = queue.Queue(), tempfile.mkdtemp(prefix = "mutants-")
+    workers, lock, done = queue.Queue(), threading.Lock(), []
+    confirmed = found.setdefault("confirmed", {})
+    todo = [
+        m for m in found["mutants"] if m.get("outcome", "not run").startswith(("not run", *again))
+    ]
+    whole = tempfile.mkdtemp(prefix = "mutants-")
     for number in range(jobs):
-        tree = Path(whole) / str(number)
-        for name in ("unsloth_patches", "tests", "scripts", "patches"):
-            shutil.copytree(ROOT / name, tree / name, ignore = shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", tree)
-        trees.put(tree)
-    tests = sorted({test for mutant in mutants for test in mutant["tests"]} - set(unmutated))
+        workers.put(Worker(Path(whole) / str(number)))
 
-    def measure(test):
-        tree = trees.get()
-        limit = min(slowest, max(1, deadline - time.monotonic()))
-        code, took, last = _run_tests(tree, test, limit)
-        trees.put(tree)
-        passes = code == 0 and " passed" in last[-1]  # a file that is skipped whole notices nothing
-        unmutated[test] = took if passes else None
-        print(f"unmutated {test}: {'passes' if passes else last} ({took:.0f} s)", flush = True)
+    def passes_unmutated(worker, what, server, limit):
+        """what: a test, or files where none is named (an error while collecting, or an endless run)."""
+        key = " ".join(what)
+        if key not in confirmed:
+            code, last = worker.run(what, limit, server)
+            confirmed[key] = code == 0
+            if code != 0:
+                print(f"fails unmutated: {key}: {last}", flush = True)
+        return confirmed[key]
 
-    def judge(mutant):
-        concurrent.futures.wait([measured[test] for test in mutant["tests"] if test in measured])
-        usable = [test for test in mutant["tests"] if unmutated[test] is not None]
-        usable.sort(key = unmutated.get)
-        if not usable or time.monotonic() > deadline:
-            return "not run: " + ("out of time" if usable else "its tests fail unmutated here")
-        tree = trees.get()
-        file = tree / mutant["file"]
+    def judge(mutant, worker):
+        file, failing = worker.tree / mutant["file"], []
         original = file.read_text(encoding = "utf-8")
-        for cached in file.parent.glob(f"__pycache__/{file.stem}.*"):
-            cached.unlink()
-        file.write_text(mutant["code"], encoding = "utf-8")
-        try:
-            for test in usable:
-                left = deadline + 20 - time.monotonic()
-                code, _, last = _run_tests(tree, test, min(left, 3 * unmutated[test] + 20))
-                if code is None and time.monotonic() >= deadline + 19:
-                    return "not run: out of time"
-                if code != 0:
-                    mutant["by"] = last[-2:] if code else ["timeout"]
-                    return "noticed"
-            left_out = len(usable) < len(mutant["tests"])
-            return "survived" + " the tests that pass unmutated here" * left_out
-        finally:
-            file.write_text(original, encoding = "utf-8")
-            for cached in file.parent.glob(f"__pycache__/{file.stem}.*"):
-                cached.unlink()
-            trees.put(tree)
+        mutated = _put_in(mutant, original)
+        if mutated is None:
+            return "not run: this code has changed"
+        module = mutant["file"][: -len(".py")].replace("/", ".")
+        for (interpreted, _), tests in worker.by_backend(mutant["tests"]):
+            server = worker.server_for(interpreted, module)
+            limit = min(slowest, deadline + 60 - time.monotonic())
+            if limit < 60:
+                return "not run: out of time"
+            known = [name for name, passes in confirmed.items() if not passes and "::" in name]
+            arguments = [*tests, *(f"--deselect={name}" for name in known)]
+            _write(file, mutated)
+            try:
+                code, last = worker.run(arguments, limit, server)
+            finally:
+                _write(file, original)
+            if code == 0 and not any(" passed" in line for line in last[-1:]):
+                failing.append("all skipped")
+            if code == 0:
+                continue
+            if code is None and limit < slowest:
+                return "not run: out of time"
+            failed = [line[len("FAILED ") :] for line in last if line.startswith("FAILED ")]
+            names = [line.partition(" - ")[0] for line in failed]
+            if not passes_unmutated(worker, names or tests, server, limit):
+                failing += names or tests
+                continue
+            mutant["by"] = [*(names or tests), *(last[-3:] if code else ["endless"])]
+            return "noticed"
+        return "survived" + f" (failing unmutated: {failing})" * bool(failing)
 
     def follow(mutant):
-        mutant["outcome"] = judge(mutant)
+        worker = workers.get()
+        try:
+            mutant["outcome"] = judge(mutant, worker)
+        finally:
+            workers.put(worker)
         place = f"{mutant['file'].replace('unsloth_patches/', '')}:{mutant['line']}"
-        print(
-            f"{time.strftime('%T')} {mutant['outcome']:9} {place} {mutant['new'][:70]}", flush = True
-        )
+        with lock:
+            done.append(mutant)
+            save()
+            print(
+                f"{time.strftime('%T')} {len(done)}/{len(todo)} {mutant['outcome']:9} {place} "
+                f"{mutant['new'][:70]}", flush = True,
+            )  # fmt: skip
+
+    def cost(mutant):
+        texts = [(ROOT / test).read_text("utf-8") for test in mutant["tests"]]
+        return sum('require("interpreter")' in text for text in texts), len(texts)
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        measured = {test: pool.submit(measure, test) for test in tests}  # these come first
-        list(pool.map(follow, mutants))
+        list(pool.map(follow, sorted(todo, key = cost)))  # the quick ones first
+    while not workers.empty():
+        workers.get().close()
     shutil.rmtree(whole, ignore_errors = True)
+
+
+def _write(file, code):
+    file.write_text(code, encoding = "utf-8")
+    for cached in file.parent.glob(f"__pycache__/{file.stem}.*"):  # which go by size and second
+        cached.unlink()
 
 
 def table(mutants):
@@ -235,17 +388,28 @@ def main():
     running.add_argument("mutants", type = Path)
     running.add_argument("results", type = Path)
     running.add_argument("--jobs", type = int, default = 1)
-    running.add_argument("--slowest", type = float, default = 300, help = "seconds a test file may take")
+    running.add_argument("--slowest", type = float, default = 900, help = "seconds the tests may take")
     running.add_argument("--seconds", type = float, default = 1e6, help = "for everything")
+    running.add_argument("--survivors", action = "store_true", help = "run those that survived again")
+    commands.add_parser("serve").add_argument("tree", nargs = "?")
     commands.add_parser("table").add_argument("results", type = Path)
     given = parser.parse_args()
     if given.command == "sample":
         given.mutants.write_text(json.dumps(sample(given.seed, given.count), indent = 1))
     elif given.command == "run":
-        found = json.loads(given.mutants.read_text())
-        known = found.setdefault("unmutated", {})
-        run(found["mutants"], given.jobs, given.slowest, given.seconds, known)
-        given.results.write_text(json.dumps(found, indent = 1))
+        file = given.results if given.results.exists() else given.mutants  # goes on where it was
+        found = json.loads(file.read_text())
+
+        def save():
+            partly = given.results.with_suffix(".partly")
+            partly.write_text(json.dumps(found, indent = 1))
+            partly.replace(given.results)
+
+        again = ("survived",) if given.survivors else ()
+        run(found, save, given.jobs, given.slowest, given.seconds, again)
+        save()
+    elif given.command == "serve":
+        serve(given.tree)
     else:
         print("\n".join(table(json.loads(given.results.read_text())["mutants"])))
 

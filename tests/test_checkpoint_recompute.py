@@ -15,6 +15,7 @@ from backend import DEVICE, GPU, require
 require("interpreter")
 
 import unsloth  # noqa: F401, E402
+import faults  # noqa: E402
 from llama_blocks import (  # noqa: E402
     HIDDEN,
     MLP_WIDTH,
@@ -402,3 +403,16 @@ def test_a_loaded_model_leaves_it_out(tmp_path, monkeypatch):
     model.train()
     model(input_ids = ids, labels = ids).loss.backward()
     assert len(answers) >= config.num_hidden_layers and all(answers)
+
+
+@pytest.mark.parametrize("fault", [faults.Operations, faults.Lines])
+def test_a_step_after_a_fault_is_like_one_without(recompute, fault):
+    """Out of memory, or Ctrl-C, anywhere in forward, loss, recompute or backward."""
+    blocks = make_blocks()
+    expected, _ = train_step(blocks, counting = False)
+
+    def step():
+        return train_step(blocks, counting = False)[0]
+
+    faults.check_steps_after_faults(step, expected, fault)
+    assert not any(block.mlp.__dict__[recompute.SKIP_DOWN_PROJ] for block in blocks)

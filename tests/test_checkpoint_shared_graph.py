@@ -200,3 +200,25 @@ def test_which_checkpoints_are_reentrant(shared_graph):
             assert shared_graph._reentrant(blocks[0]) is expected
     del blocks[0]._gradient_checkpointing_func
     assert not shared_graph._reentrant(blocks[0])
+
+
+def test_a_forward_gets_around_its_compiled_self_what_it_asks_for(shared_graph, monkeypatch):
+    """And one that asks for nothing, as other families' do, is compiled as it is."""
+    from unsloth.models import _block_compile
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+    def around(forward, shared):
+        return lambda self, hidden_states: (forward(self, hidden_states), shared)
+
+    for asks in (False, True):
+
+        class Layer(torch.nn.Module):
+            def forward(self, hidden_states):
+                return hidden_states + 1
+
+        if asks:
+            setattr(Layer.forward, shared_graph.AROUND_COMPILED, around)
+        _block_compile._wrap(Layer, {})
+        out = Layer().eval()(torch.zeros(1))
+        assert out == (1, shared_graph.shared_graph_wanted({})) if asks else out == 1

@@ -2,9 +2,11 @@
 # Copyright 2026 the contributors
 """Files of compiled code: whole or absent, of this environment, and from nobody else."""
 
+import errno
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
 import stat
 import tarfile
@@ -178,19 +180,81 @@ def test_root_and_oneself_are_trusted(files, monkeypatch):
     assert "everybody may write" in files._distrust(status(1000, 0o100602))
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_disk_that_is_full_leaves_nothing_behind(files, tmp_path, monkeypatch, step):
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("step", ["tempfile.mkstemp", "os.fsync", "os.replace"])
+def test_a_full_or_read_only_disk_leaves_nothing_behind(files, tmp_path, monkeypatch, step, code):
     """A clear error, no partial file, and the next try can succeed."""
 
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
+    def failing(*arguments, **options):
+        raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, step, full)
-        with pytest.raises(files.CompileCacheError, match = "No space left"):
+        patched.setattr(step, failing)
+        with pytest.raises(files.CompileCacheError, match = os.strerror(code)):
             files.write_cache(tmp_path, *CONTENTS, frozenset())
     assert names(tmp_path) == []
     assert files.write_cache(tmp_path, *CONTENTS, frozenset()).exists()
+
+
+@pytest.mark.parametrize("step", ["pathlib.Path.mkdir", "tempfile.TemporaryFile"])
+def test_a_folder_that_cannot_be_made_or_written_is_named(files, tmp_path, monkeypatch, step):
+    """Before anything is compiled; once it can be written it serves."""
+
+    def failing(*arguments, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(step, failing)
+        with pytest.raises(files.CompileCacheError, match = "cache' cannot be written .Read-only"):
+            files.check_folder(tmp_path / "cache")
+    files.check_folder(tmp_path / "cache")
+
+
+def test_a_file_that_cannot_be_read_or_removed_is_passed_over(files, read, saved, monkeypatch):
+    """Told when it is read; one that holds more is written beside it. Later it is read again."""
+    real = os.open
+
+    def failing(path, *arguments, **options):
+        if str(path) == str(saved):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", failing)
+        found, said = read()
+        assert found == [] and "is ignored: " in said and "Permission denied" in said
+        files.write_cache(saved.parent, b"more", b"", frozenset(["a", "b", "c"]))
+    assert len(names(saved.parent)) == 2
+    assert read()[0][-1] in ([b"more", b""], list(CONTENTS)) and len(read()[0]) == 2
+
+
+@posix
+def test_two_processes_share_a_folder(files, tmp_path):
+    """Both write and read at once: every file that is read is whole, and both are there at the end."""
+    fork = multiprocessing.get_context("fork")
+    said = fork.Queue()
+
+    def work(mine):
+        complaints = []
+        for number in range(40):
+            data = f"{mine} {number} ".encode() * 2000
+            files.write_cache(
+                tmp_path, data, b"t", frozenset(f"{mine}{n}" for n in range(number + 1))
+            )
+            for path, torchs, tritons in files.read_caches(tmp_path, complaints.append):
+                first = torchs[: torchs.index(b" ", 2) + 1]
+                if torchs != first * 2000 or tritons != b"t":
+                    complaints.append(f"{path} is not whole")
+        said.put((mine, [c for c in complaints if "No such file" not in c]))  # removed meanwhile
+
+    processes = [fork.Process(target = work, args = (mine,)) for mine in "ab"]
+    for process in processes:
+        process.start()
+    assert sorted(said.get(timeout = 60) for _ in processes) == [("a", []), ("b", [])]
+    for process in processes:
+        process.join(60)
+    found = {torchs[:5] for _, torchs, _ in files.read_caches(tmp_path, pytest.fail)}
+    assert found == {b"a 39 ", b"b 39 "} and len(names(tmp_path)) == 2
 
 
 # ------------------------------------------------------------------------------ Triton's kernels

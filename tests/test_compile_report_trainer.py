@@ -2,8 +2,10 @@
 # Copyright 2026 the contributors
 """SFTTrainer reports what was compiled: one table, one file, and never an error of its own."""
 
+import errno
 import json
 import logging
+import os
 
 import pytest
 import torch
@@ -70,6 +72,30 @@ def test_a_folder_that_cannot_be_written_is_told(toy, train, capsys, tmp_path):
     out = capsys.readouterr().out
     assert "what was compiled" in out and "make output_dir writable" in out
     assert trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("step", ["write_text", "replace"])
+def test_a_full_or_read_only_disk_leaves_the_earlier_report(tmp_path, monkeypatch, step, code):
+    """No half of a report, nothing beside it, and the next one can be written."""
+    from pathlib import Path
+
+    from unsloth.models.compile_report import save
+
+    path = save([{"run": 1}], tmp_path)
+    before, write = path.read_text(), Path.write_text
+
+    def failing(self, *args, **kwargs):
+        if step == "write_text":
+            write(self, '{"ranks"', encoding = "utf-8")
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, step, failing)
+        with pytest.raises(OSError, match = f"{os.strerror(code)}.*make output_dir writable"):
+            save([{"run": 2}], tmp_path)
+    assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
+    assert '"run": 2' in save([{"run": 2}], tmp_path).read_text()
 
 
 def test_a_fault_of_the_report_never_ends_training(toy, train, capsys, monkeypatch):

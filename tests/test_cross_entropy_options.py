@@ -110,3 +110,18 @@ def test_arguments_of_dense_logits_that_do_not_fit_are_named():
     ):
         with pytest.raises(error, match = words):
             fast_cross_entropy_loss(logits, labels, **options)
+
+
+@pytest.mark.parametrize("option", ["z_loss", "class_weight", "loss_weights"])
+def test_dense_logits_with_nothing_to_score_have_loss_zero(option):
+    """Every label ignored, or of weight 0: zero and zero gradients, where PyTorch has NaN."""
+    from unsloth.kernels import fast_cross_entropy_loss
+
+    logits = torch.randn(1, 4, 9, device = DEVICE, requires_grad = True)
+    labels = torch.full((1, 4), -100 if option == "z_loss" else 3, device = DEVICE)
+    values = {"class_weight": torch.ones(9), "loss_weights": torch.zeros(1, 4), "z_loss": 0.1}
+    values["class_weight"][3] = 0.0
+    value = values[option] if option == "z_loss" else values[option].to(DEVICE)
+    loss = fast_cross_entropy_loss(logits, labels, **{option: value})
+    loss.backward()
+    assert loss.item() == 0.0 and not logits.grad.any()

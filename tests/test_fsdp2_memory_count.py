@@ -156,3 +156,46 @@ def test_tables_and_checkpoint_buffers_are_whole_bytes_counted_by_hand(read_shap
         assert lines["embedding and head, gathered and flat"] == 2 * tables
         buffers = UNSLOTH_BUFFERS * 64 * 4096 * 2 if checkpointing == "unsloth" else 0
         assert lines["buffers of offloaded checkpoints"] == buffers
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_bytes_of_a_weight_are_bitsandbytes_own(nested):
+    """Packed numbers, scales, and the scales' own."""
+    import torch
+    import unsloth  # noqa: F401
+    from bitsandbytes.functional import quantize_4bit
+    from unsloth.models.fsdp2_memory_count import weight_bytes
+
+    packed, state = quantize_4bit(
+        torch.randn(512, 512), compress_statistics = nested, quant_type = "nf4"
+    )
+    scales = [state.absmax, *([state.state2.absmax] if nested else [])]
+    assert weight_bytes(512 * 512, nested) == sum(part.nbytes for part in (packed, *scales))
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_step_of_llama_8b_is_counted_as_by_hand(read_shape, checkpointing):
+    """Two ranks, 64 tokens in 16 bits, LoRA of rank 16: every line that is no table's."""
+    from unsloth.models import fsdp2_memory_count as count
+
+    hidden, wide, layers = 4096, 14336, 32
+    linears = 2 * hidden * hidden + 2 * hidden * 1024 + 3 * hidden * wide
+    lora = 16 * (2 * 2 * hidden + 2 * (hidden + 1024) + 3 * (hidden + wide))
+    block = count.weight_bytes(linears, True) + 2 * 2 * hidden + 2 * lora
+    row, saved = 64 * 2, 4 * hidden + 4 * hidden + 2 * wide
+    job = count.Training(world = 2, tokens = 64, checkpointing = checkpointing)
+    phases, _ = count.sharded_phases(read_shape(LLAMA_8B), job)
+    backward = dict(phases["first block's backward"])
+    in_flight = 3 if checkpointing else 2  # the flat buffer, the block, the next one's buffer
+    assert backward["gathered blocks in flight"] == in_flight * block
+    kept = layers * hidden if checkpointing else (layers - 1) * saved
+    assert backward["activations"] == row * (kept + saved + hidden + wide)
+    assert backward["dequantized weight and workspaces"] == 2 * hidden * wide + 2 * 32 * 2**20
+    assert backward["LoRA and Adam, float32"] == layers * lora * (4 + 8) // 2
+    alone, _ = count.sharded_phases(read_shape(LLAMA_8B), count.Training(world = 1, tokens = 64))
+    assert dict(alone["loss"])["gathered blocks in flight"] == 0
+    few = read_shape({**LLAMA_8B, "num_hidden_layers": 1})
+    assert dict(count.sharded_phases(few, job)[0]["loss"])["gathered blocks in flight"] == block
+    whole = dict(count.whole_model_phases(read_shape(LLAMA_8B), job)["loss"])
+    adapter = layers * lora * (4 + 8) // 2 + layers * lora * (4 + 4)
+    assert whole["LoRA, gradients and Adam, float32"] == adapter

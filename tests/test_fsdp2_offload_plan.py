@@ -162,3 +162,11 @@ def test_the_environment_overrides(planner, monkeypatch):
     monkeypatch.setenv("UNSLOTH_FSDP2_OFFLOAD", "blocks:4")
     assert len(make_plan(LLAMA_8B, **arguments).blocks) == 4
     assert make_plan(LLAMA_8B, override = "all", **arguments).tables
+
+
+def test_an_out_of_memory_is_compared_in_gib(planner):
+    """What was in use, what was usable and the difference, to the hundredth."""
+    plan = make_plan(LLAMA_8B, world = 2, tokens = 64, device_memory = 80 * GIB)
+    text = plan.explain_out_of_memory(int(plan.peak + 1.25 * GIB))
+    used = f"{plan.peak / GIB + 1.25:.2f} GiB were in use at most, +1.25 GiB against the prediction"
+    assert f"{plan.usable / GIB:.2f} GiB usable; {used}" in text

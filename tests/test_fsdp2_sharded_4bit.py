@@ -519,3 +519,25 @@ def test_cpu_offload_policy(checkpoints):
     same.
     """
     assert all(same for _, same in run_ranks(_offloaded, 2, checkpoints("packed")))
+
+
+def test_a_load_is_of_4_bits_unless_it_asks_for_another_kind():
+    """Unsloth's default, also where a loader hands its arguments on."""
+    import unsloth  # noqa: F401
+    from unsloth.models.fsdp2_sharded_4bit import loads_4bit
+
+    def named(
+        name,
+        load_in_4bit = True,
+        **kwargs,
+    ):
+        pass
+
+    def handing_on(*args, **kwargs):
+        pass
+
+    for loader in (named, handing_on):
+        assert loads_4bit(loader, ("m",), {})
+        assert not loads_4bit(loader, ("m",), {"load_in_4bit": False})
+        for other in ("load_in_8bit", "load_in_16bit", "full_finetuning"):
+            assert not loads_4bit(loader, ("m",), {other: True})

@@ -36,6 +36,9 @@ def _gathered_for_save(folder):
         name: p.quant_state for name, p in model.named_parameters() if hasattr(p, "quant_state")
     }
     restored = before.keys() == after.keys() and all(before[n] is after[n] for n in before)
+    trainable = native_full_state_dict(model, trainable_only = True)
+    if any(value.dtype == torch.uint8 for value in trainable.values()):
+        problems.append("frozen weights among the trainable ones")
     full, expected = native_full_state_dict(model), whole.state_dict()
     if full or os.environ["RANK"] == "0":
         problems += sorted(set(full) ^ set(expected))

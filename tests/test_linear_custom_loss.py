@@ -68,3 +68,23 @@ def test_linear_loss_refuses_what_it_would_get_wrong(linear_loss):
         linear_loss(hidden, weight, F.cross_entropy, 3)
     with pytest.raises(ValueError, match = "must begin with hidden's"):
         linear_loss(hidden, weight, F.cross_entropy, labels[:-1])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_rows_may_be_fewer_or_more_than_a_row_is_wide(linear_loss, rows):
+    """The rows that a loss is tried on are rows of these hidden states."""
+    hidden, weight, bias, labels = problem(rows = rows, width = 16, ignored = ())
+
+    def loss(logits, targets):
+        return F.cross_entropy(logits, targets, reduction = "none")
+
+    ours = linear_loss(hidden, weight, loss, labels, bias = bias)
+    assert_same(ours, loss(F.linear(hidden, weight, bias), labels), (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("rows, scale", [(2, 1.0), (7, 0.01)])
+def test_a_mean_over_rows_is_refused_for_two_rows_and_for_small_values(linear_loss, rows, scale):
+    """Also where the halves differ by little."""
+    hidden, weight, _, labels = problem(rows = rows, ignored = ())
+    with pytest.raises(ValueError, match = "not separable over rows"):
+        linear_loss(hidden, weight, lambda *given: scale * F.cross_entropy(*given), labels)

@@ -10,6 +10,7 @@ from loss_problems import problem
 
 require("interpreter")
 import unsloth  # noqa: F401, E402
+import faults  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -212,3 +213,28 @@ def test_label_smoothing_of_a_trainer_survives_a_loss_that_raises(marked):
         assert seen[-1] == (other.label_smoother, None)
     compute_loss(trainer, lambda labels: None, {"labels": torch.zeros(1)})
     assert seen[-1] == (smoother, None)
+
+
+@pytest.mark.parametrize("fault", [faults.Operations, faults.Lines])
+def test_a_loss_after_a_fault_is_like_one_without(model_call, fault):
+    """Out of memory, or Ctrl-C, anywhere in a forward, its loss with options, or its backward."""
+    from unsloth.loss_options import PLAIN, active_options
+
+    model, call = model_call
+    tokens, labels, _ = tokens_and_targets()
+    class_weight = torch.rand(48, device = DEVICE)
+
+    def step(**options):
+        model.zero_grad()
+        loss = call(input_ids = tokens, labels = labels, **options).loss
+        loss.backward()
+        return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+    def with_options():
+        return step(class_weight = class_weight, z_loss = 0.1, label_smoothing = 0.2)
+
+    plain = step()
+    faults.check_steps_after_faults(with_options, with_options(), fault, points = 5)
+    assert active_options() is PLAIN
+    assert all(map(torch.equal, step(), plain))
+    model.zero_grad()

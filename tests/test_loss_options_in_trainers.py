@@ -2,6 +2,7 @@
 # Copyright 2026 the contributors
 """Loss options before a model has them: their values, their columns of a batch, trainers that ignore them."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -109,3 +110,87 @@ def test_the_weights_of_a_step_are_those_of_the_labels_that_are_scored():
     assert _sum_of_weights(packed, options).item() == 2 * 1.0 + 6 * 16.0
     shifted = {"labels": labels, "shift_labels": labels, "loss_weights": each}
     assert _sum_of_weights(shifted, LossOptions()).item() == 0.5 + 1.0 + 2.0 + 8.0 + 16.0
+
+
+@pytest.mark.parametrize("raising", [False, True])
+def test_the_trainers_columns_are_its_own_again_after_a_loader_was_made(raising):
+    """Also after an error; a model without options, and data without the columns, change nothing."""
+    from unsloth.loss_in_trainers import ColumnCollator, keeping_columns
+    from unsloth.loss_options import LossOptions
+
+    model, seen = torch.nn.Linear(1, 1), []
+    model._takes_loss_options = True
+    trainer = SimpleNamespace(model = model, data_collator = dict, _signature_columns = ["input_ids"])
+    trainer._set_signature_columns_if_needed = lambda: None
+
+    @keeping_columns
+    def get_dataloader(self, dataset):
+        seen.append((self._signature_columns, self.data_collator))
+        if raising:
+            raise RuntimeError("no loader")
+
+    for options, columns, kept in (
+        (None, ["input_ids", "loss_weights"], []),
+        (LossOptions(), ["input_ids"], []),
+        (LossOptions(), ["input_ids", "loss_weights"], ["loss_weights"]),
+        (LossOptions(loss_columns = ("t",)), ["t", "loss_weights"], ["loss_weights", "t"]),
+    ):
+        model._unsloth_loss_options = options
+        with pytest.raises(RuntimeError) if raising else contextlib.nullcontext():
+            get_dataloader(trainer, SimpleNamespace(column_names = columns))
+        names, collator = seen[-1]
+        assert names == ["input_ids", *kept] and isinstance(collator, ColumnCollator) == bool(kept)
+        assert (trainer._signature_columns, trainer.data_collator) == (["input_ids"], dict)
+
+
+def test_a_steps_weights_are_told_to_its_batches_where_the_model_has_options():
+    """The sum over the step's batches, where they are weighted; else the trainer's batches as they are."""
+    from unsloth.loss_in_trainers import counting_weights
+    from unsloth.loss_options import LossOptions
+
+    model, weights = torch.nn.Linear(1, 1), torch.tensor([0.0, 1.0, 2.0, 4.0])
+    model._takes_loss_options = True
+    args = SimpleNamespace(average_tokens_across_devices = False, world_size = 1)
+    trainer = SimpleNamespace(model = model, args = args, accelerator = None)
+    labels = ([[0, 1, 2, -100]], [[3, 3, 1, 2]])
+
+    def counted(
+        options,
+        items = 5,
+        **columns,
+    ):
+        batches = [{"labels": torch.tensor(each), **columns} for each in labels]
+        model._unsloth_loss_options = options
+        found, n_items = counting_weights(lambda self: (batches, items))(trainer)
+        assert found is batches and n_items == items
+        return [batch.get("weight_items") for batch in batches]
+
+    assert counted(None) == counted(LossOptions()) == [None, None]
+    assert counted(LossOptions(class_weight = weights)) == [1 + 2 + 4 + 1 + 2] * 2
+    assert counted(LossOptions(class_weight = weights), items = None) == [None, None]
+    by_labels = LossOptions(class_weight = weights, class_weight_mean = "labels")
+    assert counted(by_labels) == [None, None]
+    halves = torch.full((1, 4), 0.5)
+    assert counted(LossOptions(), loss_weights = halves) == [0.5 * (2 + 3)] * 2
+
+
+def test_values_of_tokens_stand_where_a_collator_pads_on_the_left():
+    """Where the mask says that the row begins."""
+    from unsloth.loss_in_trainers import _lay_out
+
+    batch = {"labels": torch.zeros(2, 4), "attention_mask": torch.tensor([[0, 0, 1, 1], [1] * 4])}
+    rows = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0, 5.0, 6.0])]
+    assert _lay_out(rows, batch).tolist() == [[0, 0, 1, 2], [3, 4, 5, 6]]
+    del batch["attention_mask"]
+    assert _lay_out(rows, batch).tolist() == [[1, 2, 0, 0], [3, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("module", ["accelerated.trainers", "user.trainers", "trlx.trainers"])
+def test_a_trainer_of_the_users_own_is_not_refused(module):
+    """Only TRL's own losses are known to leave the model's alone."""
+    from unsloth.loss_in_trainers import refuse_other_losses
+
+    Own = type("OwnTrainer", (), {"__module__": module, "compute_loss": lambda self: None})
+    refuse_other_losses(Own())
+    with pytest.raises(NotImplementedError, match = "OwnTrainer computes a loss of its own"):
+        refuse_other_losses(type("OwnTrainer", (Own,), dict(vars(Own), __module__ = "trl.x"))())

@@ -617,3 +617,41 @@ def test_calls_that_are_answered_in_part_are_not_passed_as_clean():
     start = [{"role": "user", "content": "q"}, two]
     clean = [is_clean(start + answers[:count], (), True) for count in range(3)]
     assert clean == [True, False, True]
+
+
+@pytest.mark.parametrize("fault", ["a call that cannot be rendered", "a worker that is killed"])
+def test_rendering_goes_on_after_a_fault_in_one_of_four_workers(fault, tokenizer):
+    """The row is named. Of a killed worker datasets tells, or Unsloth's map starts again without
+    workers. The same map over the other rows then works."""
+    import os
+    import signal
+
+    datasets, main = pytest.importorskip("datasets"), os.getpid()
+    rows = [{"messages": json.dumps([user(f"q{n}"), calls(ROME), result("1")])} for n in range(12)]
+    broken = {"messages": json.dumps([user("q"), calls(made("f", "no JSON")), result("1")])}
+
+    def render(row):
+        messages = json.loads(row["messages"])
+        if "no JSON" in row["messages"] and fault.startswith("a worker"):
+            if os.getpid() != main:
+                os.kill(os.getpid(), signal.SIGKILL)
+            messages = messages[:1]
+        return {"text": tokenizer.apply_chat_template(messages, tokenize = False)}
+
+    dataset = datasets.Dataset.from_list([*rows[:7], broken, *rows[7:]])
+    try:
+        found = dataset.map(render, num_proc = 4)["text"]
+        assert fault.startswith("a worker") and found == [render(row)["text"] for row in dataset]
+    except (ValueError, RuntimeError) as error:
+        words = "row 7 of the data set" if fault.startswith("a call") else "abruptly died"
+        assert words in str(error)
+    good = datasets.Dataset.from_list(rows)
+    assert good.map(render, num_proc = 4)["text"] == [render(row)["text"] for row in rows]
+
+
+def test_long_conversations_end_in_results():
+    """More messages than Python keeps small numbers for."""
+    from unsloth.tool_calls.messages import prepare_conversation
+
+    messages = [user("q"), calls(ROME), result("1")] * 120
+    assert len(prepare_conversation(messages)) == 360

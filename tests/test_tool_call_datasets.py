@@ -203,3 +203,17 @@ def test_decorating_twice_is_once():
     assert decorate(once) is once
     with pytest.raises(NotImplementedError, match = "dataset"):
         decorate(lambda other: None)
+
+
+def test_a_row_that_raises_in_one_of_four_workers_is_named():
+    """Conversation and message come out of the worker; without that row four workers do as one does."""
+    datasets = pytest.importorskip("datasets")
+    standardize = importlib.import_module("unsloth.chat_templates").standardize_sharegpt
+    rows = [{"conversations": row} for row in SHAREGPT * 4]
+    broken = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    broken["conversations"][1] = {"from": "function_call", "value": "weather!"}
+    dataset = datasets.Dataset.from_list([*rows[:8], broken, *rows[8:]])
+    with pytest.raises(ValueError, match = r"conversation 8, messages\[1\]: the call is not JSON"):
+        standardize(dataset, num_proc = 4)
+    good = datasets.Dataset.from_list(rows)
+    assert standardize(good, num_proc = 4)[:] == standardize(good)[:]

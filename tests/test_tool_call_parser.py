@@ -166,3 +166,13 @@ def test_cleaning_up_spaces_does_not_reach_arguments(tool_calls):
     ids = tokenizer(reply, add_special_tokens = False).input_ids
     assert tokenizer.decode(ids) != reply
     assert tool_calls.parse_tool_calls(ids, tokenizer) == parallel_calls(spaced)
+
+
+@pytest.mark.parametrize("first, later", [END_TOKENS, END_TOKENS[::-1]])
+def test_a_result_that_is_no_json_ends_at_the_first_end_token(first, later, tool_calls):
+    """Of either kind: the call behind it is not lost to one that stands later."""
+    call = '{"name": "get_weather", "parameters": {"city": "%s"}}'
+    result = "<|start_header_id|>ipython<|end_header_id|>\n\nno JSON: {20" + first
+    turns = (call % "Rome" + later, result, HEADER + call % "Oslo" + later, result)
+    expected = parallel_calls(ROME, OSLO, ROME)
+    assert tool_calls.parse_tool_calls("".join(turns) + HEADER + call % "Rome") == expected

@@ -360,3 +360,18 @@ def test_names_of_tools_in_every_form():
     for tools in (*forms, [{"name": "f", "input_schema": {}}], [Dumped(**schema)], schema):
         assert tool_names(tools) == ["f"], tools
     assert tool_names(None) == tool_names([]) == []
+
+
+@pytest.mark.parametrize("results", [["1"], ["1", "2", "3"], [], {"a": "1", "b": "2"}, None])
+def test_a_list_with_more_or_fewer_results_than_calls_stays_one(results, read):
+    """Which result is whose cannot be told, so it is one result, as it was written."""
+    two = [user("q"), calls(made("f", {}), made("g", {})), result(json.dumps(results))]
+    assert [message.get("content") for message in read(two)[2:]] == [json.dumps(results)]
+    two[2] = result(json.dumps(["1", {"b": 2}]))
+    assert [message.get("content") for message in read(two)[2:]] == ["1", '{"b": 2}']
+
+
+def test_roles_that_are_enums_become_plain_texts(read):
+    """A template would write ``Role.USER`` for a str that is an enum as well."""
+    (message,) = read([{"role": Role.USER, "content": "q"}])
+    assert type(message["role"]) is str and message["role"] == "user"

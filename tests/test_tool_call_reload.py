@@ -116,3 +116,18 @@ def test_adapters_and_merged_models(tmp_path):
         )
         assert trained[: len(prompt)] == prompt
         assert loaded.apply_chat_template(MESSAGES, return_dict = False) == trained
+
+
+def test_the_tokenizer_of_a_processor_is_restored(reload):
+    """The processor itself says nothing of a mode; its tokenizer, which comes second, does."""
+    transformers = importlib.import_module("transformers")
+
+    class Processor(transformers.ProcessorMixin):
+        def __init__(self, tokenizer):
+            self.tokenizer, self.chat_template = tokenizer, tokenizer.chat_template
+
+    plain = make_llama_tokenizer("<|end_of_text|>")
+    plain.chat_template = tokenizer_with("split").chat_template
+    plain.init_kwargs["parallel_tool_calls"] = "split"
+    assert reload.restore(Processor(plain))
+    assert rendered(plain) == rendered(tokenizer_with("split"))

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -216,6 +218,28 @@ def _as_stored(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
 # ---------------------------------------------------------------- the command
 
 
+@contextlib.contextmanager
+def _written_whole(path: Optional[Path]) -> Iterator[Optional[TextIO]]:
+    """A file that stands at ``path`` once all of it is written. Until then, and after an error, what was
+    there stays: it may be the data that is being read. None for None."""
+    if path is None:
+        yield None
+        return
+    is_plain = path.is_file() or not path.exists()  # no pipe, say
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(target.name + ".part") if is_plain else target
+    try:
+        with open(partial, "w", encoding = "utf-8") as out:
+            yield out
+        if is_plain:
+            partial.replace(target)
+    except BaseException:
+        if is_plain:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+        raise
+
+
 def run(
     data: Path,
     template: str = "llama-3.1",
@@ -239,30 +263,25 @@ def run(
     except (KeyError, ValueError, OSError, NotImplementedError) as error:
         console.print(f"[red]check-chats:[/] {error}", highlight = False, soft_wrap = True)
         return MISUSE
-    report, out = Report(), None
+    report = Report()
     kept: List[Any] = []
     try:
-        out = open(fix, "w", encoding = "utf-8") if fix else None
-        rows = track(
-            _keep_rows(data, kept),
-            "checking",
-            console = console,
-            disable = not console.is_terminal,
-        )
-        for report, good in check(rows, tokenizer, messages, tools, model is not None):
-            if out and good is not None:
-                row = kept[0] if isinstance(kept[0], dict) else {}
-                name = messages or next((c for c in COLUMNS if c in row), "messages")
-                print(
-                    json.dumps({**row, name: _as_stored(good)}, ensure_ascii = False, default = str),
-                    file = out,
-                )
+        with _written_whole(fix) as out:
+            rows = track(
+                _keep_rows(data, kept),
+                "checking",
+                console = console,
+                disable = not console.is_terminal,
+            )
+            for report, good in check(rows, tokenizer, messages, tools, model is not None):
+                if out and good is not None:
+                    row = kept[0] if isinstance(kept[0], dict) else {}
+                    name = messages or next((c for c in COLUMNS if c in row), "messages")
+                    row = {**row, name: _as_stored(good)}
+                    print(json.dumps(row, ensure_ascii = False, default = str), file = out)
     except (Unreadable, OSError) as error:
         console.print(f"[red]check-chats:[/] {error}", highlight = False, soft_wrap = True)
         return MISUSE
-    finally:
-        if out:
-            out.close()
     report.template = template
     if as_json:
         json.dump(report.as_json(), sys.stdout, indent = 2, ensure_ascii = False)

@@ -107,7 +107,7 @@ PATCHES: Tuple[Patch, ...] = (
         name = "test-backends",
         title = "Let a test file say which backend of Unsloth it needs",
         targets = (),
-        shared = ("backend.py", "fast_models.py", "small_models.py"),
+        shared = ("backend.py", "fast_models.py", "faults.py", "small_models.py"),
         tests = {"tests/test_shared_backend.py": "cpu"},
     ),
     Patch(

@@ -139,3 +139,26 @@ def test_the_demos_data_passes():
     tokenizer = check_chats._tokenizer("llama-3.1", "error", None)
     *_, (report, _) = check_chats.check(iter(single), tokenizer, None, "tools", False)
     assert report.bad == 0 and report.rows == len(single)
+
+
+def test_the_data_itself_can_be_mended_and_survives_what_cannot_be_read(
+    tmp_path, capsys, monkeypatch
+):
+    """--fix with the data's own name: all of it is read first, and after an error it is as it was."""
+    data = written(tmp_path, "jsonl")
+    assert check_chats.run(data, fix = data) == check_chats.BAD_ROWS
+    mended = data.read_text()
+    assert len(mended.splitlines()) == len(ROWS) - len(BAD)
+    assert check_chats.run(data, fix = data) == check_chats.DONE and data.read_text() == mended
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    for place, name in ((Path, "replace"), (check_chats, "_as_stored")):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, name, full)
+            capsys.readouterr()
+            assert check_chats.run(data, fix = data) == check_chats.MISUSE
+        assert "No space left on device" in capsys.readouterr().out
+        assert data.read_text() == mended
+        assert [path.name for path in tmp_path.iterdir()] == [data.name]

@@ -332,8 +332,8 @@ def label_smoothing_in_the_model(compute_loss, in_force = lambda: True):
         smoother = getattr(self, "label_smoother", None)
         if not in_force() or not _smooths_in_model(self, model, inputs, smoother):
             return compute_loss(self, model, inputs, *args, **kwargs)
-        self.label_smoother = None
         try:
+            self.label_smoother = None
             inputs = {**inputs, "label_smoothing": float(smoother.epsilon)}
             return compute_loss(self, model, inputs, *args, **kwargs)
         finally:

@@ -103,9 +103,9 @@ def keeping_columns(stock):
             return stock(self, dataset, *args, **kwargs)
         self._set_signature_columns_if_needed()
         before = self._signature_columns, self.data_collator
-        self._signature_columns = [*before[0], *names]
-        self.data_collator = ColumnCollator(before[1], names)
         try:
+            self._signature_columns = [*before[0], *names]
+            self.data_collator = ColumnCollator(before[1], names)
             return stock(self, dataset, *args, **kwargs)
         finally:
             self._signature_columns, self.data_collator = before

@@ -140,8 +140,8 @@ def using_options(options: LossOptions):
     before = getattr(_local, "options", None)
     with _lock:
         _in_use += 1
-    _local.options = options
     try:
+        _local.options = options
         yield
     finally:
         _local.options = before

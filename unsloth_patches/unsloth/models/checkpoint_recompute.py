@@ -83,12 +83,11 @@ def _marking(forward: Callable) -> Callable:
         if torch.compiler.is_compiling():
             return forward(self, hidden_states, *args, **kwargs)
         state = self.mlp.__dict__
-        before = state.get(SKIP_DOWN_PROJ, False)
-        state[SKIP_DOWN_PROJ] = output_unread(self)
-        try:
+        try:  # from before it is set: Ctrl-C may come at any line
+            state[SKIP_DOWN_PROJ] = output_unread(self)
             return forward(self, hidden_states, *args, **kwargs)
         finally:
-            state[SKIP_DOWN_PROJ] = before
+            state[SKIP_DOWN_PROJ] = False
 
     return marked
 
@@ -107,9 +106,10 @@ def _telling_the_graph(forward: Callable) -> Callable:
         if needed is None:
             needed = self.mlp.__dict__[DOWN_PROJ_NEEDED] = torch.tensor(True, device = "cpu")
         if not torch.is_grad_enabled() or not output_unread(self):
+            needed.fill_(True)  # where Ctrl-C came right before it was, below
             return forward(self, hidden_states, *args, **kwargs)
-        needed.fill_(False)
         try:
+            needed.fill_(False)
             return forward(self, hidden_states, *args, **kwargs)
         finally:
             needed.fill_(True)

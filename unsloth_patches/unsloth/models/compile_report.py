@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -131,12 +132,19 @@ class CompileReport:
 
 
 def save(summaries: List[Dict[str, Any]], folder: Union[str, os.PathLike]) -> Path:
-    """Write the ranks' summaries into `folder`; returns the file. Raises OSError naming it."""
+    """Write the ranks' summaries into `folder`; returns the file. Raises OSError naming it.
+
+    The file is whole: where the disk does not take it, an earlier one stays.
+    """
     path = Path(folder) / FILE_NAME
+    partial = path.with_name(f".{FILE_NAME}.part")
     try:
         path.parent.mkdir(parents = True, exist_ok = True)
-        path.write_text(json.dumps({"ranks": summaries}, indent = 1) + "\n", encoding = "utf-8")
+        partial.write_text(json.dumps({"ranks": summaries}, indent = 1) + "\n", encoding = "utf-8")
+        partial.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise OSError(
             f"the compile report cannot be written to {path} ({error.strerror or error}); "
             "make output_dir writable"

@@ -367,11 +367,11 @@ def replay_decoder_blocks(stock: Callable) -> Callable:
         if reason:
             stack.reasons[reason] += 1
             return stock(self, *args, **kwargs)
-        self.__dict__["layers"] = stack.stand_in()  # before the module of that name
         try:
+            self.__dict__["layers"] = stack.stand_in()  # before the module of that name
             return stock(self, *args, **kwargs)
         finally:
-            del self.__dict__["layers"]
+            self.__dict__.pop("layers", None)
 
     return LlamaModel_fast_forward
 
