@@ -14,8 +14,8 @@ from backend import DEVICE, GPU, require
 
 require("interpreter")
 
-import unsloth  # noqa: F401, E402
 import faults  # noqa: E402
+import unsloth  # noqa: F401, E402
 from llama_blocks import (  # noqa: E402
     HIDDEN,
     MLP_WIDTH,

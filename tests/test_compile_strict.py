@@ -185,7 +185,9 @@ def test_a_demoted_loss_stops_before_a_weight_changes(toy, train, monkeypatch):
 
 # Without a GPU a model takes ten seconds, so each family has one kind of weights there.
 FAMILIES = {"llama": (16, 4), "mistral": (4, 16), "qwen2": (16, 4), "qwen3": (4, 16)}
-MODELS = [(name, bits) for name, both in FAMILIES.items() for bits in both[: 1 + (DEVICE == "cuda")]]
+MODELS = [
+    (name, bits) for name, both in FAMILIES.items() for bits in both[: 1 + (DEVICE == "cuda")]
+]
 
 
 @pytest.mark.parametrize("family, bits", MODELS)

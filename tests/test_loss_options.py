@@ -9,8 +9,8 @@ from backend import DEVICE, require
 from loss_problems import problem
 
 require("interpreter")
-import unsloth  # noqa: F401, E402
 import faults  # noqa: E402
+import unsloth  # noqa: F401, E402
 
 torch.set_num_threads(1)
 

@@ -620,7 +620,6 @@ def test_the_variable_takes_three_values(llama):
     assert summary(llama) == {}
     with graphs(""):
         from unsloth.models.step_graphs import mode
-
         assert mode() == "auto"
 
 

@@ -191,7 +191,9 @@ def test_grpo_with_tools(mode, tokenizers, tmp_path):
         done, logprobs = generate(prompt_ids, *arguments, **options)
         if "20 degrees" not in tokenizer.decode(prompt_ids[0]):
             tools = {"tools": [get_weather], "return_dict": False}
-            start = tokenizer.apply_chat_template([user("Rome?")], add_generation_prompt = True, **tools)
+            start = tokenizer.apply_chat_template(
+                [user("Rome?")], add_generation_prompt = True, **tools
+            )
             assert prompt_ids[0] == start
             whole = tokenizer.apply_chat_template([user("Rome?"), asking], **tools)
             done = [whole[len(start) :]] * len(done)

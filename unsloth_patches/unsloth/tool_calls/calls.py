@@ -11,7 +11,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 from .errors import ToolCallError, where_in
 from .parser import MAX_DEPTH, NAME_PATTERN, USUAL_NAME, is_too_deep
