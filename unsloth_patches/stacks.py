@@ -32,6 +32,12 @@ STACKS: Tuple[Stack, ...] = (
         "2026-11-26",
     ),
     Stack(
+        "3.13",
+        {"torch": "2.13.0", "triton": "3.7.1", "transformers": "5.17.0", "trl": "1.15.0"},
+        "the import form's tests on the CPU backend (scripts/requirements.lock)",
+        "2026-11-26",
+    ),
+    Stack(
         "3.12",
         {
             "torch": "2.14.1",
