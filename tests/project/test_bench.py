@@ -205,7 +205,7 @@ def test_compare_steps():
         busy = None,
     ):
         found = {
-            "stretches": [[9.0, 9.0], [9.0, seconds, seconds]], "tokens": [1000, 2000, 3000],
+            "stretches": [[9.0, 9.0], [9.0, seconds, seconds]], "tokens": [500, 1000, 1500],
             "first_step": 8.0, "peak_mib": 1.0, "reserved_mib": 2.0, "losses": [loss], "graphs": {},
         }  # fmt: skip
         return {"cases": {"default": {**found, **({"busy": busy} if busy else {})}}}
