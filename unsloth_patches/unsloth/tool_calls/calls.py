@@ -81,7 +81,7 @@ def is_clean_call(call: Any, builtin_tools: Sequence[str] = ()) -> bool:
     name, arguments = function.get("name"), function.get("arguments")
     if type(name) is not str or name in builtin_tools or type(arguments) is not dict:
         return False
-    return _has_usual_name(name) and _is_clean_value(arguments)
+    return _has_usual_name(name) and _is_clean_object(arguments)
 
 
 @functools.lru_cache(maxsize = 1000)
@@ -89,28 +89,42 @@ def _has_usual_name(name: str) -> bool:
     return _USUAL_NAME.fullmatch(name) is not None
 
 
-def _is_clean_value(value: Any, levels: int = MAX_DEPTH) -> bool:
-    """Whether JSON in UTF-8 holds a value as it is, and it has no null and no special token.
+def _is_clean_object(value: Any, levels: int = MAX_DEPTH) -> bool:
+    """Whether JSON in UTF-8 holds a dict or list as it is, with no null and no special token in it.
 
     For most arguments a walk takes half the time that writing them as JSON does.
     """
-    kind = type(value)
-    if kind is str:
-        return "<|" not in value and (value.isascii() or not _SURROGATE.search(value))
-    if kind is dict or kind is list:
-        if not levels:
+    if not levels:
+        return False
+    if type(value) is dict:
+        try:
+            keys = "".join(value)
+        except TypeError:
             return False
-        for inner in value:
-            if kind is dict:
-                if type(inner) is not str or not _is_clean_value(inner):
-                    return False
-                inner = value[inner]
-            if not _is_clean_value(inner, levels - 1):
+        if not _is_clean_text(keys):
+            return False
+        value = value.values()
+    for one in value:
+        kind = type(one)
+        if kind is str:
+            if not _is_clean_text(one):
                 return False
-        return True
-    if kind is int:
-        return value.bit_length() < 10_000  # Python writes no more than 4300 digits
-    return kind is bool or (kind is float and value - value == 0)
+        elif kind is int:
+            if one.bit_length() > 10_000:  # Python writes no more than 4300 digits
+                return False
+        elif kind is float:
+            if one - one != 0:
+                return False
+        elif kind is dict or kind is list:
+            if not _is_clean_object(one, levels - 1):
+                return False
+        elif kind is not bool:
+            return False
+    return True
+
+
+def _is_clean_text(text: str) -> bool:
+    return "<|" not in text and (text.isascii() or not _SURROGATE.search(text))
 
 
 _CALL_KEYS = frozenset(("id", "type", "function"))

@@ -29,6 +29,7 @@ _RESULT_ROLES = ("tool", "ipython")
 _RESULT_KEYS = frozenset(("role", "content", "tool_call_id"))
 _CALLING_KEYS = frozenset(("role", "content", "tool_calls"))
 _KNOWN_ROLES = ("system", "user", "assistant", *_RESULT_ROLES)
+_SPEAKERS = ("user", "assistant")
 TAGGED_CALL = "<tool_call>"
 
 
@@ -47,10 +48,11 @@ def is_clean(
     for position, message in enumerate(messages):
         if type(message) is not dict:
             return False
-        content = message.get("content", "")
+        role, content = message.get("role"), message.get("content", "")
         if type(content) is not str or TAGGED_CALL in content:
             return False
-        role = message.get("role")
+        if len(message) == 2 and role in _SPEAKERS and not expected and "content" in message:
+            continue
         if role == "tool":
             if not expected or message.get("tool_call_id") != expected.pop(0):
                 return False
@@ -70,9 +72,7 @@ def is_clean(
                     return False
                 expected.append(call.get("id"))
             answered = False
-        elif len(message) != 2 or "content" not in message:
-            return False
-        elif role not in ("user", "assistant") and (role != "system" or position):
+        elif len(message) != 2 or "content" not in message or role != "system" or position:
             return False
     ids = [one for one in expected if one is not None]
     return not (expected and answered) and len(ids) == len(set(ids))
