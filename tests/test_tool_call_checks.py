@@ -526,8 +526,13 @@ def test_levels(tokenizer, notices, monkeypatch):
     with pytest.raises(ValueError, match = "is nan"):
         rendered(tokenizer, bad)
     monkeypatch.setenv("UNSLOTH_TOOL_CHECKS", "strict")
-    with pytest.raises(ValueError, match = "'strict'; choose error, warn, off"):
-        rendered(tokenizer, [user("q")])
+    get_chat_template = importlib.import_module("unsloth.chat_templates").get_chat_template
+    for told in (
+        lambda: rendered(tokenizer, parts),
+        lambda: get_chat_template(make_llama_tokenizer(), "llama-3.1"),
+    ):
+        with pytest.raises(ValueError, match = "'strict'; choose error, warn, off"):
+            told()
 
 
 # ---------------------------------------------------------------- the tokenizer

@@ -44,6 +44,7 @@ def check_tool_calls(stock):
 
     @functools.wraps(stock)
     def get_chat_template(*args, **kwargs):
+        checks_level()  # a level that is misspelt is told here, before any conversation
         given = signature.bind(*args, **kwargs).arguments
         with _Unchecked(given["tokenizer"]):
             tokenizer = stock(*args, **kwargs)
@@ -141,11 +142,11 @@ class ChecksToolCalls(MixedIn):
     def apply_chat_template(self, conversation, *args, **kwargs):
         render = super().apply_chat_template
         options = {**_named_arguments(render, args), **kwargs} if args else kwargs
-        checks, level = self._tool_call_checks, checks_level()
+        checks = self._tool_call_checks
         is_own = self.chat_template == checks.template
         is_own = is_own and options.get("chat_template") in (None, checks.template)
-        if is_own and level != "off" and not checks.maps_keys:
-            conversation, options = _prepared(conversation, options, checks, level)
+        if is_own and not checks.maps_keys:
+            conversation, options = _prepared(conversation, options, checks)
         return render(conversation, **options)
 
 
@@ -156,18 +157,23 @@ def checks_level() -> str:
     return level
 
 
-def _prepared(conversation, options: Mapping[str, Any], checks: Checks, level: str):
+def _prepared(conversation, options: Mapping[str, Any], checks: Checks):
     """Conversation (or batch of them) and options as the template needs them."""
-    tools = options.get("tools")
+    tools, builtin = options.get("tools"), options.get("builtin_tools") or ()
+    builtin = builtin if builtin and has_builtin_tools(checks.template) else ()
+    several = checks.mode == "join"
+    clean = type(conversation) is list and is_clean(conversation, builtin, several)
+    if clean and tools is None:  # as it is at every level, which takes long to read
+        return conversation, options
+    level = checks_level()
+    if level == "off":
+        return conversation, options
     if tools is None and isinstance(conversation, Mapping):  # a whole row of a data set
         tools = conversation.get("tools")
     if tools is not None:
         tools = prepare_tools(tools)
         options = {**options, "tools": tools}
-    builtin = options.get("builtin_tools") or ()
-    builtin = builtin if builtin and has_builtin_tools(checks.template) else ()
-    several = checks.mode == "join"
-    if type(conversation) is list and is_clean(conversation, builtin, several):
+    if clean:
         return conversation, options
 
     def prepare(messages):
