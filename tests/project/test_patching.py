@@ -499,3 +499,18 @@ def test_the_other_old_variable(fake):
     code = "import os, unsloth_patches; print(os.environ['UNSLOTH_FSDP2_OFFLOAD'])"
     done = python(code, fake, {"UNSLOTH_PATCHES_OFFLOAD": "all", "UNSLOTH_FSDP2_OFFLOAD": None})
     assert done.stdout.strip() == "all" and "UNSLOTH_FSDP2_OFFLOAD" in done.stderr
+
+
+@pytest.mark.parametrize("first", ["unsloth.late:slow", "unsloth.kernels.utils:fast"])
+def test_a_late_import_waits_for_a_module_and_replaces_in_the_others(fake, first):
+    """Whichever of a patch's modules is not imported yet, before or after the one that is."""
+    body = f"""
+        late, fast = T("unsloth.late:slow", "replace_slow"), T("unsloth.kernels.utils:fast", "replace_fast")
+        targets = (late, fast) if {first!r} == late.attribute else (fast, late)
+        catalogue(Patch("p", "t", targets))
+        unsloth_patches.install()
+        assert unsloth.fast(1) == ("patched", ("stock", 1))
+        import unsloth.late
+        assert unsloth.late.slow(1)[0] == "patched"
+        """
+    python("import unsloth\n" + textwrap.dedent(PREAMBLE) + textwrap.dedent(body), fake)
