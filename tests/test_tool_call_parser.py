@@ -176,3 +176,28 @@ def test_a_result_that_is_no_json_ends_at_the_first_end_token(first, later, tool
     turns = (call % "Rome" + later, result, HEADER + call % "Oslo" + later, result)
     expected = parallel_calls(ROME, OSLO, ROME)
     assert tool_calls.parse_tool_calls("".join(turns) + HEADER + call % "Rome") == expected
+
+
+def test_tools_are_read_from_json_text(tool_calls):
+    """A list, an object, or null, which stands for none; nothing else."""
+    reply = make_reply(ROME)
+    for tools in (json.dumps([WEATHER]), json.dumps(WEATHER), [json.dumps(WEATHER)]):
+        assert tool_calls.parse_tool_calls(reply, tools = tools) == parallel_calls(ROME)
+        assert "reason" in tool_calls.parse_tool_calls(make_reply(("f", {})), tools = tools)
+    assert "unknown tool" in tool_calls.parse_tool_calls(reply, tools = "null")["reason"]
+    for tools in ('"get_weather"', "3", "no JSON"):
+        with pytest.raises(ValueError, match = "give a list|not JSON"):
+            tool_calls.parse_tool_calls(reply, tools = tools)
+
+
+@pytest.mark.parametrize("union", [None, "allOf", "anyOf", "oneOf"])
+def test_nulls_in_objects_that_a_schema_refers_to(tool_calls, union):
+    """Filling goes and a meant null stays, however deep the schema's definition lies."""
+    from unsloth.tool_calls.schemas import without_filling
+
+    text, link = {"type": "string"}, {"$ref": "#/$defs/Person"}
+    person = {"properties": {"a": text, "n": {"type": ["string", "null"]}, "next": link}}
+    root = {"$defs": {"Person": person}}
+    root["properties"] = {"p": link if union is None else {union: [link]}}
+    given = {"a": None, "n": None, "other": None, "next": {"a": None, "n": None}}
+    assert without_filling({"p": given}, root) == {"p": {"n": None, "next": {"n": None}}}
