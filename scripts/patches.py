@@ -3,7 +3,7 @@
 # Copyright 2026 the unsloth_patches authors
 """The git form of unsloth_patches: patches for a fork of Unsloth, built from the same sources.
 
-A patch is made of the modules and tests that its entry in unsloth_patches/registry.py lists, its
+A patch is made of the modules and tests that its entry in unsloth_patches/registry/ lists, its
 decorators beside what they replace, the hand-edited hunks in patches/callsites/NAME.diff (if any)
 and the pull request's text in patches/messages/NAME.md.
 """

@@ -27,7 +27,7 @@ class Project:
         )  # what lands, at the path that it has in the fork
         self.folder = root / "patches"
         self.pin_file = self.folder / "UPSTREAM"
-        registry = _load(root / "unsloth_patches" / "registry.py")
+        registry = _load_package(root / "unsloth_patches" / "registry")
         self.patches: Tuple[Any, ...] = registry.PATCHES
         self.supported: Tuple[str, ...] = registry.SUPPORTED_UPSTREAM
         fingerprints = _load(root / "unsloth_patches" / "fingerprints.py")
@@ -111,10 +111,24 @@ def read_text(path: Path) -> str:
         raise PatchesError(f"cannot read {path}: {error}", "restore this file, as UTF-8")
 
 
-def _load(path: Path) -> types.ModuleType:
+def _load_package(folder: Path) -> types.ModuleType:
+    """A package of such modules, of which ``entries.py`` is what the others import."""
+    name = f"_patches_{folder.name}"
+    package = sys.modules[name] = types.ModuleType(name)
+    package.__path__ = []  # its modules are those that are loaded here
+    for path in sorted(folder.glob("[!_]*.py"), key = lambda path: path.name != "entries.py"):
+        _load(path, f"{name}.{path.stem}")
+    return _load(folder / "__init__.py", name, package = name)
+
+
+def _load(
+    path: Path,
+    name: str = "",
+    package: str = "",
+) -> types.ModuleType:
     """Execute one stdlib-only module of the project from its text, so that no stale .pyc is used."""
-    module = types.ModuleType(f"_patches_{path.stem}")
-    module.__file__ = str(path)
+    module = types.ModuleType(name or f"_patches_{path.stem}")
+    module.__file__, module.__package__ = str(path), package or name.rpartition(".")[0]
     # dataclasses look up a class's module to resolve its annotations.
     sys.modules[module.__name__] = module
     code = read_text(path)

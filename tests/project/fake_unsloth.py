@@ -7,6 +7,7 @@ replaced before the first import of ``unsloth``.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -96,6 +97,7 @@ def make_fake(folder):
     write(ours / "unsloth", OURS)
     for file in (ROOT / "unsloth_patches").glob("*.py"):
         (ours / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(ROOT / "unsloth_patches" / "registry", ours / "registry")
     return folder
 
 

@@ -207,8 +207,13 @@ def test_callsite_hunks(root, tmp_path):
         ("patches/messages/double-area.md", "Motivation:", "Motive:", "no line 'Motivation:'"),
         ("patches/messages/double-area.md", "Why.", "diff --git a b", "git am would cut"),
         ("tests/test_area.py", "import unsloth", "import unsloth_patches", "names unsloth_patches"),
-        ("unsloth_patches/registry.py", '"cpu"', '"gpu"', "names backend 'gpu'"),
-        ("unsloth_patches/registry.py", "Double the area", "[a] doubles.", "one capitalised line"),
+        ("unsloth_patches/registry/__init__.py", '"cpu"', '"gpu"', "names backend 'gpu'"),
+        (
+            "unsloth_patches/registry/__init__.py",
+            "Double the area",
+            "[a] doubles.",
+            "one capitalised line",
+        ),
     ],
 )
 def test_check_names_what_is_wrong(root, tmp_path, file, old, new, message):

@@ -57,6 +57,10 @@ PACKAGE = HEADER + (
     "toy.area = doubled(toy.area)\n"
     "toy.Shape.name = exclaimed(toy.Shape.name)\n"
 )
+REGISTRY = f"""{HEADER}from .entries import Patch, Target
+
+SUPPORTED_UPSTREAM = ("2026.10.9",)
+"""
 ENTRY = """
 PATCHES = (
     Patch(
@@ -99,10 +103,14 @@ def write_registry(
     targets = TARGETS.format(prints = ""),
     entry = ENTRY,
 ):
-    real = (ROOT / "unsloth_patches" / "registry.py").read_text(encoding = "utf-8")
-    head = real.partition("\nPATCHES")[0]
-    assert "class Patch" in head
-    write(root, {"unsloth_patches/registry.py": head + entry.format(targets = targets)})
+    folder = "unsloth_patches/registry"
+    write(
+        root,
+        {
+            f"{folder}/entries.py": (ROOT / folder / "entries.py").read_text(encoding = "utf-8"),
+            f"{folder}/__init__.py": REGISTRY + entry.format(targets = targets),
+        },
+    )
 
 
 def export_all(root, scratch):

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""Decoder blocks as CUDA graphs."""
+
+from __future__ import annotations
+
+from typing import Tuple
+
+from .entries import Patch, Target
+
+PATCHES: Tuple[Patch, ...] = (
+    Patch(
+        name = "step-graphs-capture",
+        title = "Capture a stack of decoder blocks, forward and backward, in CUDA graphs that share memory",
+        targets = (),
+        modules = (
+            "models/step_graphs_blocks.py",
+            "models/step_graphs_buckets.py",
+            "models/step_graphs_capture.py",
+        ),
+        shared = ("graph_tape.py",),
+        tests = {"tests/test_step_graphs_capture.py": "interpreter"},
+        requires = ("test-backends",),
+    ),
+    Patch(
+        name = "step-graphs",
+        title = "Replay decoder blocks as CUDA graphs where short sequences leave the GPU waiting",
+        targets = (
+            Target(
+                attribute = "unsloth.models.llama:LlamaModel_fast_forward",
+                replacement = "models.step_graphs:replay_decoder_blocks",
+                fingerprints = frozenset({"75c7a10bdf12f04f"}),
+            ),
+        ),
+        modules = ("models/step_graphs.py", "models/step_graphs_state.py"),
+        tests = {"tests/test_step_graphs.py": "interpreter"},
+        requires = ("step-graphs-capture",),
+        since = "2026.10.9",
+    ),
+)
