@@ -298,6 +298,13 @@ def test_keys_that_look_like_calls_are_not_lost(key, read):
         assert meant(read([{**assistant("a"), key: empty}])) == meant([assistant("a")])
 
 
+def test_numbers_beside_messages_and_calls_are_no_calls_or_arguments(read):
+    """Data sets count what they hold."""
+    count = {"num_calls": 2, "has_tool_call": True, "parameter_count": 3, "requires_inputs": False}
+    given = [user("q"), {**assistant("a"), **count}, user("q"), calls({**ROME, **count})]
+    assert meant(read(given)) == meant([user("q"), assistant("a"), user("q"), calls(ROME)])
+
+
 def test_schemas_decide_what_arrow_filled_in():
     """Each keyword that allows null, and each that does not."""
     schemas = importlib.import_module("unsloth.tool_calls.schemas")

@@ -3,15 +3,12 @@
 """Patches of several subjects at once, in one process of Unsloth's CPU backend."""
 
 import os
-import subprocess
-import sys
 import textwrap
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+from toy_project import ROOT, run_python
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(find_spec("unsloth_zoo") is None, reason = "needs Unsloth")
 
 
@@ -83,8 +80,4 @@ def test_threads_that_render_and_train_at_once_do_as_one_after_the_other():
         """
     )
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "_shared")])
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env = environment, capture_output = True, text = True, timeout = 300
-    )
-    assert "alike" in done.stdout, done.stderr[-3000:]
+    assert "alike" in run_python(ROOT, code, CUDA_VISIBLE_DEVICES = "", PYTHONPATH = path)

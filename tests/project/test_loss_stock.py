@@ -2,16 +2,12 @@
 # Copyright 2026 the unsloth_patches authors
 """stock() means the stock loss, also for models that were loaded before and have options."""
 
-import os
-import subprocess
-import sys
 import textwrap
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+from toy_project import ROOT, run_python
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(find_spec("unsloth_zoo") is None, reason = "needs Unsloth")
 
 
@@ -40,8 +36,4 @@ def test_stock_is_stock_for_a_model_that_was_loaded_before():
         print("alike")
         """
     )
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env = environment, capture_output = True, text = True, timeout = 300
-    )
-    assert "alike" in done.stdout, done.stderr[-3000:]
+    assert "alike" in run_python(ROOT, code, CUDA_VISIBLE_DEVICES = "")

@@ -117,7 +117,7 @@ def _read_message(
     given = {key: value for key, value in _unwrapped(raw, where).items() if not is_missing(value)}
     role = _role(given, roles)
     for key in given:
-        if key not in _READ_KEYS and given[key] and _LOOKS_LIKE_CALLS.search(str(key)):
+        if key not in _READ_KEYS and given[key] and _is_lost(key, given[key], _LOOKS_LIKE_CALLS):
             raise ToolCallError(
                 where + f"the key {key!r} looks like tool calls and is not read; name it "
                 "'tool_calls', or leave it out."
@@ -322,6 +322,12 @@ _CALL_KEYS = frozenset(("id", "type", "function"))
 _FUNCTION_KEYS = {"name", "arguments"}
 
 
+def _is_lost(key: Any, value: Any, looks_like: "re.Pattern[str]") -> bool:
+    """Whether a key that is not read may hold what its name says; a number, as of ``num_calls``, does not."""
+    is_number = isinstance(plain(value), (int, float))
+    return not is_number and looks_like.search(str(key)) is not None
+
+
 def _arguments(fields: Dict[str, Any], where: str) -> Any:
     given = [key for key in _ARGUMENT_KEYS if key in fields]
     if any(fields[key] != fields[given[0]] for key in given[1:]):
@@ -330,7 +336,7 @@ def _arguments(fields: Dict[str, Any], where: str) -> Any:
         )
     for key, value in fields.items():
         unread = isinstance(value, Mapping) and not given and value
-        if key not in _ARGUMENT_KEYS and (unread or _LOOKS_LIKE_ARGUMENTS.search(str(key))):
+        if key not in _ARGUMENT_KEYS and (unread or _is_lost(key, value, _LOOKS_LIKE_ARGUMENTS)):
             raise ToolCallError(
                 where
                 + f"the key {key!r} looks like arguments and is not read; name it 'arguments', "
