@@ -203,6 +203,7 @@ def plot(payloads: List[dict], path: Path) -> None:
             limit = [measured[n]["graphs"]["gpu_limit_tokens_per_second"] for n in places]
             axes.plot(places, limit, linestyle = ":", color = "gray", label = "GPU busy all the time")
             axes.set_xscale("log", base = 2)
+            axes.set_xticks(sorted(measured), sorted(measured))
             axes.set_ylim(bottom = 0)
             axes.set_xlabel("median length, tokens")
             axes.set_ylabel("tokens a second")
