@@ -275,6 +275,22 @@ def test_a_row_of_a_dataset_brings_its_tools(tokenizer):
     assert tokenizer.apply_chat_template(row, **options) == expected
 
 
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_a_batch_of_rows_brings_its_tools(tokenizer, column):
+    """All rows are rendered with one list of tools, so rows that differ in it are refused by name."""
+    rows = [{column: [user(text)], "tools": [WEATHER]} for text in "pq"]
+    rows[1]["tools"] = json.dumps(rows[1]["tools"])  # the same, as another column type holds it
+    options = {"tokenize": False, "date_string": DATE}
+    expected = [
+        tokenizer.apply_chat_template([user(text)], tools = [WEATHER], **options) for text in "pq"
+    ]
+    assert tokenizer.apply_chat_template(rows, **options) == expected
+    rows[1]["tools"] = None
+    with pytest.raises(ValueError, match = "rows 0 and 1 .*different tools.*one by one"):
+        tokenizer.apply_chat_template(rows, **options)
+    assert tokenizer.apply_chat_template(rows, tools = [WEATHER], **options) == expected
+
+
 def test_null_default_of_a_tool_is_kept(tokenizer):
     """ "default": null is a value; a null type is Arrow's filling, and goes with all the others."""
     schema = {"type": "string", "default": None, "enum": ["a", None]}

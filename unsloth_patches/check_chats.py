@@ -20,10 +20,10 @@ from rich.text import Text
 
 DONE, BAD_ROWS, MISUSE = 0, 1, 2
 COLUMNS = ("messages", "conversations", "conversation", "chat")
-SHOWN_ROWS = 20
+SHOWN_ROWS = 8
 BINS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-_PLACE = re.compile(r"^Unsloth: (?:messages\[\d+\](?:, call \d+(?: \('.*?'\))?)?: )?")
-_VALUE = re.compile(r"""'[^']*'|"[^"]*"|\[[^]]*\]|-?\d[\d.]*""")
+_PLACE = re.compile(r"^(?:Unsloth: )?(?:messages\[\d+\](?:, call \d+(?: \('.*?'\))?)?: )?")
+_VALUE = re.compile(r"""'[^']*'|"[^"]*"|\[[^]]*\]|\([^)]*\)|-?\d[\d.]*""")
 
 
 class Unreadable(Exception):
@@ -38,14 +38,15 @@ class BadRow:
 
 @dataclass
 class Report:
-    """What was found. ``bad_rows`` is complete; kinds are reasons without places and values."""
+    """What was found. Reasons that differ in places and values only are one kind, which goes by the
+    first of them."""
 
     rows: int = 0
     bad: int = 0
     template: str = ""
     bad_rows: List[BadRow] = field(default_factory = list)
-    kinds: Counter = field(default_factory = Counter)
-    notices: Counter = field(default_factory = Counter)
+    kinds: Dict[str, List[int]] = field(default_factory = dict)  # reason -> rows
+    notices: Dict[str, List[int]] = field(default_factory = dict)
     first_rendered: str = ""
     unit: str = "characters"
     lengths: Counter = field(default_factory = Counter)
@@ -165,6 +166,7 @@ def check(
     checks = getattr(tokenizer, "_tool_call_checks", Checks(tokenizer.chat_template))
     render = PreTrainedTokenizerBase.apply_chat_template
     report = Report(unit = "tokens" if count else "characters")
+    first_of_kind = _FirstOfKind()
 
     def keep(turn, results, builtin_tools, warn):
         checks.arrange(turn, results, builtin_tools, warn)  # raises where it cannot be rendered
@@ -190,10 +192,11 @@ def check(
             report.bad += 1
             reason = str(error).replace("Unsloth: ", "", 1)
             report.bad_rows.append(BadRow(number, reason))
-            report.kinds[_kind(str(error))] += 1
+            report.kinds.setdefault(first_of_kind(reason), []).append(number)
             yield report, None
             continue
-        report.notices.update({_kind(notice) for notice in notices})
+        for notice in {first_of_kind(notice) for notice in notices}:
+            report.notices.setdefault(notice, []).append(number)
         report.first_rendered = report.first_rendered or text
         length = len(tokenizer(text, add_special_tokens = False).input_ids) if count else len(text)
         report.longest = max(report.longest, length)
@@ -201,8 +204,11 @@ def check(
         yield report, messages
 
 
-def _kind(reason: str) -> str:
-    return _VALUE.sub("…", _PLACE.sub("", reason))
+class _FirstOfKind(Dict[str, str]):
+    """Reason -> the first one seen that differs from it in places and values only."""
+
+    def __call__(self, reason: str) -> str:
+        return self.setdefault(_VALUE.sub("…", _PLACE.sub("", reason)), reason)
 
 
 def _as_stored(messages: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
@@ -298,15 +304,15 @@ def _keep_rows(data: Path, kept: List[Any]) -> Iterator[Any]:
 
 
 def _print(report: Report, console: Console, fix: Optional[Path]) -> None:
-    for bad in report.bad_rows[:SHOWN_ROWS]:
-        console.print(Text(f"row {bad.row}: {bad.reason}"))
-    if report.bad > SHOWN_ROWS:
-        console.print(f"… and {report.bad - SHOWN_ROWS} more; --json lists all", highlight = False)
-    for title, counts in (("errors", report.kinds), ("rendered, but unusual", report.notices)):
-        if counts:
+    for title, kinds in (("errors", report.kinds), ("rendered, but unusual", report.notices)):
+        if kinds:
             console.print(Text(f"\n{title}", "bold"))
-        for kind, count in counts.most_common():
-            console.print(Text(f"{count:>8}  {kind}"))
+        for reason, rows in sorted(kinds.items(), key = lambda item: -len(item[1])):
+            places = ", ".join(map(str, rows[:SHOWN_ROWS]))
+            if len(rows) > SHOWN_ROWS:
+                places += ", … (--json lists all)"
+            console.print(Text(f"{len(rows)} x {reason}"))
+            console.print(Text(f"    row{'s' * (len(rows) > 1)} {places}", "dim"))
     if report.first_rendered:
         console.print(Text("\nthe first row that renders", "bold"))
         console.print(Text(report.first_rendered[:2000]))

@@ -35,12 +35,13 @@ def llama(monkeypatch):
     from llama_chat import make_llama_tokenizer, published_templates
 
     def tokenizer(template, mode, model):
-        from unsloth_patches.unsloth.tool_calls.checks import Checks, set_checks
+        from unsloth_patches.unsloth.tool_calls.parallel import set_mode
 
         if template != "llama-3.1":
             raise KeyError(template)
         made = make_llama_tokenizer()
-        set_checks(made, Checks(published_templates()[template]))
+        made.chat_template = published_templates()[template]
+        set_mode(made, mode)
         return made
 
     monkeypatch.setattr(check_chats, "_tokenizer", tokenizer)
@@ -67,7 +68,7 @@ def test_every_bad_row_is_named(kind, tmp_path, capsys):
     assert (report["rows"], report["bad"]) == (len(ROWS), len(BAD))
     assert "messages[0]: the user message has neither" in report["bad_rows"][0]["reason"]
     assert "--messages" in report["bad_rows"][1]["reason"]
-    assert sum(report["kinds"].values()) == len(BAD)
+    assert sorted(row for rows in report["kinds"].values() for row in rows) == BAD
     assert any("has no result" in kind for kind in report["notices"])
     assert report["first_rendered"].endswith("a<|eot_id|>")
     assert sum(report["lengths"].values()) == len(ROWS) - len(BAD)
@@ -129,16 +130,32 @@ def test_an_unknown_template_is_named(tmp_path, capsys):
     assert "llama-9" in capsys.readouterr().out
 
 
+def demo_rows():
+    return list(check_chats.read_rows(ROOT / "unsloth_patches" / "demo" / "conversations.jsonl"))
+
+
 def test_the_demos_data_passes():
-    data = ROOT / "unsloth_patches" / "demo" / "conversations.jsonl"
-    rows = list(check_chats.read_rows(data))
+    """In the mode that the demo trains with; many of its messages have two calls."""
+    rows = demo_rows()
     assert len(rows) > 200
-    single = [
-        row for row in rows if all(len(m.get("tool_calls") or ()) < 2 for m in row["messages"])
+    tokenizer = check_chats._tokenizer("llama-3.1", "join", None)
+    *_, (report, _) = check_chats.check(iter(rows), tokenizer, None, "tools", False)
+    assert report.bad == 0 and report.rows == len(rows)
+
+
+def test_reasons_that_differ_in_names_only_are_one_kind(capsys):
+    """Its first reason is shown whole, with the remedy, and the rows that it holds for."""
+    rows = demo_rows()
+    several = [
+        number
+        for number, row in enumerate(rows)
+        if any(len(m.get("tool_calls") or ()) > 1 for m in row["messages"])
     ]
-    tokenizer = check_chats._tokenizer("llama-3.1", "error", None)
-    *_, (report, _) = check_chats.check(iter(single), tokenizer, None, "tools", False)
-    assert report.bad == 0 and report.rows == len(single)
+    data = ROOT / "unsloth_patches" / "demo" / "conversations.jsonl"
+    assert len(several) > 20 and check_chats.run(data) == check_chats.BAD_ROWS
+    screen = " ".join(capsys.readouterr().out.split())
+    assert f"{len(several)} x messages[1]: has 2 tool calls" in screen
+    assert 'parallel_tool_calls = "split"' in screen and f"rows {several[0]}, " in screen
 
 
 def test_the_data_itself_can_be_mended_and_survives_what_cannot_be_read(

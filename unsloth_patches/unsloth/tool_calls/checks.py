@@ -22,6 +22,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 from ..llama_chat_templates import LLAMA_3X_NAMES
 from .errors import ToolCallError
 from .messages import is_clean, prepare_conversation
+from .reading import CONVERSATION_KEYS
 from .results import one_call_a_message
 from .schemas import prepare_tools
 from .values import plain
@@ -168,10 +169,9 @@ def _prepared(conversation, options: Mapping[str, Any], checks: Checks):
     level = checks_level()
     if level == "off":
         return conversation, options
-    if tools is None and isinstance(conversation, Mapping):  # a whole row of a data set
-        tools = conversation.get("tools")
-    if tools is not None:
-        tools = prepare_tools(tools)
+    given = tools is not None
+    tools = prepare_tools(tools) if given else _tools_of_rows(conversation)
+    if given or tools:
         options = {**options, "tools": tools}
     if clean:
         return conversation, options
@@ -199,13 +199,32 @@ def _prepared(conversation, options: Mapping[str, Any], checks: Checks):
     return (prepared if is_batch else prepared[0]), options
 
 
+def _tools_of_rows(rows: Any) -> Optional[List[Any]]:
+    """The tools that a whole row of a data set brings, or all rows of a batch."""
+    rows = [rows] if isinstance(rows, Mapping) else rows
+    if not isinstance(rows, (list, tuple)) or not all(map(_is_row, rows)):
+        return None
+    brought = [prepare_tools(row.get("tools")) for row in rows]
+    for number, tools in enumerate(brought):
+        if tools != brought[0]:
+            raise ToolCallError(
+                f"Unsloth: rows 0 and {number} of the batch bring different tools, and a batch is "
+                "rendered with one list of them; render the rows one by one, or pass tools = [...]."
+            )
+    return brought[0] if brought else None
+
+
+def _is_row(value: Any) -> bool:
+    keys = value.keys() if isinstance(value, Mapping) else ()
+    return "role" not in keys and any(key in keys for key in CONVERSATION_KEYS)
+
+
 def _holds_conversations(batch) -> bool:
     """Whether a list holds conversations, not messages."""
     first = plain(batch[0]) if batch else None
     if isinstance(first, str):
         return first.lstrip().startswith("[")
-    holds = isinstance(first, Mapping) and "role" not in first and "messages" in first
-    return isinstance(first, (list, tuple)) or holds or hasattr(first, "messages")
+    return isinstance(first, (list, tuple)) or _is_row(first) or hasattr(first, "messages")
 
 
 def _row_of_map(number: int) -> Optional[int]:

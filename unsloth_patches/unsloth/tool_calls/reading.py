@@ -46,6 +46,7 @@ _ARGUMENT_KEYS = ("arguments", "parameters", "args", "input", "tool_kwargs")
 # Keys that hold something which is not read, and would be lost in silence.
 _LOOKS_LIKE_ARGUMENTS = re.compile(r"arg(ument)?s?(_?json)?$|param|inputs?$|kwargs$", re.IGNORECASE)
 _LOOKS_LIKE_CALLS = re.compile(r"((tool|function)_?)?calls$|(tool|function)_?call$", re.IGNORECASE)
+CONVERSATION_KEYS = ("messages", "conversations", "conversation")  # of a whole row of a data set
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -82,7 +83,7 @@ def _listed(conversation: Any) -> Tuple[List[Any], int]:
     if isinstance(conversation, str):
         conversation = _json(conversation, "Unsloth: the conversation")
     if isinstance(conversation, Mapping):
-        keys = [key for key in ("messages", "conversations", "conversation") if key in conversation]
+        keys = [key for key in CONVERSATION_KEYS if key in conversation]
         if not keys:
             raise ToolCallError(
                 f"Unsloth: the conversation is a dict with the keys {', '.join(map(str, conversation))}; "
