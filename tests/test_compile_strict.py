@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the contributors
-"""UNSLOTH_FULLGRAPH=strict: whatever keeps a decoder block from being one graph stops the run.
+"""UNSLOTH_BLOCK_FULLGRAPH=strict: whatever keeps a decoder block from being one graph stops the run.
 
 Without a GPU, blocks are compiled with aot_eager.
 """
@@ -40,8 +40,17 @@ def test_an_unknown_mode_names_the_value_and_the_choices(fresh_dynamo, monkeypat
     monkeypatch.setenv(MODE, " Strict ")
     assert fullgraph_mode() == "strict"
     monkeypatch.setenv(MODE, "full")
-    with pytest.raises(ValueError, match = "UNSLOTH_FULLGRAPH='full'.*auto, strict, off"):
+    with pytest.raises(ValueError, match = "UNSLOTH_BLOCK_FULLGRAPH='full'.*auto, strict, off"):
         fullgraph_mode()
+
+
+def test_a_variable_of_unsloth_zoo_is_no_mode(monkeypatch):
+    """It sets UNSLOTH_FULLGRAPH=1 while it compiles a model of FastModel; trainers are built after."""
+    from unsloth.models.compile_modes import fullgraph_mode
+
+    monkeypatch.delenv(MODE, raising = False)
+    monkeypatch.setenv("UNSLOTH_FULLGRAPH", "1")
+    assert fullgraph_mode() == "auto"
 
 
 def test_off_is_upstream_alone(toy):

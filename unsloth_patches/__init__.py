@@ -79,7 +79,9 @@ def _executed(module):
 def _take_old_names():
     """Variables of earlier releases, if one is set."""
     import os
-    if "UNSLOTH_PATCHES_FULLGRAPH" in os.environ or "UNSLOTH_PATCHES_OFFLOAD" in os.environ:
+
+    old = ("UNSLOTH_PATCHES_FULLGRAPH", "UNSLOTH_FULLGRAPH", "UNSLOTH_PATCHES_OFFLOAD")
+    if any(name in os.environ for name in old):
         from .settings import take_old_names
         take_old_names()
 

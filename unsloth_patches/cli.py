@@ -165,7 +165,7 @@ def bench(
     ),
     quick: bool = typer.Option(False, help = "Fewer shapes and repeats: does it run here?"),
     model: Optional[str] = typer.Option(
-        None, help = "Of `train` and `steps`: one of their models, not all."
+        None, help = "Of `train`, `steps` and `families`: one of their models, not all."
     ),
     float32: bool = typer.Option(
         False, help = "Of `train`: add float32's losses to the results of an earlier run."
@@ -173,16 +173,19 @@ def bench(
 ) -> None:
     """Measure stock Unsloth, peers and the patches side by side on this machine."""
     import importlib
+    import inspect
 
     if name != "all" and name not in BENCHMARKS:
         console.print(f"[red]no benchmark {name!r}[/]; there are: {', '.join(BENCHMARKS)}, all")
         raise typer.Exit(2)
     chosen = {"model": model} if model is not None else {}
     chosen.update({"float32": True} if float32 else {})
-    if chosen and name != "train" and not (name == "steps" and not float32):
-        option = next(iter(chosen))
-        console.print(f"[red]bench {name} has no --{option}[/]; `bench train` has")
-        raise typer.Exit(2)
+    place = "every" if name == "all" else BENCHMARKS[name].module
+    module = importlib.import_module(f"{__package__}.bench.{place}")
+    for option in chosen:
+        if option not in inspect.signature(module.run).parameters:
+            console.print(f"[red]bench {name} has no --{option}[/]; `bench train` has")
+            raise typer.Exit(2)
     out = out or Path("bench_results")
     try:
         out.mkdir(parents = True, exist_ok = True)
@@ -191,10 +194,6 @@ def bench(
             f"[red]cannot write to {out}[/]: {error.strerror}; name another folder with --out"
         )
         raise typer.Exit(2)
-    if name == "all":
-        from .bench.every import run_all
-        raise typer.Exit(run_all(out, quick))
-    module = importlib.import_module(f"{__package__}.bench.{BENCHMARKS[name].module}")
     code = module.run(out, quick = quick, **chosen)
     if any(out.iterdir()):
         console.print(f"results: {out.resolve()}")

@@ -14,7 +14,8 @@ from typing import Callable, Dict, Iterator, NamedTuple
 
 # Read until version 0.3.
 OLD_NAMES = {
-    "UNSLOTH_PATCHES_FULLGRAPH": "UNSLOTH_FULLGRAPH",
+    "UNSLOTH_PATCHES_FULLGRAPH": "UNSLOTH_BLOCK_FULLGRAPH",
+    "UNSLOTH_FULLGRAPH": "UNSLOTH_BLOCK_FULLGRAPH",
     "UNSLOTH_PATCHES_OFFLOAD": "UNSLOTH_FSDP2_OFFLOAD",
 }
 
@@ -25,6 +26,8 @@ def take_old_names() -> None:
     for old, new in OLD_NAMES.items():
         value = os.environ.get(old)
         if value is None or value == os.environ.get(new):  # equal: a parent process was here
+            continue
+        if old == "UNSLOTH_FULLGRAPH" and value in ("0", "1"):  # unsloth_zoo's own, of that name
             continue
         if new in os.environ:
             what = f"{old}={value} is ignored, because {new}={os.environ[new]} is set, its new name"
@@ -75,7 +78,7 @@ def _read_compile_report() -> None:
 SWITCHES: Dict[str, Switch] = {
     "UNSLOTH_LOSS_CHUNK_ROWS": Switch("loss-chunking", _read_chunk_rows),
     "UNSLOTH_FSDP2_OFFLOAD": Switch("fsdp2-offload-plan", _read_offload),
-    "UNSLOTH_FULLGRAPH": Switch("compile-strict", _read_fullgraph),
+    "UNSLOTH_BLOCK_FULLGRAPH": Switch("compile-strict", _read_fullgraph),
     "UNSLOTH_COMPILE_REPORT": Switch("compile-report-trainer", _read_compile_report),
 }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-MODE = "UNSLOTH_FULLGRAPH"
+MODE = "UNSLOTH_BLOCK_FULLGRAPH"
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@
 
 import importlib
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from unsloth_patches.bench import (
     BENCHMARKS,
     every,
+    families,
     fsdp2,
     fsdp2_cards,
     fsdp2_launch,
@@ -414,6 +416,43 @@ def test_unknown_model_is_named(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_every_family_has_its_own_architecture(tmp_path, name):
+    """The checkpoint is one that transformers makes a model of that family from."""
+    family = families.FAMILIES[name]
+    families.make(tmp_path, family, quick = True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    stem = family.config.removesuffix("Config").removesuffix("Text")
+    assert config["architectures"] == [f"{stem}ForCausalLM"]
+    assert config["hidden_size"] == families.TINY["hidden_size"] and config["vocab_size"] == 512
+    assert (tmp_path / "model.safetensors").exists() and (tmp_path / "tokenizer.json").exists()
+
+
+def test_a_family_that_does_not_train_is_told(tmp_path, monkeypatch, capsys):
+    """With the end of its process's output, and the others go on."""
+    form = {
+        "step_seconds": {"median": 0.5},
+        "first_step_seconds": 2.0,
+        "peak_mib": 10.0,
+        "largest_difference": 3e-4,
+        "graphs": {"share": 0.75},
+    }
+
+    def compare(name, quick):
+        if name == "Qwen 3":
+            raise RuntimeError("bench families: ended\nKeyError: 'lm_head'")
+        return {each: form for each in families.FORMS}
+
+    monkeypatch.setattr(families, "compare", compare)
+    assert families.run(tmp_path, quick = True) == 1
+    (path,) = tmp_path.glob("families_*.json")
+    assert set(json.loads(path.read_text())["families"]) == set(families.QUICK)
+    printed = capsys.readouterr().out
+    assert "KeyError: 'lm_head'" in printed and "75%" in printed and "500" in printed
+    assert families.run(tmp_path, model = "Llama 9") == 2
+    assert "no family 'Llama 9'" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("gpu", [True, False])
 def test_bench_all_goes_on_after_a_failure(tmp_path, monkeypatch, capsys, gpu):
     """Each benchmark in its own process; those with nothing to do here are not started."""
@@ -426,7 +465,7 @@ def test_bench_all_goes_on_after_a_failure(tmp_path, monkeypatch, capsys, gpu):
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr(every.subprocess, "run", run)
-    assert every.run_all(tmp_path) == (1 if gpu else 0)
+    assert every.run(tmp_path) == (1 if gpu else 0)
     printed = capsys.readouterr().out
     if gpu:
         assert started == list(BENCHMARKS)

@@ -72,10 +72,10 @@ def test_status_says_why_a_patch_is_not_in():
 def test_a_patch_with_a_mistyped_switch_says_so_though_it_is_in():
     found = rows("applied", "", "")
     found[0] = found[0]._replace(
-        brief = "UNSLOTH_FULLGRAPH='stict': choose one of auto, strict, off."
+        brief = "UNSLOTH_BLOCK_FULLGRAPH='stict': choose one of auto, strict, off."
     )
     assert printed(status_listing(found), 120)[-1] == (
-        f"applied: UNSLOTH_FULLGRAPH='stict': choose one of auto, strict, off. ({found[0].name})"
+        f"applied: UNSLOTH_BLOCK_FULLGRAPH='stict': choose one of auto, strict, off. ({found[0].name})"
     )
 
 

@@ -220,7 +220,7 @@ def test_every_switch_belongs_to_a_patch():
         ("UNSLOTH_LOSS_CHUNK_ROWS", "many", "512"),
         ("UNSLOTH_LOSS_CHUNK_ROWS", "0", "1"),
         ("UNSLOTH_FSDP2_OFFLOAD", "blocks:0", "blocks:3"),
-        ("UNSLOTH_FULLGRAPH", "maybe", "auto"),
+        ("UNSLOTH_BLOCK_FULLGRAPH", "maybe", "auto"),
         ("UNSLOTH_COMPILE_REPORT", "2", "0"),
     ],
 )

@@ -978,15 +978,15 @@ def test_a_mistyped_switch_is_told_at_import():
         import unsloth
         from unsloth_patches.settings import SWITCHES
         reasons = {row.name: row.reason for row in unsloth_patches.status()}
-        print(reasons[SWITCHES["UNSLOTH_FULLGRAPH"].patch])
+        print(reasons[SWITCHES["UNSLOTH_BLOCK_FULLGRAPH"].patch])
         assert "choose" not in reasons[SWITCHES["UNSLOTH_LOSS_CHUNK_ROWS"].patch]
         """
     )
-    switches = {"UNSLOTH_FULLGRAPH": "stict", "UNSLOTH_PATCHES_QUIET": "0"}
+    switches = {"UNSLOTH_BLOCK_FULLGRAPH": "stict", "UNSLOTH_PATCHES_QUIET": "0"}
     done = python(code, ROOT, {**switches, "CUDA_VISIBLE_DEVICES": ""})
-    words = "UNSLOTH_FULLGRAPH='stict': choose one of auto, strict, off."
+    words = "UNSLOTH_BLOCK_FULLGRAPH='stict': choose one of auto, strict, off."
     assert words in done.stdout and f"unsloth_patches: {words}" in done.stderr
-    done = python(code, ROOT, {**switches, "UNSLOTH_FULLGRAPH": "strict"})
+    done = python(code, ROOT, {**switches, "UNSLOTH_BLOCK_FULLGRAPH": "strict"})
     assert "choose" not in done.stdout + done.stderr
 
 

@@ -2,10 +2,12 @@
 # Copyright 2026 the unsloth_patches authors
 """Decorators, what a target relies on, refusals, and what happens when something of ours raises."""
 
+import importlib.metadata
+import re
 import textwrap
 
 import pytest
-from fake_unsloth import PREAMBLE, python, run, write
+from fake_unsloth import PREAMBLE, ROOT, python, run, write
 
 # --- decorators --------------------------------------------------------------------------------
 
@@ -465,7 +467,7 @@ def test_a_module_that_raises_is_patched_when_it_is_imported_again(fake):
 
 # --- names of variables ------------------------------------------------------------------------
 
-OLD, NEW = "UNSLOTH_PATCHES_FULLGRAPH", "UNSLOTH_FULLGRAPH"
+OLD, NEW = "UNSLOTH_PATCHES_FULLGRAPH", "UNSLOTH_BLOCK_FULLGRAPH"
 
 
 @pytest.mark.parametrize(
@@ -475,6 +477,8 @@ OLD, NEW = "UNSLOTH_PATCHES_FULLGRAPH", "UNSLOTH_FULLGRAPH"
         ({OLD: "strict", NEW: "off"}, "off", f"{OLD}=strict is ignored, because {NEW}=off is set"),
         ({OLD: "off", NEW: "off"}, "off", ""),
         ({NEW: "off"}, "off", ""),
+        ({"UNSLOTH_FULLGRAPH": "strict"}, "strict", "UNSLOTH_FULLGRAPH is now called"),
+        ({"UNSLOTH_FULLGRAPH": "1"}, None, ""),
         ({}, None, ""),
     ],
 )
@@ -489,10 +493,23 @@ def test_an_old_variable_is_read_with_a_warning(fake, given, value, said):
             again = [sys.executable, "-c", "import unsloth_patches"]
             assert subprocess.run(again, capture_output = True).stderr == b""
         """
-    cleared = dict.fromkeys((OLD, NEW))
+    cleared = dict.fromkeys((OLD, NEW, "UNSLOTH_FULLGRAPH"))
     error = python(textwrap.dedent(code), fake, {**cleared, **given}).stderr
     assert error.count("FutureWarning: unsloth_patches: ") == bool(said) and said in error
-    assert not said or OLD in error and NEW in error
+    assert not said or next(iter(given)) in error and NEW in error
+
+
+def test_no_variable_has_a_name_that_unsloth_uses_otherwise():
+    """unsloth_zoo sets variables of its own in the process; those of both mean the same in both."""
+    text = (ROOT / "docs" / "settings.md").read_text(encoding = "utf-8")
+    ours = set(re.findall(r"`(UNSLOTH_[A-Z0-9_]+)`", text))
+    upstream = set()
+    for name in ("unsloth", "unsloth_zoo"):
+        for file in importlib.metadata.files(name):
+            if file.suffix == ".py":
+                upstream.update(re.findall(r"UNSLOTH_[A-Z0-9_]+", file.read_text("utf-8")))
+    shared = {"UNSLOTH_BNB_TRITON", "UNSLOTH_CE_FP32_HEAD_GRAD", "UNSLOTH_FSDP2_SHARDED_LOAD"}
+    assert len(ours) > 15 and ours & upstream == shared
 
 
 def test_the_other_old_variable(fake):

@@ -22,6 +22,7 @@ BENCHMARKS = {
     "chunk-size": Benchmark("chunk_size", "the computed choices for five GPUs"),
     "compile": Benchmark("compile", "graphs and graph breaks of a toy"),
     "dequant": Benchmark("dequant"),
+    "families": Benchmark("families", "the losses of two toys"),
     "fsdp2": Benchmark("fsdp2", "losses of a toy on CPU ranks, no memory"),
     "fsdp2-cards": Benchmark("fsdp2_cards"),
     "fsdp2-plan": Benchmark("fsdp2_plan", "a toy on CPU ranks, nothing measured"),

@@ -52,8 +52,8 @@ RUNS = (
 )
 ENVIRONMENTS: Dict[str, Dict[str, str]] = {
     "stock": {"UNSLOTH_PATCHES_DISABLE": "all"},
-    "patched": {"UNSLOTH_FULLGRAPH": "strict"},
-    "two graphs": {"UNSLOTH_FULLGRAPH": "strict", "UNSLOTH_CHECKPOINT_ONE_GRAPH": "0"},
+    "patched": {"UNSLOTH_BLOCK_FULLGRAPH": "strict"},
+    "two graphs": {"UNSLOTH_BLOCK_FULLGRAPH": "strict", "UNSLOTH_CHECKPOINT_ONE_GRAPH": "0"},
 }
 MEMORY = ("peak_mib", "above_weights_mib", "reserved_mib")
 COLORS = {

@@ -25,7 +25,7 @@ def outcome(code: int, gpu: bool, without_gpu: str) -> str:
     return f"FAILED (exit code {code})"
 
 
-def run_all(out: Path, quick: bool = False) -> int:
+def run(out: Path, quick: bool = False) -> int:
     """Runs every benchmark; 1 if one failed, else 0. One that cannot run here has not failed."""
     import torch
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Optional, Sequence, Tuple
 
-__all__ = ["fast_folder", "make_checkpoint", "make_checkpoints"]
+__all__ = ["fast_folder", "make_checkpoint", "make_checkpoints", "save_word_tokenizer"]
 
 
 def make_checkpoint(
@@ -25,8 +25,7 @@ def make_checkpoint(
     """
     import torch
     from safetensors.torch import save_file
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers import LlamaConfig
 
     folder.mkdir(parents = True, exist_ok = True)
     shape = dict(shape)
@@ -79,6 +78,15 @@ def make_checkpoint(
     write("rest.safetensors", rest)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding = "utf-8")
+    save_word_tokenizer(folder, vocab)
+    return folder
+
+
+def save_word_tokenizer(folder: Path, vocab: int) -> None:
+    """A tokenizer of so many words into a checkpoint's folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     words = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, **{f"w{i}": i for i in range(4, vocab)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token = "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -89,7 +97,6 @@ def make_checkpoint(
         pad_token = "<pad>",
         unk_token = "<unk>",
     ).save_pretrained(folder)
-    return folder
 
 
 def make_checkpoints(wanted: Sequence[Tuple[Path, dict, int]]) -> None:

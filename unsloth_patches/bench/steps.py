@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, Iterable, List, Optional
 
 from . import harness
 from .fsdp2_checkpoint import fast_folder, make_checkpoint
@@ -115,10 +115,14 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def compare_case(runs: Dict[str, dict], case: str) -> dict:
+def compare_case(
+    runs: Dict[str, dict],
+    case: str,
+    forms: Iterable[str] = FORMS,
+) -> dict:
     """Step time, tokens a second, memory and losses of all forms in one case; ratios to stock."""
     result = {}
-    for form in FORMS:
+    for form in forms:
         found = runs[form]["cases"][case]
         later = [part[SKIPPED:] for part in found["stretches"][1:]]
         seconds = [s for part in later for s in part] or [s for p in found["stretches"] for s in p]
@@ -135,7 +139,7 @@ def compare_case(runs: Dict[str, dict], case: str) -> dict:
             "graphs": found["graphs"],
         }
     stock = result["stock"]
-    for form in FORMS:
+    for form in forms:
         mine = result[form]
         mine["speedup"] = stock["step_seconds"]["median"] / mine["step_seconds"]["median"]
         pairs = zip(stock["losses"], mine["losses"])

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import harness
 from .train_turns import Turns
-from .train_worker import RANK, Gpu, _trainable, restore
+from .train_worker import RANK, Gpu, _patches, _trainable, restore
 
 PROFILED, PROFILED_FORM = 3, "graphs"  # steps of which the GPU's own time is taken
 PATHS = {"default": {}, "padded": {"padding_free": False}, "packing": {"packing": True}}
@@ -203,6 +203,7 @@ def run(job: dict, turns: Turns) -> dict:
         restore(model, adapters)
         turns.wait(found)
         found["cases"][name] = train(model, tokenizer, job, case, gpu, turns)
+        found.update(_patches())
     profiled = job["cases"] if gpu.cuda and job["form"] == PROFILED_FORM else {}
     for name, case in profiled.items():  # last: a profiler may leave traces
         turns.wait(found)

@@ -2,7 +2,7 @@
 # Copyright 2026 the contributors
 """The compile report in SFTTrainer: recorded in silence, one table and one JSON file at the end.
 
-UNSLOTH_COMPILE_REPORT=0 leaves it out, and so does UNSLOTH_FULLGRAPH=off.
+UNSLOTH_COMPILE_REPORT=0 leaves it out, and so does UNSLOTH_BLOCK_FULLGRAPH=off.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the contributors
-"""UNSLOTH_FULLGRAPH = auto | strict | off: how strictly decoder blocks have to compile.
+"""UNSLOTH_BLOCK_FULLGRAPH = auto | strict | off: how strictly decoder blocks have to compile.
 
 auto (the default): Unsloth's own behaviour; a block that does not compile runs eagerly, and the
 report at the end says which and why. strict: blocks compile with ``fullgraph = True``, and whatever
@@ -30,7 +30,7 @@ __all__ = [
     "watched_regions",
 ]
 
-VARIABLE = "UNSLOTH_FULLGRAPH"
+VARIABLE = "UNSLOTH_BLOCK_FULLGRAPH"
 MODES = ("auto", "strict", "off")
 _MODE_OF_LAYER = "_unsloth_block_mode"  # upstream's: 0 eager, 1 compiled, 2 flex attention outside
 _EAGER = 0
@@ -116,7 +116,7 @@ _regions: List[BlockRegion] = []
 
 
 def fullgraph_mode() -> str:
-    """``UNSLOTH_FULLGRAPH``, ``auto`` by default. Raises ValueError if it is no mode."""
+    """``UNSLOTH_BLOCK_FULLGRAPH``, ``auto`` by default. Raises ValueError if it is no mode."""
     value = os.environ.get(VARIABLE, "").strip().lower() or "auto"
     if value not in MODES:
         raise ValueError(f"{VARIABLE}={os.environ[VARIABLE]!r}: choose one of {', '.join(MODES)}.")

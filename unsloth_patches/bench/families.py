@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the unsloth_patches authors
+"""Families of models, stock Unsloth beside the patches: first step, step time, memory, losses.
+
+Random-weight models of each family's own architecture and vocabulary, a few layers of medium width,
+loaded in 4 bits through FastLanguageModel and trained as in `bench steps` by a plain SFTTrainer.
+Stock runs twice, for how far two of its runs lie apart.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, NamedTuple, Optional
+
+from . import harness
+from .fsdp2_checkpoint import fast_folder, save_word_tokenizer
+from .steps import ACCUMULATION, BATCH, LONGEST, MEDIAN, compare_case
+from .train import slug
+from .train_turns import alternate, own_caches, set_off, working
+
+FORMS = {"stock": "all", "patched": "", "stock again": "all"}  # -> UNSLOTH_PATCHES_DISABLE
+STEPS, STRETCH = 30, 15
+COMMAND = "python -m unsloth_patches bench families"
+WIDE = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+EXPERTS = {"moe_intermediate_size": 768, "num_experts": 16, "num_experts_per_tok": 4}
+
+
+class Family(NamedTuple):
+    """config: class of transformers. more: what its shape has beside WIDE."""
+
+    config: str
+    vocab: int
+    more: Dict[str, Any] = {}
+
+
+FAMILIES = {
+    "Llama 3": Family("LlamaConfig", 128256),
+    "Mistral": Family("MistralConfig", 32768),
+    "Qwen 2.5": Family("Qwen2Config", 151936),
+    "Qwen 3": Family("Qwen3Config", 151936),
+    "Qwen 3 MoE": Family("Qwen3MoeConfig", 151936, EXPERTS),
+    "Gemma 2": Family("Gemma2Config", 256000, {"head_dim": 256, "num_attention_heads": 8}),
+    "Gemma 3": Family("Gemma3TextConfig", 262144, {"head_dim": 256, "num_attention_heads": 8}),
+    "Granite": Family("GraniteConfig", 49155, {"logits_scaling": 8.0}),
+    "gpt-oss": Family(
+        "GptOssConfig", 201088, {"num_local_experts": 8, "intermediate_size": 2048, "head_dim": 64}
+    ),
+}
+QUICK = ("Llama 3", "Qwen 3")
+
+
+def make(folder: Path, family: Family, quick: bool) -> None:
+    """A bfloat16 checkpoint with random weights and a word tokenizer."""
+    import torch
+    import transformers
+
+    shape = {**WIDE, **family.more, "vocab_size": family.vocab}
+    shape.update({**TINY, "vocab_size": 512} if quick else {})
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    config = getattr(transformers, family.config)(
+        **shape, **special, max_position_embeddings = 8192, dtype = torch.bfloat16
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype = torch.bfloat16)
+    model.save_pretrained(folder)
+    save_word_tokenizer(folder, shape["vocab_size"])
+
+
+def compare(name: str, quick: bool) -> dict:
+    """Trains a family in all forms by turns. Raises RuntimeError with the end of its output if a
+    process fails."""
+    runs: Dict[str, dict] = {}
+    steps, stretch = (4, 2) if quick else (STEPS, STRETCH)
+    case = {
+        "path": "default",
+        "median": 30 if quick else MEDIAN,
+        "batch": BATCH,
+        "steps": steps,
+    }
+    with tempfile.TemporaryDirectory(prefix = "bench-families-", dir = fast_folder()) as scratch:
+        folder = Path(scratch)
+        jobs = {
+            form: {
+                "worker": "steps_worker",
+                "form": form,
+                "checkpoint": str(folder / "model"),
+                "scratch": str(folder / f"scratch-{form.replace(' ', '-')}"),
+                "longest": 64 if quick else LONGEST,
+                "accumulation": ACCUMULATION,
+                "cases": {"default": case},
+                "stretch": stretch,
+                "command": COMMAND,
+            }
+            for form in FORMS
+        }
+        with working(jobs, _environment, folder) as workers:
+            make(folder / "model", FAMILIES[name], quick)
+            set_off(workers)
+            alternate(workers, steps, stretch, runs)
+    found = compare_case(runs, "default", FORMS)
+    found["patched"]["loss_calls"] = runs["patched"]["loss_calls"]
+    return found
+
+
+def _environment(form: str, folder: Path) -> dict:
+    # Two runs of stock share what they compile; it is timed in the first.
+    caches = own_caches(form.removesuffix(" again"), folder)
+    return {**caches, "UNSLOTH_PATCHES_DISABLE": FORMS[form]}
+
+
+def show(families: Dict[str, dict]) -> None:
+    """Prints a row for each family; times and memory only where a GPU was measured."""
+    columns = ["family", "loss differs by", "two stock runs by"]
+    columns += ["step ms", "patched", "first step s", "patched", "peak MiB", "patched", "replayed"]
+    rows = []
+    for name, found in families.items():
+        if "error" in found:
+            rows.append([name, found["error"].splitlines()[-1][:60], *[""] * 8])
+            continue
+        stock, patched = found["stock"], found["patched"]
+        row = [name, f"{patched['largest_difference']:.1e}"]
+        row += [f"{found['stock again']['largest_difference']:.1e}"]
+        for key, scale, digits in (
+            ("step_seconds", 1e3, 0),
+            ("first_step_seconds", 1, 1),
+            ("peak_mib", 1, 0),
+        ):
+            for form in (stock, patched):
+                value = form[key]["median"] if key == "step_seconds" else form[key]
+                row.append(f"{value * scale:.{digits}f}" if stock["peak_mib"] else "")
+        rows.append([*row, f"{patched['graphs'].get('share', 0):.0%}"])
+    harness.print_table("QLoRA rank 16, plain SFTTrainer, 4 x 2 rows a step", columns, rows)
+
+
+def run(
+    out: Path,
+    quick: bool = False,
+    model: Optional[str] = None,
+) -> int:
+    """Compares every family, or the one named, and writes JSON under out after each.
+
+    A family that does not train in one of the forms is reported with its error. Without a GPU toys
+    train on Unsloth's CPU backend: losses are compared, times mean nothing.
+    """
+    import torch
+
+    quick = quick or not torch.cuda.is_available()
+    if model is not None and model not in FAMILIES:
+        print(f"bench families: no family {model!r}; there are: {', '.join(FAMILIES)}")
+        return 2
+    families: Dict[str, dict] = {}
+    for name in (model,) if model else QUICK if quick else FAMILIES:
+        try:
+            families[name] = compare(name, quick)
+        except RuntimeError as error:
+            families[name] = {"error": str(error)}
+        print(f"{name}: {'failed' if 'error' in families[name] else 'done'}", flush = True)
+        path = Path(out) / f"families_{slug()}.json"
+        harness.save_json(path, {"shape": WIDE, "families": families}, COMMAND)
+    show(families)
+    return 1 if any("error" in found for found in families.values()) else 0
