@@ -35,7 +35,7 @@ class Recipe:
 
 
 SCRATCH = Recipe(
-    steps = 650,
+    steps = 1000,
     batch_size = 16,
     learning_rate = 6e-3,  # of the embeddings
     lora_alpha = 64,
@@ -191,6 +191,7 @@ def make_trainer(
             dataset_text_field = "text",
             max_length = recipe.max_seq_length,
             per_device_train_batch_size = recipe.batch_size,
+            gradient_accumulation_steps = 1,  # Unsloth's default is 2 on a GPU and 1 without
             max_steps = recipe.steps,
             learning_rate = recipe.learning_rate,
             lr_scheduler_type = "cosine",
