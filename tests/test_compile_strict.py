@@ -246,6 +246,10 @@ def test_only_strict_turns_dynamos_errors_into_its_own():
         with pytest.raises(raised):
             _counted(raising(error), region)()
         assert len(region.failures) == 1 and region.entered == 0
+        _counted(lambda: None, region)()
+        with pytest.raises(torch.OutOfMemoryError):  # says nothing of the block
+            _counted(raising(torch.OutOfMemoryError("no room")), region)()
+        assert len(region.failures) == 1 and region.entered == 1
 
 
 def test_places_are_named_below_site_packages_or_the_working_folder(tmp_path, monkeypatch):

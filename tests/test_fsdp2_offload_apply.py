@@ -157,3 +157,22 @@ def test_checkpointing_is_what_unsloth_or_the_blocks_say():
     for flag, read in (("unsloth", "unsloth"), (False, False), (True, True), ("true", True)):
         model[0]._unsloth_gradient_checkpointing = flag
         assert _checkpointing(model) == read
+
+
+def test_more_blocks_than_there_are_and_a_model_without_an_adapter_are_named(monkeypatch):
+    """Of a load into host memory and of a plan."""
+    import torch
+    import unsloth  # noqa: F401
+    from unsloth.models import fsdp2_native
+    from unsloth.models import fsdp2_offload_apply as applied
+
+    model, mesh = torch.nn.Linear(1, 1), types.SimpleNamespace(device_type = "cpu")
+    monkeypatch.setattr(fsdp2_native, "find_shard_units", lambda model: ["first", "second"])
+    for value, units in (("auto", []), ("blocks:1", ["second"]), ("all", ["first", "second"])):
+        monkeypatch.setenv("UNSLOTH_FSDP2_OFFLOAD", value)
+        assert applied.blocks_to_load_on_host(model, mesh) == units
+    monkeypatch.setenv("UNSLOTH_FSDP2_OFFLOAD", "blocks:3")
+    with pytest.raises(ValueError, match = "blocks:3: the model has 2 blocks"):
+        applied.blocks_to_load_on_host(model, mesh)
+    with pytest.raises(ValueError, match = "no LoRA adapter"):
+        applied._lora(model)

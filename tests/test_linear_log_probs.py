@@ -151,3 +151,19 @@ def test_log_probs_equal_dense_ones(logits_dtype, vocab):
     total = sum((b * f).sum() for b, f in zip(dense, factors))
     for a, b in zip(got, torch.autograd.grad(total, (hidden, weight, bias))):
         torch.testing.assert_close(a, b, rtol = 1e-3, atol = 1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"targets": [0] * 7}, TypeError, "targets must be a tensor of integers"),
+        ({"targets": torch.zeros(7)}, TypeError, "targets must be a tensor of integers"),
+        ({"temperature": 0}, ValueError, "temperature must be a positive number, got 0"),
+        ({"temperature": "hot"}, ValueError, "got 'hot'"),
+        ({"head_grad_dtype": torch.float16}, TypeError, "head_grad_dtype must be"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(losses, change, error, words):
+    hidden, weight, _, labels = problem()
+    with pytest.raises(error, match = words):
+        losses.linear_log_probs(**{"hidden": hidden, "weight": weight, "targets": labels, **change})
