@@ -318,6 +318,12 @@ def test_a_tied_head_gets_both_gradients(linear_cross_entropy):
         ({"labels": torch.zeros(6, dtype = torch.long)}, ValueError, "one label a row"),
         ({"labels": torch.zeros(7, dtype = torch.bool)}, TypeError, "labels must be integers"),
         ({"labels": torch.zeros(7, 9)}, ValueError, "class probabilities must have shape"),
+        ({"labels": torch.zeros(7, 11), "shift": True}, ValueError, "shift is for integer labels"),
+        (
+            {"labels": torch.zeros(7, 11), "loss_weights": torch.ones(7)},
+            ValueError,
+            "loss_weights are for integer labels",
+        ),
         ({"bias": torch.zeros(10)}, ValueError, r"bias must be \[11\]"),
         ({"class_weight": torch.zeros(10)}, ValueError, r"class_weight must be \[11\]"),
         ({"class_weight": torch.zeros(11, requires_grad = True)}, ValueError, "detach"),
