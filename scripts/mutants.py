@@ -74,10 +74,15 @@ def draw(session, seed, count):
     with use_db(":memory:") as every:
         init([Path(file) for file in sorted(tests_of_files())], every, {})
         for item in every.work_items:
-            places[str(item.mutations[0].module_path), tuple(item.mutations[0].start_pos)].append(item)
+            places[str(item.mutations[0].module_path), tuple(item.mutations[0].start_pos)].append(
+                item
+            )
     for place in chance.sample(sorted(places), len(places)):
         item = chance.choice(
-            sorted(places[place], key = lambda i: (i.mutations[0].operator_name, i.mutations[0].occurrence))
+            sorted(
+                places[place],
+                key = lambda i: (i.mutations[0].operator_name, i.mutations[0].occurrence),
+            )
         )
         if len(drawn) < count and _changes_something(item.mutations[0]):
             drawn.append(item)

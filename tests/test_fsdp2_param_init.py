@@ -96,7 +96,9 @@ def _read_from_quantized_files(folder, rows, columns, world, nested):
 
 
 @pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("rows, columns, world", [(5, 77, 2), (448, 192, 3), (129, 257, 2), (64, 256, 1)])
+@pytest.mark.parametrize(
+    "rows, columns, world", [(5, 77, 2), (448, 192, 3), (129, 257, 2), (64, 256, 1)]
+)
 def test_quantized_files_are_read_to_their_last_number(tmp_path, rows, columns, world, nested):
     """Bytes, scales and the scales' own, where the last byte, block or block of blocks is not full."""
     ((_, wrong),) = run_ranks(
@@ -208,5 +210,9 @@ def _refused_files(folder):
 def test_quantized_files_of_another_kind_are_named(tmp_path):
     """Another shape, another nested blocksize, and bytes in a dtype that is not read."""
     ((_, said),) = run_ranks(_refused_files, 1, str(tmp_path))
-    words = ["the model expects torch.Size([511, 512])", "nested blocksize 128", "'w' is stored as I16"]
+    words = [
+        "the model expects torch.Size([511, 512])",
+        "nested blocksize 128",
+        "'w' is stored as I16",
+    ]
     assert [word in text for word, text in zip(words, said)] == [True] * 3, said

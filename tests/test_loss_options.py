@@ -244,7 +244,10 @@ def test_forwards_and_losses_of_another_release_are_refused():
     """Not wrapped: their arguments are not known."""
     from unsloth import fused_loss
     for decorator, words in (
-        (fused_loss.forward_factory_with_loss_options, "takes .model. here, not .fast_forward_inference"),
+        (
+            fused_loss.forward_factory_with_loss_options,
+            "takes .model. here, not .fast_forward_inference",
+        ),
         (fused_loss.forward_with_loss_options, "takes no labels here"),
         (fused_loss.label_smoothing_in_the_model, "does not take .self, model, inputs. here"),
     ):

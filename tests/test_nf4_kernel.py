@@ -210,7 +210,9 @@ def test_no_relaunch_on_another_device(kernel, launched, monkeypatch):
 
 
 @needs_interpreter
-def test_out_of_memory_is_the_callers_and_the_next_launch_is_as_before(kernel, launched, monkeypatch):
+def test_out_of_memory_is_the_callers_and_the_next_launch_is_as_before(
+    kernel, launched, monkeypatch
+):
     """Only other errors say that Triton cannot run the kernel."""
     from unsloth.kernels import triton_launch
     from unsloth.kernels.nf4_dequantize_kernel import DequantizeUnavailable
@@ -221,7 +223,11 @@ def test_out_of_memory_is_the_callers_and_the_next_launch_is_as_before(kernel, l
         (RuntimeError("no such instruction"), DequantizeUnavailable),
     ):
 
-        def fail(*args, error = error, **options):
+        def fail(
+            *args,
+            error = error,
+            **options,
+        ):
             raise error
 
         monkeypatch.setattr(triton_launch, "launch", fail)
