@@ -73,13 +73,14 @@ def _read_from_quantized_files(folder, rows, columns, world, nested):
     parts = {f"w.{name}": part for name, part in state.as_dict(packed = True).items()}
     save_file({"w": packed, **parts}, folder + "/model.safetensors")
     module = Linear4bit(columns, rows, bias = False)
-    shards = []
+    shards, read = [], 0
     for rank in range(world):
         mesh = SimpleNamespace(
             ndim = 1, size = lambda axis: world, get_local_rank = lambda axis, rank = rank: rank
         )
         reader = ShardReader([folder + "/model.safetensors"])
         shards.append(read_weight(module, "w", reader, mesh, torch.device("cpu"), weight.dtype))
+        read += reader.read_bytes
     found = {
         "packed": (torch.cat([shard.packed.view(-1) for shard in shards]), packed.view(-1)),
         "absmax": (torch.cat([shard.absmax.view(-1) for shard in shards]), state.absmax),
@@ -87,6 +88,8 @@ def _read_from_quantized_files(folder, rows, columns, world, nested):
     if nested:
         outer = torch.cat([shard.nested.view(-1) for shard in shards])
         found["nested"] = (outer, state.state2.absmax)
+    assert read == sum(whole.nbytes for _, whole in found.values())
+    if nested:
         found["offset"] = (shards[0].state.offset, state.offset)
     return [
         name
@@ -178,7 +181,7 @@ def _refused_files(folder):
     from types import SimpleNamespace
 
     import torch
-    from bitsandbytes.functional import QuantState, quantize_4bit
+    from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit
     from safetensors.torch import save_file
     from unsloth.models.fsdp2_shard_reader import ShardReader, read_weight
@@ -187,15 +190,10 @@ def _refused_files(folder):
     weight, said = torch.randn(512, 512, dtype = torch.bfloat16), []
     packed, state = quantize_4bit(weight, compress_statistics = True, quant_type = "nf4")
     for change in ("shape", "nested", "dtype"):
-        stored, rows = packed, 511 if change == "shape" else 512
-        if change == "nested":
-            state.state2.blocksize = 128
-        else:
-            state.state2.blocksize = 256
-        if change == "dtype":
-            stored = packed.to(torch.int16)
+        rows = 511 if change == "shape" else 512
+        state.state2.blocksize = 128 if change == "nested" else 256
+        stored = packed.to(torch.int16) if change == "dtype" else packed
         parts = {f"w.{name}": part for name, part in state.as_dict(packed = True).items()}
-        assert isinstance(state, QuantState)
         save_file({"w": stored, **parts}, f"{folder}/{change}.safetensors")
         reader = ShardReader([f"{folder}/{change}.safetensors"])
         module = Linear4bit(512, rows, bias = False)

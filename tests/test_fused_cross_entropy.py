@@ -144,3 +144,11 @@ def test_what_we_do_not_serve_goes_to_stock_or_is_refused(call, monkeypatch, cau
         with pytest.raises(NotImplementedError, match = f"{name} cannot be honoured .*{reason}"):
             loss(**cause, **{name: value})
     loss(torch_compile = False, **cause, z_loss = 0.0, reduction = "mean", chunk_rows = 4)
+
+
+def test_a_loss_that_is_ours_already_stays_as_it_is(call):
+    """A name that was imported after the replacement is not replaced again."""
+    from unsloth.fused_cross_entropy import on_linear_cross_entropy
+    from unsloth.models._utils import unsloth_fused_ce_loss
+
+    assert on_linear_cross_entropy(unsloth_fused_ce_loss) is unsloth_fused_ce_loss
