@@ -127,6 +127,24 @@ def test_every_rank_counts_and_the_first_prints(monkeypatch):
     assert found == ["mine", "other", {"error": "KeyError: 'ours'"}]
 
 
+def test_the_time_of_an_evaluation_or_a_save_is_no_steps():
+    """The step around it is left out of the speed; before training there is nothing to leave out."""
+    from unsloth.models.compile_callback import CompileReportCallback
+    from unsloth.models.compile_report import CompileReport
+
+    callback = CompileReportCallback()
+    for event in (callback.on_evaluate, callback.on_save, callback.on_step_end):
+        event(None, None, None)
+    with CompileReport() as callback.report:
+        clock = callback.report.clock
+        for event in (None, callback.on_evaluate, callback.on_save, None):
+            if event is not None:
+                event(None, None, None)
+            clock.step(compiled = False)
+    assert callback.broken == "" and clock.figures()["steps"] == 4
+    assert clock.figures()["warm_steps"] == 1
+
+
 def test_a_recording_that_raises_can_be_done_again(toy, train, monkeypatch):
     """Loggers and Dynamo's limit are as before, after an error inside and after one in the start."""
     from torch._dynamo import utils

@@ -51,7 +51,7 @@ def test_a_set_up_that_raises_leaves_nothing_behind():
     assert applied._batch_tokens.get() is None and applied._accumulates.get() is False
 
 
-def test_what_does_not_fit_is_refused_unless_asked_for(monkeypatch):
+def test_what_does_not_fit_is_refused_unless_asked_for(monkeypatch, capsys):
     """A training that does not fit offloaded either raises with the count; ``all`` runs it all the same,
     and ``never`` does not plan.
     """
@@ -74,6 +74,12 @@ def test_what_does_not_fit_is_refused_unless_asked_for(monkeypatch):
     assert "the device is short by" in str(refused.value) and not moved
     monkeypatch.setenv("UNSLOTH_FSDP2_OFFLOAD", "never")
     assert applied.offload_sharded_model(model) is None and not moved
+    monkeypatch.setenv("UNSLOTH_FSDP2_OFFLOAD", "auto")
+    with monkeypatch.context() as patch:  # nothing of it can be counted
+        patch.setattr(applied, "_plan", lambda model, mesh: applied._lora(model))
+        assert applied.offload_sharded_model(model) is None and not moved
+    assert "no offload plan for this model: the model has no LoRA" in capsys.readouterr().out
+    assert applied._fewest_at_load(model, None, 32) == 0
     monkeypatch.setenv("UNSLOTH_FSDP2_OFFLOAD", "all")
     plan = applied.offload_sharded_model(model)
     assert not plan.fits and moved == [(tuple(range(32)), True)]
