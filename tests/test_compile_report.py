@@ -90,3 +90,22 @@ def test_a_demotion_is_reported_with_its_reason(toy, monkeypatch):
     ((reason, count),) = region["uncompiled_calls"].items()
     assert reason.startswith("demoted") and "no code for this device" in reason and count == 2
     assert "no code for this device" in report.table()
+
+
+def test_ranks_that_differ_or_have_no_report_are_named():
+    """Below rank 0's own lines; ranks like it are counted alone."""
+    from unsloth.models.compile_report import CompileReport
+    from unsloth.models.compile_table import table
+
+    with CompileReport() as report:
+        pass
+    mine = report.summary()
+    slow = {**mine, "compile_seconds": {**mine["compile_seconds"], "total": 12.34}}
+    other = {**mine, "graphs": 9, "graph_breaks": 2}
+    told = table([mine, slow, other, {"error": "KeyError: 'ours'"}]).splitlines()
+    assert told[:-3] == table([mine]).splitlines()
+    differs, lacks, ranks = (line.split(None, 2) for line in told[-3:])
+    assert differs[:2] == ["rank", "2"] and "9 graphs, 2 graph breaks" in differs[2]
+    assert lacks == ["rank", "3", "no report: KeyError: 'ours'"]
+    assert ranks == ["ranks", "4;", "the slowest compiled for 12.3 s"]
+    assert table([{"error": "gone"}, mine]) == "Unsloth: no compile report (gone)"

@@ -5,6 +5,9 @@
 Without a GPU, blocks are compiled with aot_eager.
 """
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from backend import DEVICE, require
@@ -192,6 +195,27 @@ def test_a_demoted_loss_stops_before_a_weight_changes(toy, train, monkeypatch):
     assert train(toy("auto")).state.global_step == 3
 
 
+@pytest.mark.parametrize(
+    "calls, compiled, told",
+    [
+        ({"fused": 3, "stock: a mask": 0}, False, "hand-written kernels"),
+        ({"fused": 3, "stock: a mask": 1}, False, "demoted to eager"),
+        ({}, True, "compiled with fullgraph"),
+        ({"stock: a mask": 2}, None, "not seen"),
+        (None, False, "demoted to eager"),
+    ],
+)
+def test_how_the_loss_ran_is_told(monkeypatch, calls, compiled, told):
+    """By its calls where it is ours alone, else by unsloth_zoo; calls None: without the loss's patch."""
+    from unsloth.models.compile_strict import loss_state
+
+    ours = None if calls is None else SimpleNamespace(calls = lambda: calls)
+    zoo = SimpleNamespace(_FUSED_CE_COMPILE_SUPPORTED = compiled)
+    monkeypatch.setitem(sys.modules, "unsloth.fused_loss", ours)
+    monkeypatch.setitem(sys.modules, "unsloth_zoo.fused_losses.cross_entropy_loss", zoo)
+    assert loss_state().startswith(told)
+
+
 # Without a GPU a model takes ten seconds, so each family has one kind of weights there.
 FAMILIES = {"llama": (16, 4), "mistral": (4, 16), "qwen2": (16, 4), "qwen3": (4, 16)}
 MODELS = [
@@ -246,6 +270,10 @@ def test_only_strict_turns_dynamos_errors_into_its_own():
         with pytest.raises(raised):
             _counted(raising(error), region)()
         assert len(region.failures) == 1 and region.entered == 0
+        _counted(lambda: None, region)()
+        with pytest.raises(torch.OutOfMemoryError):  # says nothing of the block
+            _counted(raising(torch.OutOfMemoryError("no room")), region)()
+        assert len(region.failures) == 1 and region.entered == 1
 
 
 def test_places_are_named_below_site_packages_or_the_working_folder(tmp_path, monkeypatch):

@@ -23,16 +23,23 @@ def kernel():
 @pytest.mark.parametrize("vocab", [1, 3, 16, 37, 4097])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "options", [{}, {"softcap": 5.0, "logit_scale": 0.5}, {"label_smoothing": 0.1, "z_loss": 1e-3}]
+    "options",
+    [
+        {},
+        {"softcap": 5.0, "logit_scale": 0.5, "label_smoothing": 0.1, "class_weight": None},
+        {"label_smoothing": 0.1, "z_loss": 1e-3},
+    ],
 )
 def test_the_kernel_equals_its_torch_counterpart(kernel, vocab, dtype, options):
     """In place, out of place and over float32 logits; whatever stands behind the last column."""
     rows, columns = 3, kernel.padded_columns(vocab)
+    assert columns % 16 == 0 <= columns - vocab < 16  # every row begins aligned
     make = torch.Generator().manual_seed(vocab)
     values = (torch.randn(rows, vocab, generator = make) * 3).to(DEVICE, dtype)
     labels = torch.randint(0, vocab, (rows,), generator = make).to(DEVICE)
     bias = torch.randn(vocab, generator = make).to(DEVICE, dtype)
-    spec = kernel.RowLoss(torch.rand(vocab, generator = make).to(DEVICE), **options)
+    class_weight = torch.rand(vocab, generator = make).to(DEVICE)
+    spec = kernel.RowLoss(**{"class_weight": class_weight, **options})
     scale = torch.rand(rows, generator = make).to(DEVICE)
     exact, expected = (
         torch.empty(s, dtype = torch.float64, device = DEVICE) for s in ((rows,), (rows, vocab))
@@ -69,3 +76,19 @@ def test_the_kernel_marks_labels_outside_the_vocabulary(kernel, scratch):
     assert losses.isnan().tolist() == [False, True, True, True]
     assert grads.isnan().all(1).tolist() == [False, True, True, True]
     assert not grads[0].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "class_weight, error, words",
+    [
+        ([1.0] * 9, TypeError, r"floating point tensor of \[9\]"),
+        (torch.ones(9, dtype = torch.int64), TypeError, r"floating point tensor of \[9\]"),
+        (torch.ones(8), ValueError, r"class_weight must be \[9\]"),
+        (torch.ones(9, requires_grad = True), ValueError, "detach"),
+        (torch.ones(9, device = "meta"), ValueError, "class_weight is on meta and the rest on"),
+    ],
+)
+def test_class_weights_that_do_not_fit_are_named(kernel, class_weight, error, words):
+    """Before a kernel reads them."""
+    with pytest.raises(error, match = words):
+        kernel.RowLoss.validated("loss", torch.zeros(2, 9, device = DEVICE), 9, class_weight)

@@ -51,7 +51,7 @@ def test_a_set_up_that_raises_leaves_nothing_behind():
     assert applied._batch_tokens.get() is None and applied._accumulates.get() is False
 
 
-def test_what_does_not_fit_is_refused_unless_asked_for(monkeypatch):
+def test_what_does_not_fit_is_refused_unless_asked_for(monkeypatch, capsys):
     """A training that does not fit offloaded either raises with the count; ``all`` runs it all the same,
     and ``never`` does not plan.
     """
@@ -74,6 +74,12 @@ def test_what_does_not_fit_is_refused_unless_asked_for(monkeypatch):
     assert "the device is short by" in str(refused.value) and not moved
     monkeypatch.setenv("UNSLOTH_FSDP2_OFFLOAD", "never")
     assert applied.offload_sharded_model(model) is None and not moved
+    monkeypatch.setenv("UNSLOTH_FSDP2_OFFLOAD", "auto")
+    with monkeypatch.context() as patch:  # nothing of it can be counted
+        patch.setattr(applied, "_plan", lambda model, mesh: applied._lora(model))
+        assert applied.offload_sharded_model(model) is None and not moved
+    assert "no offload plan for this model: the model has no LoRA" in capsys.readouterr().out
+    assert applied._fewest_at_load(model, None, 32) == 0
     monkeypatch.setenv("UNSLOTH_FSDP2_OFFLOAD", "all")
     plan = applied.offload_sharded_model(model)
     assert not plan.fits and moved == [(tuple(range(32)), True)]
@@ -157,3 +163,22 @@ def test_checkpointing_is_what_unsloth_or_the_blocks_say():
     for flag, read in (("unsloth", "unsloth"), (False, False), (True, True), ("true", True)):
         model[0]._unsloth_gradient_checkpointing = flag
         assert _checkpointing(model) == read
+
+
+def test_more_blocks_than_there_are_and_a_model_without_an_adapter_are_named(monkeypatch):
+    """Of a load into host memory and of a plan."""
+    import torch
+    import unsloth  # noqa: F401
+    from unsloth.models import fsdp2_native
+    from unsloth.models import fsdp2_offload_apply as applied
+
+    model, mesh = torch.nn.Linear(1, 1), types.SimpleNamespace(device_type = "cpu")
+    monkeypatch.setattr(fsdp2_native, "find_shard_units", lambda model: ["first", "second"])
+    for value, units in (("auto", []), ("blocks:1", ["second"]), ("all", ["first", "second"])):
+        monkeypatch.setenv("UNSLOTH_FSDP2_OFFLOAD", value)
+        assert applied.blocks_to_load_on_host(model, mesh) == units
+    monkeypatch.setenv("UNSLOTH_FSDP2_OFFLOAD", "blocks:3")
+    with pytest.raises(ValueError, match = "blocks:3: the model has 2 blocks"):
+        applied.blocks_to_load_on_host(model, mesh)
+    with pytest.raises(ValueError, match = "no LoRA adapter"):
+        applied._lora(model)

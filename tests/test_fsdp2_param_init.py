@@ -57,6 +57,59 @@ def test_param_init_fn_fills_a_meta_model(checkpoints):
     assert all(same for _, same in run_ranks(_own_fully_shard, 3, checkpoints("bf16")))
 
 
+def _read_from_quantized_files(folder, rows, columns, world, nested):
+    """Names of the parts of a weight of bitsandbytes' own that its ranks do not read as they are."""
+    from types import SimpleNamespace
+
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    from safetensors.torch import save_file
+    from unsloth.models.fsdp2_shard_reader import ShardReader, read_weight
+
+    torch.manual_seed(0)
+    weight = torch.randn(rows, columns, dtype = torch.bfloat16)
+    packed, state = quantize_4bit(weight, compress_statistics = nested, quant_type = "nf4")
+    parts = {f"w.{name}": part for name, part in state.as_dict(packed = True).items()}
+    save_file({"w": packed, **parts}, folder + "/model.safetensors")
+    module = Linear4bit(columns, rows, bias = False)
+    shards, read = [], 0
+    for rank in range(world):
+        mesh = SimpleNamespace(
+            ndim = 1, size = lambda axis: world, get_local_rank = lambda axis, rank = rank: rank
+        )
+        reader = ShardReader([folder + "/model.safetensors"])
+        shards.append(read_weight(module, "w", reader, mesh, torch.device("cpu"), weight.dtype))
+        read += reader.read_bytes
+    found = {
+        "packed": (torch.cat([shard.packed.view(-1) for shard in shards]), packed.view(-1)),
+        "absmax": (torch.cat([shard.absmax.view(-1) for shard in shards]), state.absmax),
+    }
+    if nested:
+        outer = torch.cat([shard.nested.view(-1) for shard in shards])
+        found["nested"] = (outer, state.state2.absmax)
+    assert read == sum(whole.nbytes for _, whole in found.values())
+    if nested:
+        found["offset"] = (shards[0].state.offset, state.offset)
+    return [
+        name
+        for name, (mine, whole) in found.items()
+        if not torch.equal(mine.view(-1)[: whole.numel()], whole.view(-1))
+    ]
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(
+    "rows, columns, world", [(5, 77, 1), (448, 192, 3), (129, 257, 2), (64, 256, 1)]
+)
+def test_quantized_files_are_read_to_their_last_number(tmp_path, rows, columns, world, nested):
+    """Bytes, scales and the scales' own, where the last byte, block or block of blocks is not full."""
+    ((_, wrong),) = run_ranks(
+        _read_from_quantized_files, 1, str(tmp_path), rows, columns, world, nested
+    )
+    assert wrong == []
+
+
 def _meta_model(folder, meta):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -121,3 +174,43 @@ def test_scales_are_read_from_where_they_were_gathered():
     """
     ((_, found),) = run_ranks(_gathered_states, 1)
     assert found == [1.0, True, None, 2.0, True, False, True, True, False]
+
+
+def _refused_files(folder):
+    """What the errors say of quantized files that this reader does not know."""
+    from types import SimpleNamespace
+
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    from safetensors.torch import save_file
+    from unsloth.models.fsdp2_shard_reader import ShardReader, read_weight
+
+    mesh = SimpleNamespace(ndim = 1, size = lambda axis: 2, get_local_rank = lambda axis: 0)
+    weight, said = torch.randn(512, 512, dtype = torch.bfloat16), []
+    packed, state = quantize_4bit(weight, compress_statistics = True, quant_type = "nf4")
+    for change in ("shape", "nested", "dtype"):
+        rows = 511 if change == "shape" else 512
+        state.state2.blocksize = 128 if change == "nested" else 256
+        stored = packed.to(torch.int16) if change == "dtype" else packed
+        parts = {f"w.{name}": part for name, part in state.as_dict(packed = True).items()}
+        save_file({"w": stored, **parts}, f"{folder}/{change}.safetensors")
+        reader = ShardReader([f"{folder}/{change}.safetensors"])
+        module = Linear4bit(512, rows, bias = False)
+        try:
+            read_weight(module, "w", reader, mesh, torch.device("cpu"), weight.dtype)
+            said.append("nothing")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_quantized_files_of_another_kind_are_named(tmp_path):
+    """Another shape, another nested blocksize, and bytes in a dtype that is not read."""
+    ((_, said),) = run_ranks(_refused_files, 1, str(tmp_path))
+    words = [
+        "the model expects torch.Size([511, 512])",
+        "nested blocksize 128",
+        "'w' is stored as I16",
+    ]
+    assert [word in text for word, text in zip(words, said)] == [True] * 3, said

@@ -2,6 +2,8 @@
 # Copyright 2026 the contributors
 """Unsloth's fused loss on linear_cross_entropy, and where the stock loss stays."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -144,3 +146,13 @@ def test_what_we_do_not_serve_goes_to_stock_or_is_refused(call, monkeypatch, cau
         with pytest.raises(NotImplementedError, match = f"{name} cannot be honoured .*{reason}"):
             loss(**cause, **{name: value})
     loss(torch_compile = False, **cause, z_loss = 0.0, reduction = "mean", chunk_rows = 4)
+
+
+def test_a_loss_that_is_ours_already_stays_as_it_is():
+    """A name that was imported after the replacement is not replaced again."""
+    from unsloth.fused_cross_entropy import on_linear_cross_entropy
+    from unsloth.models._utils import unsloth_fused_ce_loss
+
+    again = on_linear_cross_entropy(inspect.unwrap(unsloth_fused_ce_loss))
+    for ours in (unsloth_fused_ce_loss, again):
+        assert on_linear_cross_entropy(ours) is ours

@@ -309,13 +309,21 @@ def test_a_tied_head_gets_both_gradients(linear_cross_entropy):
 @pytest.mark.parametrize(
     "change, error, words",
     [
+        ({"hidden": [[0.0] * 5] * 7}, TypeError, "hidden must be a tensor, got list"),
         ({"hidden": torch.zeros(7, 4)}, ValueError, "last dimension must be 5"),
         ({"weight": torch.zeros(5)}, ValueError, r"weight must be \[vocab, hidden\]"),
         ({"weight": torch.zeros(11, 5, dtype = torch.int8)}, TypeError, "dequantize"),
         ({"weight": torch.zeros(11, 5, dtype = torch.bfloat16)}, TypeError, "cast one of them"),
+        ({"labels": [0] * 7}, TypeError, "labels must be a tensor, got list"),
         ({"labels": torch.zeros(6, dtype = torch.long)}, ValueError, "one label a row"),
         ({"labels": torch.zeros(7, dtype = torch.bool)}, TypeError, "labels must be integers"),
         ({"labels": torch.zeros(7, 9)}, ValueError, "class probabilities must have shape"),
+        ({"labels": torch.zeros(7, 11), "shift": True}, ValueError, "shift is for integer labels"),
+        (
+            {"labels": torch.zeros(7, 11), "loss_weights": torch.ones(7)},
+            ValueError,
+            "loss_weights are for integer labels",
+        ),
         ({"bias": torch.zeros(10)}, ValueError, r"bias must be \[11\]"),
         ({"class_weight": torch.zeros(10)}, ValueError, r"class_weight must be \[11\]"),
         ({"class_weight": torch.zeros(11, requires_grad = True)}, ValueError, "detach"),
@@ -325,10 +333,25 @@ def test_a_tied_head_gets_both_gradients(linear_cross_entropy):
         ({"reduction": "max"}, ValueError, "none, mean, sum"),
         ({"reduction": "sum", "n_items": 3}, ValueError, "leave n_items out"),
         ({"n_items": -1}, ValueError, "must not be negative"),
+        ({"n_items": torch.zeros(0)}, ValueError, "hold one number"),
         ({"chunk_rows": 0}, ValueError, "positive number of rows"),
         ({"chunk_rows": 2.5}, ValueError, "positive number of rows"),
         ({"ignore_index": 1.0}, TypeError, "ignore_index must be an integer"),
         ({"logits_dtype": torch.float16}, TypeError, "logits_dtype must be"),
+        (
+            {
+                "hidden": torch.zeros(7, 5, dtype = torch.float64),
+                "weight": torch.zeros(11, 5, dtype = torch.float64),
+                "logits_dtype": torch.float32,
+            },
+            TypeError,
+            "narrower than the inputs' torch.float64",
+        ),
+        (
+            {"hidden": torch.zeros(5), "labels": torch.tensor(3), "shift": True},
+            ValueError,
+            "shift needs a position",
+        ),
         (
             {"labels": torch.zeros(7, dtype = torch.long).to("meta")},
             ValueError,

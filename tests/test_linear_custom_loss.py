@@ -66,6 +66,9 @@ def test_linear_loss_refuses_what_it_would_get_wrong(linear_loss):
         linear_loss(hidden, weight, lambda logits: logits)
     with pytest.raises(TypeError, match = "row argument 0 must be a tensor"):
         linear_loss(hidden, weight, F.cross_entropy, 3)
+    for keep in (torch.ones(7), torch.ones(6, dtype = torch.bool)):
+        with pytest.raises(ValueError, match = r"keep must be a bool tensor of shape \(7,\)"):
+            linear_loss(hidden, weight, F.cross_entropy, labels, keep = keep.to(DEVICE))
     with pytest.raises(ValueError, match = "must begin with hidden's"):
         linear_loss(hidden, weight, F.cross_entropy, labels[:-1])
 

@@ -151,3 +151,39 @@ def test_log_probs_equal_dense_ones(logits_dtype, vocab):
     total = sum((b * f).sum() for b, f in zip(dense, factors))
     for a, b in zip(got, torch.autograd.grad(total, (hidden, weight, bias))):
         torch.testing.assert_close(a, b, rtol = 1e-3, atol = 1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"targets": [0] * 7}, TypeError, "targets must be a tensor of integers"),
+        ({"targets": torch.zeros(7)}, TypeError, "targets must be a tensor of integers"),
+        ({"temperature": 0}, ValueError, "temperature must be a positive number, got 0"),
+        ({"temperature": "hot"}, ValueError, "got 'hot'"),
+        ({"head_grad_dtype": torch.float16}, TypeError, "head_grad_dtype must be"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(losses, change, error, words):
+    hidden, weight, _, labels = problem()
+    with pytest.raises(error, match = words):
+        losses.linear_log_probs(**{"hidden": hidden, "weight": weight, "targets": labels, **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("low", [-2000.0, float("-inf")])
+def test_a_class_without_probability_counts_for_nothing(losses, dtype, low):
+    """Far below the others or masked: values and gradients are those without it."""
+    hidden, weight, bias, labels = problem(dtype = dtype, ignored = ())
+    labels, bias = labels.clamp(max = 9), torch.zeros_like(bias)
+    bias[10] = low
+    found = losses.linear_log_probs(hidden, weight, labels, bias)
+    logits = F.linear(hidden, weight[:10])
+    log_p = torch.log_softmax(logits, 1)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    dense = (log_p.gather(1, labels.unsqueeze(1)).squeeze(1), logits.logsumexp(1), entropy)
+    got, wanted = (
+        torch.autograd.grad(sum((1 + i) * v.sum() for i, v in enumerate(values)), (hidden, weight))
+        for values in (found[:3], dense)
+    )
+    for a, b in zip((*found[:3], *got), (*dense, *wanted)):
+        torch.testing.assert_close(a, b, rtol = 1e-4, atol = 1e-5)

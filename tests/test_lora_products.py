@@ -5,6 +5,7 @@
 Every function is checked through the class that fast_lora.py calls: LoRA_QKV, LoRA_W, LoRA_MLP.
 """
 
+import contextlib
 import importlib
 from types import SimpleNamespace
 
@@ -24,6 +25,16 @@ KINDS = ("LoRA_QKV", "LoRA_W", "LoRA_MLP")
 def fast_lora():
     import unsloth  # noqa: F401
     return importlib.import_module("unsloth.kernels.fast_lora")
+
+
+@contextlib.contextmanager
+def memory_of_nan():
+    """What is allocated holds NaN, so that a product which adds to it is seen."""
+    torch.use_deterministic_algorithms(True, warn_only = True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def activation(e, g):
@@ -195,7 +206,8 @@ def test_float64_is_dense_lora(fast_lora, kind, data):
         data.draw(st.tuples(*[st.sampled_from((0.5, 2.0, 3**0.5))] * 3)),
     )
     X = make_X(torch.float64, K, data.draw(st.tuples(st.integers(1, 3), st.integers(1, 7))))
-    result = backward(lambda x: call(fast_lora, kind, x, projections), X, projections)
+    with memory_of_nan():
+        result = backward(lambda x: call(fast_lora, kind, x, projections), X, projections)
     expected = backward(lambda x: plain(kind, x, projections), X, projections)
     torch.testing.assert_close(result, expected, rtol = 1e-10, atol = 1e-12)
 
@@ -398,11 +410,28 @@ def test_graphs_show_no_product_that_padding_could_change(fast_lora, kind, rank)
         dynamic = True,
     )
     X = make_X(torch.float32)
-    result = backward(compiled, X, projections)
+    with memory_of_nan():
+        result = backward(compiled, X, projections)
     assert all(width % 8 == 0 for width in widths) and bool(widths) == (rank == 8)
     eager = backward(lambda x: call(fast_lora, kind, x, projections), X, projections)
     torch.testing.assert_close(result, eager, rtol = 1e-4, atol = 1e-4)
     torch._dynamo.reset()
+
+
+def test_the_recompute_has_the_output_where_it_is_needed(fast_lora):
+    """Its own LoRA_MLP takes a tensor that says so in the place of the dropout, or None: left out."""
+    from unsloth.kernels import lora_mlp_recompute
+
+    projections, X = make_projections("LoRA_MLP", torch.float32), make_X(torch.float32)
+    arguments = [*(item for p in projections for item in p), activation, activation_backward, True]
+
+    def recompute(needed):
+        given = (*arguments, needed, None, None, None)
+        return fast_lora._apply(lora_mlp_recompute.function, X, *given)
+
+    (whole,) = call(fast_lora, "LoRA_MLP", X, projections)
+    torch.testing.assert_close(recompute(torch.tensor(True)), whole)
+    assert not recompute(None).any() and recompute(None).shape == whole.shape
 
 
 def test_non_reentrant_checkpoint(fast_lora):

@@ -66,3 +66,25 @@ def test_chunk_rows_follow_the_memory_that_is_free(chunk_size, monkeypatch):
     assert chunk_size.choose_chunk_rows(10**6, 128256, 2, gpu) == 384  # 100 MiB of logits
     free["driver"] = 100 << 30
     assert chunk_size.choose_chunk_rows(10**6, 128256, 2, gpu) == 1280  # a tight GPU is asked again
+
+
+def test_a_buffer_that_does_not_fit_is_halved(chunk_size, monkeypatch):
+    """Until it fits; from 16 rows on the error is the caller's."""
+    from unsloth.kernels.loss_chunking import _logits_buffer
+
+    empty, tried, room = torch.empty, [], {"rows": 20}
+
+    def limited(shape, **options):
+        tried.append(shape[0])
+        if shape[0] > room["rows"]:
+            raise torch.OutOfMemoryError("no room")
+        return empty(shape, **options)
+
+    monkeypatch.setattr(torch, "empty", limited)
+    buffer = _logits_buffer(50, 100, torch.float32, torch.device("cpu"))
+    assert buffer.shape == (12, 112) and tried == [50, 25, 12]
+    room["rows"] = 0
+    for rows in (16, 17):
+        with pytest.raises(torch.OutOfMemoryError, match = "no room"):
+            _logits_buffer(rows, 100, torch.float32, torch.device("cpu"))
+    assert tried[3:] == [16, 17, 8]

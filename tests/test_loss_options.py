@@ -94,13 +94,14 @@ def test_model_arguments_reach_the_loss(model_call, monkeypatch, materialised):
 
 def test_a_head_bias_and_options_set_once_reach_the_loss(model_call):
     """The head's bias is added; set_loss_options holds for every call until it is taken back."""
-    from unsloth.fused_loss import LossOptions
+    from unsloth.fused_loss import set_loss_options
 
     model, call = model_call
     tokens, labels, targets = tokens_and_targets()
     model.lm_head.bias = torch.nn.Parameter(torch.randn(48, device = DEVICE))
-    model._unsloth_loss_options = LossOptions(label_smoothing = 0.1)
+    set_loss_options(model, label_smoothing = 0.1)
     try:
+        assert set_loss_options(model).label_smoothing == 0.1
         loss = call(input_ids = tokens, labels = labels).loss
         wanted = F.cross_entropy(plain_logits(model, tokens), targets.view(-1), label_smoothing = 0.1)
         torch.testing.assert_close(loss, wanted, rtol = 1e-4, atol = 1e-4)
@@ -108,8 +109,12 @@ def test_a_head_bias_and_options_set_once_reach_the_loss(model_call):
         assert model.lm_head.bias.grad.abs().sum() > 0
     finally:
         model.lm_head.bias = None
-        del model._unsloth_loss_options
+        assert set_loss_options(model, reset = True).label_smoothing == 0.0
+        for name in ("forward", "_takes_loss_options"):
+            vars(model).pop(name, None)
         model.zero_grad()
+    with pytest.raises(ValueError, match = "Linear is no causal language model"):
+        set_loss_options(torch.nn.Linear(1, 1), label_smoothing = 0.1)
 
 
 def test_a_batch_with_every_label_ignored_trains_on(model_call):
@@ -238,3 +243,76 @@ def test_a_loss_after_a_fault_is_like_one_without(model_call, fault):
     assert active_options() is PLAIN
     assert all(map(torch.equal, step(), plain))
     model.zero_grad()
+
+
+def test_forwards_and_losses_of_another_release_are_refused():
+    """Not wrapped: their arguments are not known."""
+    from unsloth import fused_loss
+    for decorator, words in (
+        (
+            fused_loss.forward_factory_with_loss_options,
+            "takes .model. here, not .fast_forward_inference",
+        ),
+        (fused_loss.forward_with_loss_options, "takes no labels here"),
+        (fused_loss.label_smoothing_in_the_model, "does not take .self, model, inputs. here"),
+    ):
+        with pytest.raises(NotImplementedError, match = words):
+            decorator(lambda model: model)
+
+
+@pytest.mark.parametrize("served", [False, None])
+def test_a_forward_with_another_loss_takes_options_from_its_logits(served):
+    """In the form that is asked for. One that returns no logits is refused, and named."""
+    from transformers.modeling_outputs import CausalLMOutput
+    from unsloth.fused_loss import taking_options
+
+    labels, logits = (
+        torch.tensor([[1, 2, -100, 4]], device = DEVICE),
+        torch.randn(1, 4, 9, device = DEVICE),
+    )
+
+    def forward(
+        model,
+        logits,
+        labels = None,
+        return_dict = None,
+    ):
+        outputs = CausalLMOutput(loss = None if labels is None else labels.sum(), logits = logits)
+        return outputs if return_dict else outputs.to_tuple()
+
+    model = torch.nn.Linear(1, 1)
+    call = taking_options(forward, True, computes_loss = lambda model: served)
+    wanted = F.cross_entropy(logits[0, :-1], labels[0, 1:], label_smoothing = 0.3)
+    for return_dict in (True, False):
+        found = call(model, logits, labels = labels, return_dict = return_dict, label_smoothing = 0.3)
+        torch.testing.assert_close(found[0], wanted)
+        assert isinstance(found, tuple) is not return_dict and found[1] is logits
+    with pytest.raises(NotImplementedError, match = "Linear returns no logits here"):
+        call(model, None, labels = labels, label_smoothing = 0.3)
+
+
+def test_logits_that_are_there_are_scaled_and_capped():
+    """For the options of cross entropy, for a loss_fn, and for what observes; as a model has them or not."""
+    from unsloth.fused_loss import _loss_of_logits
+    from unsloth.loss_options import LossOptions
+
+    logits, labels = (
+        torch.randn(1, 4, 9, device = DEVICE),
+        torch.tensor([[1, 2, -100, 4]], device = DEVICE),
+    )
+    seen = []
+
+    def cross_entropy(logits, labels):
+        return F.cross_entropy(logits, labels, reduction = "none")
+
+    for cap, scale in ((3.0, 0.5), (0, 0), (None, None)):
+        capped = torch.tanh(logits[0] * 0.5 / 3.0) * 3.0 if cap else logits[0]
+        for options in (
+            LossOptions(label_smoothing = 0.3),
+            LossOptions(loss_fn = cross_entropy),
+            LossOptions(z_loss = 1e-9, observe = lambda *given: seen.append(given[2])),
+        ):
+            found = _loss_of_logits(logits, labels, cap, scale, options = options)
+            wanted = F.cross_entropy(capped, labels[0], label_smoothing = options.label_smoothing)
+            torch.testing.assert_close(found, wanted, rtol = 1e-4, atol = 1e-5)
+        assert (seen[-1].softcap, seen[-1].logit_scale) == (cap or 0.0, scale or 1.0)

@@ -209,6 +209,38 @@ def test_no_relaunch_on_another_device(kernel, launched, monkeypatch):
     assert len(stubs.launched) == 3 and len(stubs.relaunched) == 2
 
 
+@needs_interpreter
+def test_out_of_memory_is_the_callers_and_the_next_launch_is_as_before(
+    kernel, launched, monkeypatch
+):
+    """Only other errors say that Triton cannot run the kernel."""
+    from unsloth.kernels import triton_launch
+    from unsloth.kernels.nf4_dequantize_kernel import DequantizeUnavailable
+
+    stubs, pair = launched(False)
+    for error, raised in (
+        (torch.cuda.OutOfMemoryError("no room"), torch.cuda.OutOfMemoryError),
+        (RuntimeError("no such instruction"), DequantizeUnavailable),
+    ):
+
+        def fail(
+            *args,
+            error = error,
+            **options,
+        ):
+            raise error
+
+        monkeypatch.setattr(triton_launch, "launch", fail)
+        kernel.launch_for.cache_clear()
+        with pytest.raises(raised, match = str(error)):
+            decode(*pair)
+        monkeypatch.setattr(triton_launch, "launch", stubs.launch)
+        kernel.launch_for.cache_clear()
+        count = len(stubs.launched)
+        decode(*pair)
+        assert len(stubs.launched) == count + 1
+
+
 # ---- torch.compile, graphs, streams -----------------------------------------------------------
 
 

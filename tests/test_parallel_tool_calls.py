@@ -249,3 +249,5 @@ def test_another_template_takes_the_response_template_away():
         parallel.set_mode(SimpleNamespace(), "join")
     with pytest.raises(NotImplementedError, match = "parameters"):
         parallel.render_parallel_tool_calls(lambda other: None)
+    with pytest.raises(NotImplementedError, match = "no branch for messages with tool_calls"):
+        importlib.import_module("unsloth.tool_calls.templates").join_template("{{ messages }}")

@@ -450,6 +450,23 @@ def test_weights_that_move_between_the_passes_are_an_error(llama):
     close(step(llama, inputs), plain(llama, inputs))
 
 
+def test_the_summary_tells_what_the_padding_is(llama):
+    captured(llama)
+    for seed in (1, 2):
+        step(llama, batch(2, 40, seed))
+    assert summary(llama)["padding"] == pytest.approx(64 / 40 - 1)
+
+
+def test_names_that_not_all_modules_have_are_not_read():
+    """As those of another PEFT's layers; without any, or without modules, there is nothing to compare."""
+    from unsloth.models.step_graphs_state import _reader
+
+    first, second = {"a": 1, "b": 2, "c": 3}, {"a": 4, "b": 5}
+    assert _reader([first, second], ["a", "b", "c"])([first, second]) == [(1, 2), (4, 5)]
+    assert _reader([first, second], ["c", "d"])([first, second]) == []
+    assert _reader([], ["a"])([]) == []
+
+
 def test_nothing_changed_nothing_is_dropped(llama):
     """Evaluation, generation's mode, saving and loading adapters leave the graphs."""
     captured(llama)

@@ -158,3 +158,32 @@ def test_parameters_are_back_after_a_capture_that_fails(blocks):
         assert blocks[0].A.mark == "kept"
         raise ValueError
     assert all(p is before[name] for name, p in blocks.named_parameters())
+
+
+def test_a_batch_gets_the_next_length_or_the_one_that_is_given():
+    from unsloth.models.step_graphs_buckets import bucket_length, lay_out
+
+    hidden = torch.zeros(2, 100, 8)
+    for longer, length in ((0, bucket_length(100)), (256, 256)):
+        reason, layout = lay_out(hidden, {}, longer)
+        assert reason == "" and (layout.rows, layout.bucket) == (2, length)
+    table = torch.zeros(99, 4)
+    reason, layout = lay_out(hidden, {"position_embeddings": (table, table)})
+    assert layout is None and "rope tables" in reason
+
+
+@pytest.mark.parametrize("gpu, captured", [(2.0, True), (2.1, False)])
+def test_a_gpu_that_takes_longer_than_its_bound_is_not_captured(blocks, monkeypatch, gpu, captured):
+    """And the next length is, with the memory of the pool as it was."""
+    from unsloth.models.step_graphs_capture import Bucket, Pool, make_recorder
+
+    recorder = make_recorder(torch.device(DEVICE, 0)) if GPU else TapeRecorder(DEVICE)
+    pool = Pool(recorder, 0.5)
+    monkeypatch.setattr(recorder, "timed", lambda run: (1.0, gpu))
+    x = torch.randn(2, 5, 8, device = DEVICE, requires_grad = True)
+
+    def capture(bound):
+        return Bucket(pool, list(blocks), (2, 8, 8), {"scale": 0.5}, x, False, False).capture(bound)
+
+    assert capture(2.0) is captured and pool.owner is None
+    assert capture(None)

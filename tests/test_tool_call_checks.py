@@ -386,6 +386,26 @@ def test_arrow_round_trip(tokenizer):
             )
 
 
+def test_the_row_of_a_map_is_told_only_where_it_is_known():
+    """Indices that are none, or fewer than the conversations, name no row."""
+    checks = importlib.import_module("unsloth.tool_calls.checks")
+
+    def apply_function(
+        indices,
+        number,
+        offset = 0,
+    ):
+        return checks._row_of_map(number)
+
+    assert [apply_function([3, 4], 1), apply_function(range(2), 1, 8), apply_function(5, 0)] == [
+        4,
+        9,
+        5,
+    ]
+    assert apply_function([3, 4], 2) is None and apply_function(None, 0) is None
+    assert checks._row_of_map(0) is None
+
+
 # ---------------------------------------------------------------- refused
 
 

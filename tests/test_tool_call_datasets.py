@@ -205,6 +205,14 @@ def test_decorating_twice_is_once():
         decorate(lambda other: None)
 
 
+def test_an_alias_of_two_roles_is_refused():
+    datasets = pytest.importorskip("datasets")
+    standardize = importlib.import_module("unsloth.chat_templates").standardize_sharegpt
+    dataset = datasets.Dataset.from_list([{"conversations": SHAREGPT[0]}])
+    with pytest.raises(TypeError, match = "the alias 'gpt' of 'assistant' also means 'user'"):
+        standardize(dataset, aliases_for_user = ["user", "human", "gpt"])
+
+
 def test_a_row_that_raises_in_one_of_four_workers_is_named():
     """Conversation and message come out of the worker; without that row four workers do as one does."""
     datasets = pytest.importorskip("datasets")

@@ -5,6 +5,7 @@
 import functools
 import importlib
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +137,23 @@ def test_hosts_without_torch():
     masking = importlib.import_module("unsloth.tool_calls.masking")
     with pytest.raises(NotImplementedError, match = "parameters"):
         masking.keep_every_call_of_last_response(lambda other: None)
+
+
+def test_what_the_last_response_cannot_be_found_in_is_named():
+    """A data set that is not tokenized, and a tokenizer without Llama's headers."""
+    masking = importlib.import_module("unsloth.tool_calls.masking")
+    for row, words in (({"text": "Hi"}, r"eval_dataset, which has \['text'\]"), ({}, r"has \[\]")):
+        with pytest.raises(ValueError, match = words):
+            masking._mapped([row], print, "eval_dataset")
+    tokenizer = make_llama_tokenizer()
+    masking.LastRun(tokenizer)
+    ids = {"<|start_header_id|>": 1}
+    for known, missing in (({}, "start"), (ids, "end")):
+        other = SimpleNamespace(
+            convert_tokens_to_ids = known.get, convert_ids_to_tokens = lambda _: "<|start_header_id|>"
+        )
+        with pytest.raises(ValueError, match = rf"has no <\|{missing}_header_id\|>"):
+            masking.LastRun(other)
 
 
 cpu_backend = pytest.mark.skipif(

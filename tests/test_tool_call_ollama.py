@@ -198,6 +198,8 @@ def test_the_go_evaluator():
         GoTemplate(parse_template("{{ .Items }}"), json.dumps).render(data)
     # Ollama's modelfiles need this one: it is what stock did not have.
     replace = importlib.import_module("unsloth.tool_calls.ollama").render_tool_calls_in_modelfiles
+    with pytest.raises(NotImplementedError, match = "has no llama-3"):
+        replace({})
     with pytest.raises(NotImplementedError, match = "not the known one"):
         replace(importlib.import_module("unsloth.ollama_template_mappers").OLLAMA_TEMPLATES)
 

@@ -170,3 +170,9 @@ def test_data_and_tokenizer_are_left_alone(monkeypatch, tmp_path):
     llama = get_chat_template(tokenizer, "llama-3.1")
     assert isinstance(llama, plain) and type(llama).__name__ == plain.__name__
     assert "Rome" in llama.apply_chat_template(given, tokenize = False)
+
+
+def test_a_get_chat_template_of_another_release_is_refused():
+    show = importlib.import_module("unsloth.tool_calls.other_templates").show_tool_calls
+    with pytest.raises(NotImplementedError, match = "other parameters"):
+        show(lambda other: None)

@@ -90,6 +90,9 @@ def test_reads_several_calls_however_they_are_separated(separator, tool_calls):
         ("<|start_header_id|>user<|end_header_id|>\n\nHi", "turn of role 'user'"),
         ('{"name": "f", "parameters": ' + '{"a": ' * 5000, "not complete"),
         ('{"name": "f", "parameters": {"a": ' + "9" * 5000 + "}}", "not complete, valid JSON"),
+        ('{"name": "f", "parameters": {"a": 1e400}}', "call 1 cannot be written again"),
+        ('{"name": "f", "parameters": {"a": "\\ud800"}}', "call 1 cannot be written again"),
+        ('{"name": "f", "parameters": {"a": ' + "[" * 201 + "]" * 201 + "}}", "over 200 levels"),
     ],
 )
 def test_broken_output_comes_back_as_text(text, reason, tool_calls):

@@ -57,6 +57,7 @@ REPLIES = {
     "split, results that are no JSON": split_reply(
         ROME, OSLO, ROME, results = ['20 " degrees', "{a}"]
     ),
+    "split, a result that Python cannot hold": split_reply(ROME, OSLO, results = ["9" * 5000]),
     "python tag": "<|python_tag|>" + make_turn(ROME),
     "built-in": '<|python_tag|>brave_search.call(query="a (b) }")<|eom_id|>',
     "header first": HEADER % "assistant" + make_turn(ROME),

@@ -207,6 +207,30 @@ def test_the_definition_that_is_live_decides(fake, definitions):
     run(body, fake)
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        "if A:\n    {}\nelif B:\n    {}\nelse:\n    {}",
+        "try:\n    {}\nexcept A:\n    {}\nexcept B:\n    {}\nelse:\n    {}",
+        "with A:\n    {}\n{}",
+        "for a in A:\n    {}\nelse:\n    {}",
+        "while A:\n    {}\n{}",
+        "if A:\n    try:\n        {}\n    except B:\n        {}",
+        "def other():\n    {}\nclass Other:\n    {}\n{}",
+    ],
+)
+@pytest.mark.parametrize("kind", ["def fast(): return {}", "class fast: number = {}"])
+def test_a_definition_is_found_in_every_branch(tmp_path, block, kind):
+    """In each of them once, and nowhere inside another function or class."""
+    from unsloth_patches.fingerprints import fingerprint_file
+
+    count = 1 if "Other" in block else block.count("{}")
+    path = tmp_path / "module.py"
+    path.write_text(block.format(*(kind.format(number) for number in range(block.count("{}")))))
+    assert len(fingerprint_file(str(path), "fast")) == count
+    assert fingerprint_file(str(path), "slow") == set()
+
+
 def test_a_class_without_methods_that_is_defined_twice_is_not_known(fake):
     """It cannot be told which of them is live."""
     first, second = ("class fast: mode = 'gpu'", "class fast: mode = 'stock'")
