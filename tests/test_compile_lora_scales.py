@@ -112,15 +112,13 @@ def test_disabled_adapters_add_one_graph_a_kind(build):
         assert graphs() <= 3
 
 
-@pytest.mark.parametrize(
-    "family, bits, checkpointing",
-    [
-        ("llama", 4, False),
-        ("mistral", 4, True),
-        ("qwen2", 16, False),
-        ("qwen3", 4, True),
-    ],
-)
+# Scales belong to the layers, which families share; Qwen2's have biases. Without a GPU, the others'
+# blocks are run with such scales in the tests of packed rows.
+FAMILIES = [("llama", 4, False), ("qwen2", 16, True)]
+FAMILIES += [("mistral", 4, True), ("qwen3", 4, True)] if DEVICE == "cuda" else []
+
+
+@pytest.mark.parametrize("family, bits, checkpointing", FAMILIES)
 def test_many_steps_with_an_evaluation_need_few_graphs(build, family, bits, checkpointing):
     """Padded batches, four LoRA scales."""
     many_steps(build, family, bits, checkpointing, packing = False)

@@ -376,9 +376,9 @@ def many_steps(build, family, bits, checkpointing, packing):
     Packed, every batch is one row, with position ids. Qwen2's q, k and v, which have biases, run
     PEFT's forward: the first scale's graph comes on top.
     """
-    # Dynamo makes the graphs. What takes as long again has one family of each kind of batch alone: going
-    # on through AOTAutograd, and, without a GPU, batches of one row beside others.
-    backend = "aot_eager" if family in ("llama", "mistral") and not checkpointing else "eager"
+    # Dynamo makes the graphs. What takes as long again has one family alone: going on through
+    # AOTAutograd, and, without a GPU, batches of one row beside others.
+    backend = "aot_eager" if family == "llama" and not checkpointing else "eager"
     fewest = 2 if DEVICE == "cpu" and not packing and family != "llama" else 1
     scales = {"alpha_pattern": SCALES} if in_place("models.compile_lora_scales") else {}
     model = build(family, bits = bits, checkpointing = checkpointing, backend = backend, **scales)
