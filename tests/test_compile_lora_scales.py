@@ -26,13 +26,14 @@ from small_models import PROJECTIONS  # noqa: E402
 
 
 def test_layers_that_differ_in_their_lora_scale_share_a_graph(build):
-    """alpha_pattern with four scales: one graph, loss and gradients bit-equal to eager. A scale that is
-    changed later (PEFT's set_scale) counts from the next step on, without another graph."""
+    """alpha_pattern with four scales: one graph for every length, loss and gradients bit-equal to eager.
+    A scale that is changed later (PEFT's set_scale) counts from the next step on, without another graph."""
     model = build(alpha_pattern = SCALES)
-    before = step(model, 2, 24)
-    assert graphs() == 1
-    if DEVICE == "cpu":
-        assert_bit_equal(before, eager(model, 2, 24))
+    for rows, length in ((4, 7), (3, 50), (2, 24)):
+        before = step(model, rows, length)
+        assert graphs() == 1
+        if DEVICE == "cpu":
+            assert_bit_equal(before, eager(model, rows, length))
     for layer in get_layers(model):
         for name in ("gate_proj", "up_proj", "down_proj"):
             getattr(layer.mlp, name).set_scale("default", 4.0)
