@@ -25,6 +25,25 @@ from fast_models import (  # noqa: E402, F401
 from small_models import PROJECTIONS  # noqa: E402
 
 
+def test_equal_scales_stay_constants(build):
+    """A model without alpha_pattern gets neither hooks nor tensors: its graph is upstream's."""
+    from unsloth.models import compile_lora_scales
+
+    model = build()
+    assert compile_lora_scales.scales_as_inputs(list(get_layers(model))) == 0
+
+    def updating(model):
+        update = compile_lora_scales.update_scale_inputs
+        return [list(x._forward_pre_hooks.values()).count(update) for x in get_layers(model)]
+
+    assert updating(model) == [0] * LAYERS
+    differing = build(alpha_pattern = SCALES)
+    assert updating(differing) == [1] * LAYERS
+    count = LAYERS * len(PROJECTIONS)
+    assert compile_lora_scales.scales_as_inputs(list(get_layers(differing))) == count
+    assert updating(differing) == [1] * LAYERS, "set up twice"
+
+
 def test_layers_that_differ_in_their_lora_scale_share_a_graph(build):
     """alpha_pattern with four scales: one graph for every length, loss and gradients bit-equal to eager.
     A scale that is changed later (PEFT's set_scale) counts from the next step on, without another graph."""
@@ -82,25 +101,6 @@ def _in_float64(model):
         cache[0] = None if cache[0] is None else cache[0].double()
     twin.config.dtype = torch.float64
     return twin
-
-
-def test_equal_scales_stay_constants(build):
-    """A model without alpha_pattern gets neither hooks nor tensors: its graph is upstream's."""
-    from unsloth.models import compile_lora_scales
-
-    model = build()
-    assert compile_lora_scales.scales_as_inputs(list(get_layers(model))) == 0
-
-    def updating(model):
-        update = compile_lora_scales.update_scale_inputs
-        return [list(x._forward_pre_hooks.values()).count(update) for x in get_layers(model)]
-
-    assert updating(model) == [0] * LAYERS
-    differing = build(alpha_pattern = SCALES)
-    assert updating(differing) == [1] * LAYERS
-    count = LAYERS * len(PROJECTIONS)
-    assert compile_lora_scales.scales_as_inputs(list(get_layers(differing))) == count
-    assert updating(differing) == [1] * LAYERS, "set up twice"
 
 
 def test_disabled_adapters_add_one_graph_a_kind(build):
