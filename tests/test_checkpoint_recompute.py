@@ -268,7 +268,7 @@ def test_a_compiled_block_has_one_graph():
 def test_a_compiled_block_whose_output_is_looked_at():
     """The same graph computes all of it: for a hook, and outside a checkpoint."""
     blocks = make_blocks(count = 1)
-    with compiled(blocks) as counters:
+    with compiled(blocks, "eager") as counters:
         result, _ = train_step(blocks, counting = False)
         seen = []
         handle = blocks[0].register_forward_hook(lambda *a: seen.append(a[2][0].detach().clone()))
@@ -284,7 +284,7 @@ def test_a_graph_for_each_run_leaves_it_out_too(monkeypatch):
     """UNSLOTH_CHECKPOINT_ONE_GRAPH=0, as for CUDA graphs: two graphs, the second without the product."""
     monkeypatch.setenv("UNSLOTH_CHECKPOINT_ONE_GRAPH", "0")
     blocks = make_blocks()
-    with compiled(blocks) as counters:
+    with compiled(blocks, "eager") as counters:
         train_step(blocks, counting = False)
         assert down_projections(blocks) == 3 * len(blocks)
         assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 2
@@ -315,7 +315,7 @@ def test_a_recompute_that_raises_leaves_nothing_behind(recompute, monkeypatch, s
     blocks = make_blocks(count = 1)
     mlp = blocks[0].mlp
     armed = []
-    with compiled(blocks):
+    with compiled(blocks, "eager"):
         expected, _ = train_step(blocks, counting = False)
         forward = type(blocks[0]).forward
 

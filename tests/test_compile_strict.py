@@ -226,12 +226,13 @@ MODELS = [
 @pytest.mark.parametrize("family, bits", MODELS)
 def test_lora_blocks_of_a_family_are_whole_graphs(build, monkeypatch, family, bits):
     """No break, no demotion, no call around the region over two lengths, and losses as eager's: bit
-    for bit through aot_eager; on a GPU, by Inductor under a checkpoint, within bfloat16's noise."""
+    for bit without Inductor (AOTAutograd, which takes as long again, goes on with one family); on a GPU,
+    by Inductor under a checkpoint, within bfloat16's noise."""
     from unsloth.models.compile_modes import watched_regions
 
     gpu = DEVICE == "cuda"
     monkeypatch.setenv(MODE, "strict")
-    backend = "inductor" if gpu else "aot_eager"
+    backend = "inductor" if gpu else "aot_eager" if family == "qwen3" else "eager"
     model = build(family, bits = bits, checkpointing = gpu, backend = backend)
     losses = [step(model, 2, length)[0] for length in (33, 57)]
     (region,) = watched_regions(model)

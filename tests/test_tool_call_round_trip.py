@@ -78,7 +78,7 @@ NUMBERS = (0, -1, 7, 2**53 + 1, -(10**30), 0.1, -1e-300, 1.7976931348623157e308,
 class Hostile:
     """Seeded hostile conversations: the same seed gives the same one again.
 
-    Drawing all of 5,000 through hypothesis would take minutes.
+    Drawing all of them through hypothesis would take minutes.
     """
 
     def __init__(self, seed):
@@ -156,10 +156,9 @@ def exact(message):
 
 
 @pytest.mark.parametrize("mode", ["split", "join"])
-@pytest.mark.parametrize("half", [0, 1])
-def test_parse_render_round_trip(mode, half, tokenizers, tool_calls):
-    """5,000 hostile conversations: text, ids, stream and parse_response all give the calls back."""
-    for seed in range(half * 1250, (half + 1) * 1250):
+def test_parse_render_round_trip(mode, tokenizers, tool_calls):
+    """1,000 hostile conversations: text, ids, stream and parse_response all give the calls back."""
+    for seed in range(500):
         check_round_trip(mode, Hostile(f"{mode} {seed}"), tokenizers, tool_calls)
 
 
@@ -208,7 +207,7 @@ drawn_calls = st.lists(
 )
 
 
-@settings(max_examples = 300, deadline = None, suppress_health_check = list(HealthCheck))
+@settings(max_examples = 150, deadline = None, suppress_health_check = list(HealthCheck))
 @given(calls = drawn_calls, mode = st.sampled_from(["split", "join"]), seed = st.integers(0))
 def test_parse_render_round_trip_drawn(calls, mode, seed, tokenizers, tool_calls):
     """The same for conversations that hypothesis draws, and shrinks where one fails."""
@@ -232,12 +231,12 @@ def shown(messages):
 
 @pytest.mark.parametrize("mode", ["split", "join"])
 def test_every_format_renders_the_same(mode, tokenizers, tool_calls):
-    """5,000 seeded conversations, each in all formats: what is printed of it is what is printed of
+    """1,000 seeded conversations, each in all formats: what is printed of it is what is printed of
     OpenAI's form, to the byte in one of the formats, and every assistant turn reads back."""
     prepare = importlib.import_module("unsloth.tool_calls.messages").prepare_conversation
     arrange = importlib.import_module("unsloth.tool_calls.parallel").MODES[mode]
     options = {"tokenize": False, "date_string": "x"}
-    for seed in range(2500):
+    for seed in range(500):
         tokenizer = tokenizers["llama-3.1" if seed % 2 else "llama-3.2", mode]
         messages = Conversations(f"{mode} {seed}", several = 1 + seed % 3).messages()
         expected = repr(shown(prepare(messages, arrange = arrange)))
@@ -359,10 +358,10 @@ def hostile_call(pick):
 
 
 def test_what_is_accepted_can_be_rendered_again(tokenizers, tool_calls):
-    """5,000 hostile replies: each is calls that the checks let through and that read back, or it is
+    """2,000 hostile replies: each is calls that the checks let through and that read back, or it is
     text with the reason; the stream says the same."""
     tokenizer, accepted = tokenizers["llama-3.1", "join"], 0
-    for seed in range(5000):
+    for seed in range(2000):
         pick = random.Random(seed).choice
         reply = pick(("; ", ";", "\n", "")).join(hostile_call(pick) for _ in range(pick((1, 1, 2))))
         reply = pick(("", "", "<|python_tag|>")) + reply + pick(("", "<|eot_id|>", "<|eom_id|>"))
@@ -379,7 +378,7 @@ def test_what_is_accepted_can_be_rendered_again(tokenizers, tool_calls):
         text.encode("utf-8")
         again = tool_calls.parse_tool_calls(text.rpartition(HEADER)[2])
         assert exact(again) == exact(message), reply[:200]
-    assert 500 < accepted < 4000
+    assert 200 < accepted < 1600
 
 
 def test_cut_off_replies_lose_no_call_silently(tokenizers, tool_calls):

@@ -2,7 +2,8 @@
 # Copyright 2026 the unsloth_patches authors
 """Tests of this project alone: there is nothing for them to test in the fork or on stock Unsloth.
 
-Fixtures: the toy project on which scripts/patches.py is tested, and a fake Unsloth for the hooks.
+Fixtures: the toy project on which scripts/patches.py is tested, a fake Unsloth for the hooks, and forks of
+processes that have imported the installed one.
 """
 
 import os
@@ -10,6 +11,7 @@ import shutil
 
 import pytest
 from fake_unsloth import make_fake
+from imported_unsloth import Imported
 from toy_project import (
     MESSAGE,
     MODULE,
@@ -71,3 +73,28 @@ def root(tmp_path, cache, monkeypatch):
 def fake(tmp_path):
     """A folder with a fake Unsloth and our package, for processes of ``fake_unsloth.run``."""
     return make_fake(tmp_path)
+
+
+def _imported(first):
+    @pytest.fixture(scope = "session")
+    def process():
+        one = Imported(first)
+        yield one
+        one.end()
+
+    return process
+
+
+_patched_process, _stock_process = _imported("patched"), _imported("late")
+
+
+@pytest.fixture
+def with_patched_unsloth(_patched_process, tmp_path):
+    """with_patched_unsloth(code) -> its output, where ``unsloth_patches`` and then unsloth were imported."""
+    return lambda code: _patched_process.run(code, tmp_path)
+
+
+@pytest.fixture
+def with_stock_unsloth(_stock_process, tmp_path):
+    """The same where unsloth was imported, and ``unsloth_patches`` can only come late."""
+    return lambda code: _stock_process.run(code, tmp_path)

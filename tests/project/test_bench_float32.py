@@ -116,7 +116,8 @@ def test_results_of_an_earlier_run_are_needed(tmp_path, capsys):
 
 def test_a_reference_that_fails_says_why(tmp_path):
     """The end of its output is in the error."""
+    (tmp_path / "torch.py").write_text("raise ImportError('a broken torch')", encoding = "utf-8")
     job = lambda folder: {"checkpoint": str(folder)}  # noqa: E731
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with pytest.raises(RuntimeError, match = "--float32 failed"):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    with pytest.raises(RuntimeError, match = r"--float32 failed \(1\)(.|\n)*a broken torch"):
         list(train_float32.reference(job, environment, lambda folder: None))

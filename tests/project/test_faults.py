@@ -2,20 +2,16 @@
 # Copyright 2026 the unsloth_patches authors
 """Patches of several subjects at once, in one process of Unsloth's CPU backend."""
 
-import os
-import textwrap
 from importlib.util import find_spec
 
 import pytest
-from toy_project import ROOT, run_python
 
 pytestmark = pytest.mark.skipif(find_spec("unsloth_zoo") is None, reason = "needs Unsloth")
 
 
-def test_threads_that_render_and_train_at_once_do_as_one_after_the_other():
+def test_threads_that_render_and_train_at_once_do_as_one_after_the_other(with_patched_unsloth):
     """Each training has loss options of its own, each tokenizer its mode; one tokenizer is shared."""
-    code = textwrap.dedent(
-        """
+    code = """
         import unsloth_patches
         import copy, sys, threading
         import torch, unsloth
@@ -76,8 +72,5 @@ def test_threads_that_render_and_train_at_once_do_as_one_after_the_other():
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
         assert found == expected, [n for n in range(len(jobs)) if found[n] != expected[n]]
-        print("alike")
         """
-    )
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "_shared")])
-    assert "alike" in run_python(ROOT, code, CUDA_VISIBLE_DEVICES = "", PYTHONPATH = path)
+    with_patched_unsloth(code)

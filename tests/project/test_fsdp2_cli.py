@@ -5,6 +5,7 @@
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+needs_unsloth = pytest.mark.skipif(
+    importlib.util.find_spec("unsloth") is None, reason = "needs Unsloth"
+)
 LLAMA_70B = {
     "hidden_size": 8192,
     "intermediate_size": 28672,
@@ -122,32 +126,46 @@ def test_plan_says_what_it_does_not_know(tmp_path, capsys):
     assert "not counted: vision_config" in capsys.readouterr().out
 
 
-def _toy(folder):
-    code = (
-        "import sys; from pathlib import Path; from unsloth_patches.bench.fsdp2_cells import TOY;"
-        "from unsloth_patches.bench.fsdp2_checkpoint import make_checkpoint;"
-        "make_checkpoint(Path(sys.argv[1]), TOY, 2)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(folder)], check = True, timeout = 120, cwd = ROOT)
-    return folder
+@pytest.fixture(scope = "module")
+def toy(tmp_path_factory):
+    """A small Llama's checkpoint."""
+    from unsloth_patches.bench.fsdp2_cells import TOY
+    from unsloth_patches.bench.fsdp2_checkpoint import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("toy"), TOY, 2)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason = "needs Unsloth")
-def test_train_script_runs_on_two_ranks(tmp_path):
-    """scripts/train_fsdp2.py as it stands under torchrun on two CPU ranks, each with its shard only:
-    it trains, saves the adapter and (with two GPUs: Unsloth merges no 4-bit model on the CPU) the
-    merged model, and resumes; undecided, the toy stays whole.
-    """
-    import torch
+# A rank without a GPU: it imports once for all runs and forks for each, at a port of its own.
+RANK = """
+import os, sys, traceback
+sys.path[:0] = ["scripts"]
+import train_fsdp2
+for (load, arguments), port in zip({runs!r}, {ports!r}):
+    child = os.fork()
+    if not child:
+        os.environ.update(UNSLOTH_FSDP2_SHARDED_LOAD = load, MASTER_PORT = port)
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+        said = os.open(f"{folder}/said-{{load}}", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        os.dup2(said, 1), os.dup2(said, 2)
+        sys.argv[1:], code = arguments, 0
+        try:
+            train_fsdp2.main()
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(open(f"{folder}/said-{{load}}").read())
+"""
 
-    gpus = torch.cuda.device_count() >= 2
-    toy = _toy(tmp_path / "toy")
-    data = tmp_path / "data.jsonl"
-    rows = [
-        json.dumps({"text": " ".join(f"w{4 + (i * j) % 400}" for j in range(40))})
-        for i in range(1, 17)
-    ]
-    data.write_text("\n".join(rows) + "\n", encoding = "utf-8")
+
+def _torchrun(
+    script,
+    arguments = (),
+    load = "auto",
+):
+    """What the script says on two ranks."""
     command = [
         sys.executable,
         "-m",
@@ -156,41 +174,61 @@ def test_train_script_runs_on_two_ranks(tmp_path):
         "2",
         "--standalone",
     ]
-    command += ["scripts/train_fsdp2.py", "--model", str(toy), "--data", str(data)]
-    command += [
-        "--output",
-        str(tmp_path / "out"),
-        "--length",
-        "32",
-        "--accumulate",
-        "2",
-        "--save-steps",
-        "2",
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {"UNSLOTH_FSDP2": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        [*command, str(script), *arguments],
+        env = {**os.environ, **environment, "UNSLOTH_FSDP2_SHARDED_LOAD": load},
+        cwd = ROOT,
+        timeout = 480,
+        stdout = subprocess.PIPE,
+        stderr = subprocess.STDOUT,
+        text = True,
+        encoding = "utf-8",
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+def _free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [str(one.getsockname()[1]) for one in sockets]
+    [one.close() for one in sockets]
+    return ports
+
+
+@needs_unsloth
+def test_train_script_runs_on_two_ranks(tmp_path, toy):
+    """scripts/train_fsdp2.py under torchrun on two ranks, each with its shard only: it trains, saves the
+    adapter and (with two GPUs: Unsloth merges no 4-bit model on the CPU) the merged model, and resumes;
+    undecided, the toy stays whole.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() >= 2
+    data = tmp_path / "data.jsonl"
+    rows = [
+        json.dumps({"text": " ".join(f"w{4 + (i * j) % 400}" for j in range(40))})
+        for i in range(1, 17)
     ]
-    environment = {
-        **os.environ,
-        "UNSLOTH_FSDP2": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
-    merged = ["--merged", str(tmp_path / "merged")] if gpus else []
-    for load, extra in (
-        ("1", ["--steps", "2", *merged]),
-        ("auto", ["--steps", "4", "--resume"]),
-    ):
-        done = subprocess.run(
-            [*command, *extra],
-            env = {**environment, "UNSLOTH_FSDP2_SHARDED_LOAD": load},
-            cwd = ROOT,
-            timeout = 240,
-            capture_output = True,
-            text = True,
-            encoding = "utf-8",
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "'fsdp2-sharded-4bit': 'applied'" in done.stdout, done.stdout[-2000:]
-        assert ("Loading this rank's 4-bit shards" in done.stderr) == (load == "1")
-        assert ("whole on each of 2 ranks" in done.stdout) == (load == "auto")
+    data.write_text("\n".join(rows) + "\n", encoding = "utf-8")
+    options = f"--model {toy} --data {data} --output {tmp_path / 'out'} --length 32 --accumulate 2"
+    merged = f"--merged {tmp_path / 'merged'}" if gpus else ""
+    runs = [
+        ("1", f"{options} --save-steps 2 --steps 2 {merged}".split()),
+        ("auto", f"{options} --save-steps 2 --steps 4 --resume".split()),
+    ]
+    if gpus:
+        said = [_torchrun("scripts/train_fsdp2.py", *reversed(run)) for run in runs]
+    else:
+        code = RANK.format(runs = runs, ports = _free_ports(2), folder = tmp_path)
+        (tmp_path / "rank.py").write_text(code, encoding = "utf-8")
+        _torchrun(tmp_path / "rank.py")
+        said = [(tmp_path / f"said-{load}").read_text(encoding = "utf-8") for load, _ in runs]
+    for (load, _), text in zip(runs, said):
+        assert "'fsdp2-sharded-4bit': 'applied'" in text, text[-2000:]
+        assert ("Loading this rank's 4-bit shards" in text) == (load == "1")
+        assert ("whole on each of 2 ranks" in text) == (load == "auto")
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "out" / "checkpoint-4").is_dir()
     if gpus:
@@ -243,7 +281,7 @@ def test_train_script_takes_float16_on_a_t4(monkeypatch):
     assert not script.training_settings(options, torch.bfloat16).fp16
 
 
-@pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason = "needs Unsloth")
+@needs_unsloth
 @pytest.mark.parametrize(
     "model, rows, words",
     [
@@ -254,7 +292,9 @@ def test_train_script_takes_float16_on_a_t4(monkeypatch):
         ("toy", [{"words": "w4"}], "1 rows with words"),
     ],
 )
-def test_train_script_checks_before_it_loads(tmp_path, monkeypatch, capsys, model, rows, words):
+def test_train_script_checks_before_it_loads(
+    tmp_path, toy, monkeypatch, capsys, model, rows, words
+):
     """A model or data that cannot be trained on is named, with a remedy, before anything is loaded."""
     script = _train_script()
     monkeypatch.setattr(script.FastLanguageModel, "from_pretrained", lambda *_, **__: pytest.fail())
@@ -262,11 +302,10 @@ def test_train_script_checks_before_it_loads(tmp_path, monkeypatch, capsys, mode
     monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.chdir(tmp_path)
-    _toy(tmp_path / "toy") if model == "toy" else None
     if rows is not None:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / "data.jsonl").write_text(lines, encoding = "utf-8")
-    name = model if "/" in model else str(tmp_path / model)
+    name = {"toy": str(toy), "missing": str(tmp_path / "missing")}.get(model, model)
     monkeypatch.setattr(sys, "argv", ["train_fsdp2.py", "--model", name, "--data", "data.jsonl"])
     with pytest.raises(SystemExit) as stop:
         script.main()

@@ -870,21 +870,22 @@ needs_unsloth = pytest.mark.skipif(find_spec("unsloth") is None, reason = "unslo
 
 
 @needs_unsloth
-def test_the_installed_unsloth_reports_every_patch_as_applied_or_fitting():
+def test_the_installed_unsloth_reports_every_patch_as_applied_or_fitting(with_patched_unsloth):
     """Nothing in the catalogue is stale for the pinned release, before and after the real import."""
-    code = textwrap.dedent(
-        """
+    code = """
         import unsloth_patches
         for row in unsloth_patches.status():
             assert row.state == "pending" and row.reason.startswith("will apply"), row
-        import unsloth, unsloth.chat_templates
+        """
+    python(textwrap.dedent(code), ROOT)
+    code = """
+        import unsloth_patches
         for row in unsloth_patches.status():
             assert row.state in ("applied", "pending"), row
         states = {row.name: row.state for row in unsloth_patches.status()}
         assert states["llama-chat-templates"] == "applied"
         """
-    )
-    python(code, ROOT)
+    with_patched_unsloth(code)
 
 
 @needs_unsloth
@@ -924,11 +925,13 @@ def test_the_oldest_supported_release_takes_every_patch_that_it_has_code_for(tmp
 
 
 @needs_unsloth
-def test_chat_templates_captured_before_and_after():
+def test_chat_templates_captured_before_and_after(with_stock_unsloth):
     """A name taken before a late import is rebound; stock() and undo() reach it too."""
-    code = textwrap.dedent(
+    with_stock_unsloth(
         """
+        import sys
         from unsloth.chat_templates import CHAT_TEMPLATES
+        assert "unsloth_patches" not in sys.modules
         before = CHAT_TEMPLATES["llama-3.1"][0]
         import unsloth_patches, unsloth.chat_templates as home
         states = {row.name: row.state for row in unsloth_patches.status()}
@@ -943,15 +946,13 @@ def test_chat_templates_captured_before_and_after():
         assert home.CHAT_TEMPLATES["llama-3.1"][0] == before
         """
     )
-    python(code, ROOT)
 
 
 @needs_unsloth
-def test_a_late_import_of_the_installed_unsloth_blames_nothing_else():
+def test_a_late_import_of_the_installed_unsloth_blames_nothing_else(with_stock_unsloth):
     """On the CPU backend: what is skipped is skipped for coming late, what is for GPUs says so."""
-    code = textwrap.dedent(
+    with_stock_unsloth(
         """
-        import unsloth, unsloth.chat_templates
         import unsloth_patches
         first, *rows = unsloth_patches.status()
         assert first.state == "late", first
@@ -963,39 +964,44 @@ def test_a_late_import_of_the_installed_unsloth_blames_nothing_else():
             assert "is not there" not in row.reason and "_Replaced" not in row.reason, row
         """
     )
-    python(code, ROOT, {"CUDA_VISIBLE_DEVICES": ""})
 
 
 @needs_unsloth
 def test_a_mistyped_switch_is_told_at_import():
-    """On a machine without a GPU nothing reads it later. It is said, and stops nothing."""
+    """On a machine without a GPU nothing reads it later. It is said, and stops nothing; of others that
+    are set, or once it is put right, nothing is."""
     code = textwrap.dedent(
         """
-        import sys
+        import os, sys
         import unsloth_patches
         unsloth_patches.status()
         assert "torch" not in sys.modules, "status() must leave Unsloth to be imported first"
         import unsloth
         from unsloth_patches.settings import SWITCHES
-        reasons = {row.name: row.reason for row in unsloth_patches.status()}
-        print(reasons[SWITCHES["UNSLOTH_BLOCK_FULLGRAPH"].patch])
-        assert "choose" not in reasons[SWITCHES["UNSLOTH_LOSS_CHUNK_ROWS"].patch]
+        def reasons():
+            return {row.name: row.reason for row in unsloth_patches.status()}
+        patch = SWITCHES["UNSLOTH_BLOCK_FULLGRAPH"].patch
+        print(reasons()[patch])
+        assert "choose" not in reasons()[SWITCHES["UNSLOTH_LOSS_CHUNK_ROWS"].patch]
+        os.environ["UNSLOTH_BLOCK_FULLGRAPH"] = "strict"
+        assert "choose" not in reasons()[patch]
         """
     )
-    switches = {"UNSLOTH_BLOCK_FULLGRAPH": "stict", "UNSLOTH_PATCHES_QUIET": "0"}
-    done = python(code, ROOT, {**switches, "CUDA_VISIBLE_DEVICES": ""})
+    switches = {"UNSLOTH_BLOCK_FULLGRAPH": "stict", "UNSLOTH_FSDP2_OFFLOAD": "all"}
+    done = python(
+        code, ROOT, {**switches, "UNSLOTH_PATCHES_QUIET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    )
     words = "UNSLOTH_BLOCK_FULLGRAPH='stict': choose one of auto, strict, off."
     assert words in done.stdout and f"unsloth_patches: {words}" in done.stderr
-    done = python(code, ROOT, {**switches, "UNSLOTH_BLOCK_FULLGRAPH": "strict"})
-    assert "choose" not in done.stdout + done.stderr
+    assert done.stderr.count("choose") == 1 and "OFFLOAD" not in done.stderr
 
 
 @needs_unsloth
-def test_undo_gives_the_trainer_its_own_loss_back():
+def test_undo_gives_the_trainer_its_own_loss_back(with_patched_unsloth):
     """The CPU backend's loss wraps transformers' Trainer when a model is loaded, not at import."""
-    code = textwrap.dedent(
+    with_patched_unsloth(
         """
-        import unsloth_patches, unsloth
+        import unsloth_patches
         import unsloth_zoo.cpu.loader as loader
         from transformers import LlamaConfig, LlamaForCausalLM, Trainer
         stock = Trainer.compute_loss
@@ -1011,4 +1017,3 @@ def test_undo_gives_the_trainer_its_own_loss_back():
             unsloth_patches.install()
         """
     )
-    python(code, ROOT, {"CUDA_VISIBLE_DEVICES": ""})

@@ -2,18 +2,15 @@
 # Copyright 2026 the unsloth_patches authors
 """stock() means the stock loss, also for models that were loaded before and have options."""
 
-import textwrap
 from importlib.util import find_spec
 
 import pytest
-from toy_project import ROOT, run_python
 
 pytestmark = pytest.mark.skipif(find_spec("unsloth_zoo") is None, reason = "needs Unsloth")
 
 
-def test_stock_is_stock_for_a_model_that_was_loaded_before():
-    code = textwrap.dedent(
-        """
+def test_stock_is_stock_for_a_model_that_was_loaded_before(with_patched_unsloth):
+    code = """
         import unsloth_patches
         import unsloth, torch
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,7 +30,5 @@ def test_stock_is_stock_for_a_model_that_was_loaded_before():
         with unsloth_patches.stock():
             assert abs(ours() - plain) < 1e-5, (ours(), plain)
         assert abs(ours() - before) < 1e-5
-        print("alike")
         """
-    )
-    assert "alike" in run_python(ROOT, code, CUDA_VISIBLE_DEVICES = "")
+    with_patched_unsloth(code)

@@ -263,21 +263,15 @@ def save_json(
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints rows under columns; numbers are aligned right. Uses rich where it is installed."""
-    cells: List[List[str]] = [[_cell(value) for value in row] for row in rows]
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print(f"\n{title}")
-        for row in [list(columns), *cells]:
-            print("  ".join(value.rjust(10) for value in row))
-        return
+    """Prints rows under columns; numbers are aligned right."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title = title, title_justify = "left")
     for index, column in enumerate(columns):
         table.add_column(column, justify = "left" if index == 0 else "right")
-    for row in cells:
-        table.add_row(*row)
+    for row in rows:
+        table.add_row(*map(_cell, row))
     # A pipe has no width of its own; rich would fold the table at 80 columns.
     console = Console()
     Console(width = None if console.is_terminal else 160).print(table)
