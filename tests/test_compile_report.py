@@ -90,3 +90,27 @@ def test_a_demotion_is_reported_with_its_reason(toy, monkeypatch):
     ((reason, count),) = region["uncompiled_calls"].items()
     assert reason.startswith("demoted") and "no code for this device" in reason and count == 2
     assert "no code for this device" in report.table()
+
+
+def test_step_graphs_are_told():
+    """Share, buckets, pool, padding and reasons; nothing where nothing was asked to replay."""
+    from unsloth.models.compile_report import CompileReport
+    from unsloth.models.compile_table import table
+
+    with CompileReport(torch.nn.Linear(2, 2)) as report:
+        pass
+    found = report.summary()
+    assert found["step_graphs"] == {} and "step graphs" not in table([found])
+    found["step_graphs"] = {
+        "replayed": 3,
+        "share": 0.75,
+        "buckets": [(2, 64), (2, 128)],
+        "pool_bytes": 5 << 20,
+        "padding": 0.25,
+        "reasons": {"a length's first batch": 1},
+        "changes": {"requires_grad changed": 2},
+    }
+    told = table([found])
+    assert "75% of micro-batches replayed (3), 2 buckets, pool 5 MiB, 25% padding" in told
+    assert "1 not replayed: a length's first batch" in told
+    assert "dropped 2 times: requires_grad changed" in told
