@@ -27,6 +27,12 @@ from fast_models import (  # noqa: E402, F401
 from small_models import VOCABULARY  # noqa: E402
 
 
+@pytest.fixture(autouse = True)
+def no_step_graphs(monkeypatch):
+    """On a GPU they would replay these blocks, and run a first batch uncompiled."""
+    monkeypatch.setenv("UNSLOTH_STEP_GRAPHS", "0")
+
+
 def test_packed_rows_are_compiled(build):
     """Documents of any number and length: one graph, or one for each run of the checkpoint."""
     model = build(checkpointing = True)

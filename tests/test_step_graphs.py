@@ -415,21 +415,19 @@ def _thaw(model):
 
 
 def _resize(model):
-    """Another memory for the same tensor, of the same size in the end."""
+    """The same tensor over memory that is longer, and elsewhere."""
     weight = backbone(model).layers[0].self_attn.k_proj.lora_A["default"].weight
-    before, shape = weight.detach().clone(), weight.shape
+    weight.untyped_storage().resize_(8 * weight.nbytes)
     with torch.no_grad():
-        weight.set_(torch.empty(2 * before.numel(), device = weight.device))
-        weight.resize_(shape).copy_(before * 2)
+        weight.mul_(2)
 
 
 def _rank(model):
+    config = copy.copy(model.peft_config["default"])
+    config.r, config.lora_alpha, config.target_modules = 2, 6, {"q_proj", "down_proj"}
+    model.add_adapter("other", config)
+    model.set_adapter("other")
     model.delete_adapter("default")
-    model.add_adapter("default", type(model.active_peft_config)(
-        r = 2, lora_alpha = 6, target_modules = ["q_proj", "down_proj"], task_type = "CAUSAL_LM",
-        init_lora_weights = False,
-    ))  # fmt: skip
-    model.set_adapter("default")
 
 
 CHANGES = (

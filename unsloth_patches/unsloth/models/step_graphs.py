@@ -139,6 +139,7 @@ class Stack:
         self.state: Optional[BlockState] = None
         self.blocked: Optional[str] = None
         self.pool: Optional[Pool] = None
+        self.recorder: Any = None
 
     def drop(self, why: str) -> None:
         """Drops every graph since something that they depend on is another now."""
@@ -195,7 +196,10 @@ class Stack:
 
     def _bucket_for(self, hidden: torch.Tensor, kwargs: dict) -> Tuple[str, Any, Any]:
         """('', bucket, layout), or (reason, None, None)."""
-        reason = self.off or self._stale_or_blocked() or unknown_argument(kwargs)
+        reason = self._stale_or_blocked() or unknown_argument(kwargs)
+        if not reason and self._recorder(hidden.device) is None:
+            self.off = f"no graphs on {hidden.device.type}"
+        reason = self.off or reason
         if reason:
             return reason, None, None
         reason, layout = lay_out(hidden, kwargs)
@@ -228,6 +232,11 @@ class Stack:
             return "", bucket, layout
         self.buckets.move_to_end(key)
         return "", bucket, layout
+
+    def _recorder(self, device: torch.device) -> Any:
+        if self.recorder is None:
+            self.recorder = step_graphs_capture.make_recorder(device)
+        return self.recorder
 
     def _longer(self, key: tuple) -> Optional[tuple]:
         """A captured bucket that differs by a somewhat greater length alone: it costs the GPU less
@@ -275,11 +284,7 @@ class Stack:
     ) -> Optional[Bucket]:
         try:
             if self.pool is None:
-                recorder = step_graphs_capture.make_recorder(hidden.device)
-                if recorder is None:
-                    self.off = f"no graphs on {hidden.device.type}"
-                    return None
-                self.pool = Pool(recorder, POOL_SHARE)
+                self.pool = Pool(self._recorder(hidden.device), POOL_SHARE)
             bucket = Bucket(
                 self.pool,
                 self.layers,
@@ -322,7 +327,7 @@ class Stack:
         """
         self.drops += len(self.buckets)
         self.buckets.clear()
-        self.refused[key], self.pool = reason, None
+        self.refused[key], self.pool, self.recorder = reason, None, None
         self.limit, self.limit_reason = key[0] * key[1] - 1, reason
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

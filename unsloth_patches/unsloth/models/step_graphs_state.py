@@ -103,6 +103,7 @@ class BlockState:
         attributes = [(m, n) for m in layers for n in ("training", "gradient_checkpointing")]
         attributes += [(m, n) for m in adapters for n in ("_active_adapter", "_disable_adapters")]
         places = [(vars(m), name) for m, name in attributes if name in vars(m)]
+        self._attributes = len(places)
         places += [place for w in self._weights for place in _quantization(w)]
         self._places = list(zip(*places))
         self._were_in_places = self._in_places()
@@ -141,8 +142,12 @@ class BlockState:
         hooks that were taken away.
         """
         try:
-            if self._in_places() != self._were_in_places:
-                return "modes, adapters or 4-bit weights changed"
+            found, were, n = self._in_places(), self._were_in_places, self._attributes
+            if found[:n] != were[:n]:
+                return "modes or adapters changed"
+            # States of 4-bit weights may be equal, but elsewhere.
+            if not all(map(operator.is_, found[n:], were[n:])):
+                return "4-bit weights changed"
             if gc.get_referents(*self._tables) != self._were_in_tables:
                 return "modules, weights or scales changed"
             # Each hook that is registered anywhere counts this up.
