@@ -109,3 +109,27 @@ def test_ranks_that_differ_or_have_no_report_are_named():
     assert lacks == ["rank", "3", "no report: KeyError: 'ours'"]
     assert ranks == ["ranks", "4;", "the slowest compiled for 12.3 s"]
     assert table([{"error": "gone"}, mine]) == "Unsloth: no compile report (gone)"
+
+
+def test_step_graphs_are_told():
+    """Share, buckets, pool, padding and reasons; nothing where nothing was asked to replay."""
+    from unsloth.models.compile_report import CompileReport
+    from unsloth.models.compile_table import table
+
+    with CompileReport(torch.nn.Linear(2, 2)) as report:
+        pass
+    found = report.summary()
+    assert found["step_graphs"] == {} and "step graphs" not in table([found])
+    found["step_graphs"] = {
+        "replayed": 3,
+        "share": 0.75,
+        "buckets": [(2, 64), (2, 128)],
+        "pool_bytes": 5 << 20,
+        "padding": 0.25,
+        "reasons": {"a length's first batch": 1},
+        "changes": {"requires_grad changed": 2},
+    }
+    told = table([found])
+    assert "75% of micro-batches replayed (3), 2 buckets, pool 5 MiB, 25% padding" in told
+    assert "1 not replayed: a length's first batch" in told
+    assert "dropped 2 times: requires_grad changed" in told

@@ -11,6 +11,7 @@ from backend import DEVICE, require
 require("interpreter")
 
 import unsloth  # noqa: F401, E402
+import fast_models  # noqa: E402
 from fast_models import (  # noqa: E402, F401
     HEAD_DIM,
     LONGEST,
@@ -26,6 +27,12 @@ from fast_models import (  # noqa: E402, F401
     unsloth_modules,
 )
 from small_models import VOCABULARY  # noqa: E402
+
+
+@pytest.fixture(autouse = True)
+def no_step_graphs(monkeypatch):
+    """On a GPU they would replay these blocks, and run a first batch uncompiled."""
+    monkeypatch.setenv("UNSLOTH_STEP_GRAPHS", "0")
 
 
 def test_packed_rows_are_compiled(build):
@@ -72,9 +79,9 @@ def test_a_packed_block_that_is_demoted_still_keeps_documents_apart(build):
     assert_bit_equal(demoted, reference)
 
 
-@pytest.mark.parametrize("why", ["evaluation", "no kernel", "switched off"])
+@pytest.mark.parametrize("why", ["evaluation", "no kernel", "switched off", "marked"])
 def test_packed_rows_that_cannot_compile_run_as_before(build, monkeypatch, why):
-    """Evaluation, no kernel for it, UNSLOTH_BLOCK_COMPILE_PACKED=0: upstream's path."""
+    """Evaluation, no kernel, UNSLOTH_BLOCK_COMPILE_PACKED=0, a caller's mark: upstream's path."""
     from unsloth.utils import packed_attention
 
     model = build()
@@ -84,6 +91,15 @@ def test_packed_rows_that_cannot_compile_run_as_before(build, monkeypatch, why):
     elif why == "no kernel":
         monkeypatch.setattr(packed_attention, "_last", {})
         monkeypatch.setattr(packed_attention, "_varlen_runs", lambda *arguments: False)
+    elif why == "marked":
+        make = fast_models.packed
+
+        def marked(*arguments):
+            found = make(*arguments)
+            found["packed_seq_lengths"]._unsloth_uncompiled = True
+            return found
+
+        monkeypatch.setattr(fast_models, "packed", marked)
     else:
         monkeypatch.setenv("UNSLOTH_BLOCK_COMPILE_PACKED", "0")
     with torch.no_grad() if why == "evaluation" else contextlib.nullcontext():

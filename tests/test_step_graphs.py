@@ -410,9 +410,29 @@ def _merge(model):
     backbone(model).layers[0].mlp.up_proj.merge()
 
 
+def _thaw(model):
+    backbone(model).layers[1].input_layernorm.weight.requires_grad_(True)
+
+
+def _resize(model):
+    """The same tensor over memory that is longer, and elsewhere."""
+    weight = backbone(model).layers[0].self_attn.k_proj.lora_A["default"].weight
+    weight.untyped_storage().resize_(8 * weight.nbytes)
+    with torch.no_grad():
+        weight.mul_(2)
+
+
+def _rank(model):
+    config = copy.copy(model.peft_config["default"])
+    config.r, config.lora_alpha, config.target_modules = 2, 6, {"q_proj", "down_proj"}
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+
+
 CHANGES = (
     _move, _replace, _replace_parameter, _scale, _freeze, _disable, _checkpoint, _shorten, _new_layers,
-    _merge,
+    _merge, _thaw, _resize, _rank,
 )  # fmt: skip
 
 
@@ -425,6 +445,69 @@ def test_a_change_is_noticed_before_anything_is_computed_with_the_old_state(llam
         close(step(llama, inputs), plain(llama, inputs))
     assert summary(llama)["dropped"] == 1 or change is _new_layers
     assert summary(llama)["captures"] == 2  # of the new state
+
+
+def test_a_4_bit_weights_state_is_looked_at(llama):
+    """Whatever of it is another now; a merge that empties the list of merges again is none."""
+    from types import SimpleNamespace
+
+    from unsloth.models.step_graphs_state import BlockState
+
+    layers = backbone(llama).layers
+    projection = layers[1].mlp.gate_proj
+    weight, zeros = projection.base_layer.weight, torch.zeros
+    nested = SimpleNamespace(absmax = zeros(2), code = zeros(3), state2 = None)
+    weight.quant_state = SimpleNamespace(
+        absmax = zeros(4), code = zeros(5), offset = zeros(()), state2 = nested
+    )
+    changes = [(weight, "quant_state", copy.copy(weight.quant_state))]
+    changes += [(weight.quant_state, name, zeros(4) + 1) for name in ("absmax", "code", "offset")]
+    changes += [(nested, name, zeros(2) + 1) for name in ("absmax", "code")]
+    changes += [(weight.quant_state, "state2", copy.copy(nested))]
+    state = BlockState(layers)
+    for owner, name, new in changes:
+        before = getattr(owner, name)
+        setattr(owner, name, new)
+        assert state.changed(wholly = False) and state.still_there()
+        setattr(owner, name, before)
+        assert not state.changed(wholly = False) and not state.changed()
+    projection.merged_adapters.append("default")
+    assert state.changed(wholly = False)
+    projection.merged_adapters.clear()
+    assert not state.changed(wholly = False)
+
+
+def test_attention_kernels_and_implementation_are_part_of_a_graphs_key(llama):
+    captured(llama)
+    config = backbone(llama).config
+    config._attn_implementation = "eager"
+    step(llama, batch(2, 40))
+    assert summary(llama)["replayed"] == 1 and len(summary(llama)["buckets"]) == 1
+    config._attn_implementation = "sdpa"
+    step(llama, batch(2, 40))
+    assert summary(llama)["replayed"] == 2
+    enabled = torch.backends.cuda.flash_sdp_enabled()
+    torch.backends.cuda.enable_flash_sdp(not enabled)
+    step(llama, batch(2, 40))
+    torch.backends.cuda.enable_flash_sdp(enabled)
+    step(llama, batch(2, 40))
+    assert summary(llama)["replayed"] == 3 and summary(llama)["dropped"] == 0
+
+
+def test_a_first_packed_batch_leaves_the_process_as_it_was(llama, monkeypatch):
+    """It runs uncompiled, by a mark on this batch's lengths alone."""
+    before, inputs, seen = dict(os.environ), packed([30, 41]), []
+    block = type(backbone(llama).layers[0])
+    ordinary = block.forward
+
+    def forward(self, *args, **kwargs):
+        seen.append(getattr(kwargs["packed_seq_lengths"], "_unsloth_uncompiled", False))
+        return ordinary(self, *args, **kwargs)
+
+    monkeypatch.setattr(block, "forward", forward)
+    step(llama, inputs)
+    assert seen and all(seen) and dict(os.environ) == before
+    assert not hasattr(inputs["packed_seq_lengths"], "_unsloth_uncompiled")
 
 
 def test_another_adapter(made):
@@ -660,6 +743,38 @@ def test_a_model_can_be_copied_and_is_freed(made):
     del model, twin
     gc.collect()
     assert gone() is None
+
+
+def test_rows_stay_free_of_padding_where_blocks_are_replayed(llama, monkeypatch):
+    from unsloth.models.step_graphs import choose_padding_free
+    from unsloth.utils import padding_choice
+
+    decide = choose_padding_free(lambda model, *arguments: (False, "host bound"))
+    assert decide(llama, None, None, None) == (
+        True,
+        "step graphs replay padding-free rows; otherwise host bound",
+    )
+    with graphs("0"):
+        assert decide(llama, None, None, None) == (False, "host bound")
+    assert decide(torch.nn.Linear(1, 1), None, None, None) == (False, "host bound")
+    backbone(llama).layers[0].mlp.register_forward_hook(lambda *arguments: None)
+    assert decide(llama, None, None, None) == (False, "host bound")
+    for value, chosen in (("padded", False), ("padding_free", True)):
+        monkeypatch.setenv("UNSLOTH_PADDING_CHOICE", value)
+        found = padding_choice.decide_auto_padding_free(llama, None, None, None)
+        assert found == (chosen, f"UNSLOTH_PADDING_CHOICE={value}")
+
+
+def test_the_compile_report_tells_what_was_replayed(llama):
+    reports = pytest.importorskip("unsloth.models.compile_report")
+    step(llama, batch(2, 40))
+    with reports.CompileReport(llama) as report:
+        for seed in range(4):
+            step(llama, batch(2, 40, seed))
+    found = report.summary()["step_graphs"]
+    assert (found["replayed"], found["share"], found["reasons"]) == (4, 1.0, {})
+    assert "100% of micro-batches replayed (4), 1 buckets, pool" in report.table()
+    assert f"{64 / 40 - 1:.0%} padding" in report.table()
 
 
 # ------------------------------------------------------------------------------- a random walk

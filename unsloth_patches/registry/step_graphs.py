@@ -31,6 +31,17 @@ PATCHES: Tuple[Patch, ...] = (
                 replacement = "models.step_graphs:replay_decoder_blocks",
                 fingerprints = frozenset({"75c7a10bdf12f04f"}),
             ),
+            Target(
+                attribute = "unsloth.utils.padding_choice:decide_auto_padding_free",
+                replacement = "models.step_graphs:choose_padding_free",
+                signature = (
+                    "model",
+                    "config",
+                    "train_dataset",
+                    "processing_class",
+                    "formatting_func",
+                ),
+            ),
         ),
         modules = ("models/step_graphs.py", "models/step_graphs_state.py"),
         tests = {"tests/test_step_graphs.py": "interpreter"},

@@ -49,7 +49,7 @@ class CompileReport:
         if self._events is not None:
             raise RuntimeError("CompileReport: it records already, or has; make a new one.")
         self._events = CompileEvents()
-        self._memory_before = memory_peaks()
+        self._memory_before, self._graphs_before = memory_peaks(), step_graphs(self.model)
         self._calls_before = {
             id(r): (r.compiled_calls, Counter(r.outside)) for r in watched_regions()
         }
@@ -96,6 +96,7 @@ class CompileReport:
                 "cached": events.seconds(cached = True),
                 "cold": events.seconds(cached = False),
             },
+            "step_graphs": step_graphs(self.model, self._graphs_before),
             "memory": self._memory(),
             "speed": self.clock.figures(),
         }
@@ -213,6 +214,21 @@ def batch_tokens(args: tuple, kwargs: Dict[str, Any]) -> Any:
     if torch.is_tensor(mask) and mask.dim() == 2:
         return mask.sum()
     return ids.numel() if torch.is_tensor(ids) and ids.dim() == 2 else 0
+
+
+def step_graphs(model: Optional[torch.nn.Module], before: Optional[dict] = None) -> Dict[str, Any]:
+    """What step graphs replayed of the model's micro-batches, since ``before``; {} without any."""
+    try:
+        from .step_graphs import summary
+    except ImportError:  # a patch of its own
+        return {}
+    found = summary(model) if model is not None else {}
+    if found and before:
+        reasons = Counter(found["reasons"]) - Counter(before["reasons"])
+        replayed = found["replayed"] - before["replayed"]
+        share = replayed / max(1, replayed + sum(reasons.values()))
+        found.update(replayed = replayed, share = share, reasons = dict(reasons))
+    return found
 
 
 def memory_peaks() -> Dict[str, int]:

@@ -37,6 +37,7 @@ def _rows(summary: Dict[str, Any]) -> Iterator[Tuple[str, str]]:
     seconds = summary["compile_seconds"]
     split = f" ({seconds['cold']:.1f} cold, {seconds['cached']:.1f} from a cache)"
     yield "compiling", f"{seconds['total']:.1f} s{split if seconds['cached'] else ''}"
+    yield from _step_graph_rows(summary["step_graphs"])
     yield from _memory_rows(summary["memory"])
     yield from _speed_rows(summary["speed"])
 
@@ -63,6 +64,18 @@ def _several(name: str, texts: List[str]) -> Iterator[Tuple[str, str]]:
         yield name, text
     if len(texts) > _FIRST_OF_MANY:
         yield "", f"and {len(texts) - _FIRST_OF_MANY} more, all in the JSON file"
+
+
+def _step_graph_rows(found: Dict[str, Any]) -> Iterator[Tuple[str, str]]:
+    if not found:
+        return
+    text = f"{found['share']:.0%} of micro-batches replayed ({found['replayed']}), "
+    text += f"{len(found['buckets'])} buckets, pool {found['pool_bytes'] / 2**20:.0f} MiB, "
+    yield "step graphs", text + f"{found['padding']:.0%} padding"
+    for reason, count in found["reasons"].items():
+        yield "", f"{count} not replayed: {reason}"
+    for change, count in found["changes"].items():
+        yield "", f"dropped {count} times: {change}"
 
 
 def _memory_rows(memory: Dict[str, Any]) -> Iterator[Tuple[str, str]]:

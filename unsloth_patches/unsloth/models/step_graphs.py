@@ -29,22 +29,28 @@ from .step_graphs_buckets import PaddedRows, lay_out, unknown_argument
 from .step_graphs_capture import Bucket, Pool, replay_blocks
 from .step_graphs_state import BlockState, global_hooks, why_not_capturable
 
-__all__ = ["replay_decoder_blocks", "summary"]
+__all__ = ["choose_padding_free", "replay_decoder_blocks", "summary"]
 
 VARIABLE, DEFAULT = "UNSLOTH_STEP_GRAPHS", "auto"
 MAX_BUCKETS = 64
 MAX_TOKENS = 16384  # a micro-batch beyond that keeps the GPU busy by itself
 BORROWED, BORROWS = 1.5, 4  # a length waits in a graph up to so much longer, until seen so often
+UNCOMPILED = 8  # packed batches that ran uncompiled for a graph's sake, beyond those replayed
 POOL_SHARE = 0.25  # of the GPU's memory that this process had not needed before the first capture
 # What a length may take beside a block's own work: that much, and a share of what is allocated.
 # Blocks' inputs and gradients come first, activations that are kept get the rest.
 EXTRA_BYTES, EXTRA_SHARE = 128 << 20, 0.15
 HOST_BOUND = 1.1  # GPU time over host time of an ordinary run, up to which replaying pays
-OVER_BUDGET = "past the pool's budget"
+FIRST, OVER_BUDGET = "a length's first batch", "past the pool's budget"
 _PARAMETERS = (
     "input_ids causal_mask attention_mask position_ids past_key_values inputs_embeds use_cache "
     "output_attentions output_hidden_states return_dict"
 ).split()
+_ATTENTION_KERNELS = tuple(
+    getattr(torch.backends.cuda, f"{name}_sdp_enabled")
+    for name in ("flash", "mem_efficient", "math", "cudnn")
+    if hasattr(torch.backends.cuda, f"{name}_sdp_enabled")
+)
 logger = logging.getLogger(__name__)
 _stacks: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 
@@ -133,6 +139,7 @@ class Stack:
         self.state: Optional[BlockState] = None
         self.blocked: Optional[str] = None
         self.pool: Optional[Pool] = None
+        self.recorder: Any = None
 
     def drop(self, why: str) -> None:
         """Drops every graph since something that they depend on is another now."""
@@ -163,11 +170,12 @@ class Stack:
         reason, bucket, layout = self._bucket_for(hidden, kwargs)
         if bucket is None:
             self.reasons[reason] += 1
-            return self.ordinary(hidden, kwargs)
+            return self.ordinary(hidden, self._uncompiled(kwargs) if reason == FIRST else kwargs)
         out = replay_blocks(
             bucket, layout, hidden, kwargs.get("position_ids"), self.state.still_there
         )
-        change = self.state.changed()  # asked while the GPU is at work
+        # Asked while the GPU is at work.
+        change = "requires_grad changed" if bucket.frozen else self.state.changed(wholly = False)
         if change:
             self.drop(change)
             return self.run(hidden, kwargs)
@@ -176,9 +184,22 @@ class Stack:
         self.padded += layout.rows * layout.bucket
         return out
 
+    def _uncompiled(self, kwargs: dict) -> dict:
+        """The arguments of packed rows that are replayed from the second batch on: compiling blocks for
+        the first would not repay, unless most batches turn out to be a first one."""
+        lengths = kwargs.get("packed_seq_lengths")
+        if lengths is None or sum(self.reasons.values()) > self.replayed + UNCOMPILED:
+            return kwargs
+        lengths = lengths.view_as(lengths)  # the caller's own stays as it is
+        lengths._unsloth_uncompiled = True
+        return {**kwargs, "packed_seq_lengths": lengths}
+
     def _bucket_for(self, hidden: torch.Tensor, kwargs: dict) -> Tuple[str, Any, Any]:
         """('', bucket, layout), or (reason, None, None)."""
-        reason = self.off or self._stale_or_blocked() or unknown_argument(kwargs)
+        reason = self._stale_or_blocked() or unknown_argument(kwargs)
+        if not reason and self._recorder(hidden.device) is None:
+            self.off = f"no graphs on {hidden.device.type}"
+        reason = self.off or reason
         if reason:
             return reason, None, None
         reason, layout = lay_out(hidden, kwargs)
@@ -186,9 +207,6 @@ class Stack:
             return reason, None, None
         if layout.rows * layout.bucket > self.limit:
             return self.limit_reason, None, None
-        if mode() == "1" and not isinstance(layout, PaddedRows):
-            # Replayed from the second batch on; compiling blocks for the first would not repay.
-            os.environ.setdefault("UNSLOTH_BLOCK_COMPILE_PACKED", "0")
         key = self._key(hidden, kwargs, layout)
         if key in self.refused:
             return self.refused[key], None, None
@@ -207,13 +225,18 @@ class Stack:
                     self.buckets.move_to_end(longer)
                     return "", self.buckets[longer], longer_layout
             if self.seen[key] < 2:
-                return "a length's first batch", None, None
+                return FIRST, None, None
             bucket = self._capture(key, hidden, kwargs, layout)
             if bucket is None:
                 return self.off or self.refused[key], None, None
             return "", bucket, layout
         self.buckets.move_to_end(key)
         return "", bucket, layout
+
+    def _recorder(self, device: torch.device) -> Any:
+        if self.recorder is None:
+            self.recorder = step_graphs_capture.make_recorder(device)
+        return self.recorder
 
     def _longer(self, key: tuple) -> Optional[tuple]:
         """A captured bucket that differs by a somewhat greater length alone: it costs the GPU less
@@ -238,8 +261,7 @@ class Stack:
             self.blocked = "no trainable weight in the blocks"
         return self.blocked
 
-    @staticmethod
-    def _key(hidden: torch.Tensor, kwargs: dict, layout: Any) -> tuple:
+    def _key(self, hidden: torch.Tensor, kwargs: dict, layout: Any) -> tuple:
         device = hidden.device.type
         rope = kwargs.get("position_embeddings") or ()
         return (
@@ -250,6 +272,8 @@ class Stack:
             kwargs.get("position_ids") is not None,
             type(kwargs.get("causal_mask")),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            getattr(self._model().config, "_attn_implementation", None),
+            *(allowed() for allowed in _ATTENTION_KERNELS),
             tuple((table.data_ptr(), table.shape[0], table.dtype) for table in rope),
         )
 
@@ -260,11 +284,7 @@ class Stack:
     ) -> Optional[Bucket]:
         try:
             if self.pool is None:
-                recorder = step_graphs_capture.make_recorder(hidden.device)
-                if recorder is None:
-                    self.off = f"no graphs on {hidden.device.type}"
-                    return None
-                self.pool = Pool(recorder, POOL_SHARE)
+                self.pool = Pool(self._recorder(hidden.device), POOL_SHARE)
             bucket = Bucket(
                 self.pool,
                 self.layers,
@@ -307,7 +327,7 @@ class Stack:
         """
         self.drops += len(self.buckets)
         self.buckets.clear()
-        self.refused[key], self.pool = reason, None
+        self.refused[key], self.pool, self.recorder = reason, None, None
         self.limit, self.limit_reason = key[0] * key[1] - 1, reason
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -374,6 +394,28 @@ def replay_decoder_blocks(stock: Callable) -> Callable:
             self.__dict__.pop("layers", None)
 
     return LlamaModel_fast_forward
+
+
+def choose_padding_free(stock: Callable) -> Callable:
+    """``decide_auto_padding_free``: rows stay free of padding where the blocks will be replayed.
+
+    Stock pads where the host is waited for, since blocks of padded rows compile. Replayed blocks
+    wait for no host and are not compiled, and a graph takes a padding-free row's documents as rows
+    of its own, so padding would only add the collator's. A choice of the user's is stock's to follow.
+    """
+
+    @functools.wraps(stock)
+    def decide_auto_padding_free(model, *args, **kwargs):
+        chosen, reason = stock(model, *args, **kwargs)
+        if chosen or reason.startswith("UNSLOTH_PADDING_CHOICE") or mode() == "0":
+            return chosen, reason
+        stacks = (getattr(m, "layers", None) for m in model.modules())
+        layers = next((x for x in stacks if isinstance(x, torch.nn.ModuleList) and len(x)), None)
+        if layers is None or why_not_capturable(layers):
+            return chosen, reason
+        return True, f"step graphs replay padding-free rows; otherwise {reason}"
+
+    return decide_auto_padding_free
 
 
 def summary(model: torch.nn.Module) -> Dict[str, Any]:

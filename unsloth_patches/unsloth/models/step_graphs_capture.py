@@ -162,6 +162,7 @@ class Bucket:
         if has_positions:
             self.positions = pool.buffer("positions", shape[:2], torch.int32, like.device)
             arguments = {**arguments, "position_ids": self.positions}
+        self.frozen = False  # whether a replay has met one of its weights that wants no gradient now
         self._runs = BlockRuns(layers, arguments, [False] * len(layers), self.wants_input, compiled)
         self.gradients: Optional[_Gradients] = None
         self.forward: Callable[[], None] = self._forward
@@ -253,6 +254,7 @@ class _Replay(torch.autograd.Function):
     def forward(ctx, bucket, layout, still_there, positions, hidden, *parameters):
         ctx.bucket, ctx.layout, ctx.still_there = bucket, layout, still_there
         ctx.owner = bucket.run_forward(layout, hidden, positions)
+        bucket.frozen = not all(ctx.needs_input_grad[5:])
         ctx.save_for_backward(hidden, positions)
         return layout.read(bucket.output)
 

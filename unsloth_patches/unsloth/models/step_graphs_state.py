@@ -9,12 +9,13 @@ flat lists by functions written in C.
 
 from __future__ import annotations
 
-import copy
+import gc
 import operator
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["BlockState", "why_not_capturable"]
 
@@ -26,8 +27,7 @@ _BLOCKS = frozenset(
 )
 _HOMES = ("torch.", "transformers.", "peft.", "bitsandbytes.", "unsloth")
 _pointer = torch._C.TensorBase.data_ptr
-_same_pointers = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)  # with CUDA only
-_wants_grad = torch._C.TensorBase.requires_grad.__get__
+_any_wants_grad = torch._C._any_requires_grad
 
 
 def _hook_dicts(module: torch.nn.Module) -> List[dict]:
@@ -64,6 +64,8 @@ def why_not_capturable(layers: Sequence[torch.nn.Module]) -> str:
         for parameter in layer.parameters():
             if id(parameter) in seen and parameter.requires_grad:
                 return "blocks that share a trainable weight"
+            if parameter.numel() == 1:  # to a list, another one of that value would be the same
+                return "a weight of one element"
             seen.add(id(parameter))
             devices.add(parameter.device)
     if len(devices) != 1:
@@ -71,14 +73,13 @@ def why_not_capturable(layers: Sequence[torch.nn.Module]) -> str:
     return ""
 
 
-def _quantization(weight: torch.Tensor) -> Iterator[Tuple[Any, str]]:
-    """(object, attribute) of the tensors that a 4-bit weight is decoded with."""
-    state = getattr(weight, "quant_state", None)
-    while state is not None:
-        for name in ("absmax", "code", "offset"):
-            if isinstance(getattr(state, name, None), torch.Tensor):
-                yield state, name
-        state = getattr(state, "state2", None)
+def _quantization(weight: torch.Tensor) -> Iterator[Tuple[dict, str]]:
+    """(dictionary, key) of what a 4-bit weight is decoded with."""
+    owner, name = weight, "quant_state"
+    while getattr(owner, name, None) is not None:
+        yield vars(owner), name
+        owner, name = getattr(owner, name), "state2"
+        yield from ((vars(owner), n) for n in ("absmax", "code", "offset") if n in vars(owner))
 
 
 class BlockState:
@@ -86,98 +87,79 @@ class BlockState:
 
     ``still_there()`` is asked before a replay: whether the weights that the graphs read have moved. One
     that was replaced is held here, and can be read. ``changed()`` names anything else that differs. It
-    takes longer, so it is asked while the GPU is at work, before anything of what the replay has written
-    is used.
+    is asked while the GPU is at work, before anything of what the replay has written is used.
+    Together they take the host some tens of microseconds: ``gc.get_referents`` reads what thousands
+    of dictionaries hold by one call, and lists of the same objects are compared in C.
     """
 
     def __init__(self, layers: torch.nn.ModuleList):
         modules = list(layers.modules())
-        weights = [
-            (m._parameters, name)
-            for m in modules
-            for name, p in m._parameters.items()
-            if p is not None
-        ]
-        decoders = [
-            (vars(state), name)
-            for owner, key in weights
-            for state, name in _quantization(owner[key])
-        ]
-        self._places = list(zip(*weights, *decoders))
-        # Held, so that what a replay reads is there as long as it has not moved, replaced or not.
-        self._tensors = list(map(operator.getitem, *self._places)) if self._places else []
-        # Integers, as 4-bit weights are, can want no gradient.
-        self._floats = list(zip(*((d, n) for d, n in weights if d[n].is_floating_point())))
-        # Dictionaries are compared whole: in C, an entry that is the same object is equal at once.
-        self._tables = [m._modules for m in modules if m._modules]
-        self._tables += [m._parameters for m in modules if m._parameters]
-        self._tables += [m._buffers for m in modules if m._buffers]
-        self._hooks = [getattr(m, name) for m in modules if m._modules for name in _HOOKS[:2]]
-        self._modes = [layer.__dict__ for layer in layers]
-        self._read_modes = _reader(self._modes, ("training", "gradient_checkpointing"))
-        adapters = [m for m in modules if hasattr(m, "lora_A") and hasattr(m, "scaling")]
-        self._tables += [m.scaling for m in adapters]
-        self._adapters = [m.__dict__ for m in adapters]
-        names = ("_active_adapter", "_disable_adapters", "merged_adapters")
-        self._read_adapters = _reader(self._adapters, names)
-        self._were_tables = [dict(table) for table in self._tables]
-        self._were_hooks = [dict(hooks) for hooks in self._hooks]
-        self._were_modes = self._read_modes(self._modes)
-        self._were_adapters = copy.deepcopy(self._read_adapters(self._adapters))
-        self._were_wanting = self._wanting()
+        self._weights = [p for m in modules for p in m._parameters.values() if p is not None]
         self._were_at = self._addresses()
-        self._all = list(range(len(self._tensors)))
-        self._in_one_call = bool(_same_pointers) and self._unmoved_in_one_call()
+        self._frozen = [w for w in self._weights if w.is_floating_point() and not w.requires_grad]
+        adapters = [m for m in modules if hasattr(m, "lora_A") and hasattr(m, "scaling")]
+        tables = [t for m in modules for t in (m._modules, m._parameters, m._buffers) if t]
+        self._tables = tables + [m.scaling for m in adapters]
+        attributes = [(m, n) for m in layers for n in ("training", "gradient_checkpointing")]
+        attributes += [(m, n) for m in adapters for n in ("_active_adapter", "_disable_adapters")]
+        places = [(vars(m), name) for m, name in attributes if name in vars(m)]
+        self._attributes = len(places)
+        places += [place for w in self._weights for place in _quantization(w)]
+        self._places = list(zip(*places))
+        self._were_in_places = self._in_places()
+        # Lists are changed in place, as by a merge.
+        self._tables += [m.merged_adapters for m in adapters if hasattr(m, "merged_adapters")]
+        self._tables += [found for found in self._were_in_places if isinstance(found, list)]
+        self._were_in_tables = gc.get_referents(*self._tables)
+        self._hooks = [hooks for m in modules for hooks in _hook_dicts(m)]
+        self._were_hooks, self._handles = list(map(dict, self._hooks)), RemovableHandle.next_id
+        self._were_wanting = self._wanting()
 
     def _wanting(self) -> List[bool]:
-        with torch._C.DisableTorchFunctionSubclass():
-            return list(map(_wants_grad, map(operator.getitem, *self._floats)))
+        return [w.requires_grad for w in self._weights]
 
     def _addresses(self) -> List[int]:
         with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' weights would take 2 us each
-            return list(map(_pointer, self._tensors))
+            return list(map(_pointer, self._weights))
 
-    def _unmoved_in_one_call(self) -> bool:
-        return _same_pointers(self._tensors, self._were_at, self._all)
+    def _in_places(self) -> List[Any]:
+        return list(map(operator.getitem, *self._places)) if self._places else []
 
     def still_there(self) -> bool:
-        """True if every address that a graph may read is a weight's still."""
+        """True if every address that a graph may read is a weight's still.
+
+        What a 4-bit weight is decoded with is moved with it, or replaced, and then held here.
+        """
         try:
-            if self._in_one_call:
-                return self._unmoved_in_one_call()
             return self._addresses() == self._were_at
         except (AttributeError, RuntimeError, TypeError):
             return False
 
-    def _replaced(self) -> bool:
-        now = map(operator.getitem, *self._places) if self._places else ()
-        return not all(map(operator.is_, now, self._tensors))
+    def changed(self, wholly: bool = True) -> str:
+        """What differs beside addresses, or ''.
 
-    def changed(self) -> str:
-        """What differs beside addresses, or ''."""
+        wholly: also what a replay sees by itself, trained weights that want no gradient any more, and
+        hooks that were taken away.
+        """
         try:
-            if self._read_modes(self._modes) != self._were_modes:
-                return "modes changed"
-            if self._read_adapters(self._adapters) != self._were_adapters:
-                return "adapters changed"
-            if self._hooks != self._were_hooks:
-                return "module hooks changed"
-            if self._wanting() != self._were_wanting:
-                return "requires_grad changed"
-            if self._replaced():
-                return "weights were replaced"
-            return "" if self._tables == self._were_tables else "modules or scales changed"
+            found, were, n = self._in_places(), self._were_in_places, self._attributes
+            if found[:n] != were[:n]:
+                return "modes or adapters changed"
+            # States of 4-bit weights may be equal, but elsewhere.
+            if not all(map(operator.is_, found[n:], were[n:])):
+                return "4-bit weights changed"
+            if gc.get_referents(*self._tables) != self._were_in_tables:
+                return "modules, weights or scales changed"
+            # Each hook that is registered anywhere counts this up.
+            if wholly or self._handles != RemovableHandle.next_id:
+                self._handles = RemovableHandle.next_id
+                if self._hooks != self._were_hooks:
+                    return "module hooks changed"
+            if wholly:
+                return "" if self._wanting() == self._were_wanting else "requires_grad changed"
+            return "requires_grad changed" if _any_wants_grad(*self._frozen) else ""
         except (KeyError, AttributeError, RuntimeError, TypeError, ValueError):
             return "modules were added, removed or replaced"
-
-
-def _reader(dicts: Sequence[dict], names: Sequence[str]) -> Callable[[Sequence[dict]], List[Any]]:
-    """A function that reads those of names that all dicts have, by a loop in C."""
-    names = [name for name in names if all(name in found for found in dicts)]
-    if not names or not dicts:
-        return lambda dicts: []
-    read = operator.itemgetter(*names)
-    return lambda dicts: list(map(read, dicts))
 
 
 def global_hooks() -> bool:
