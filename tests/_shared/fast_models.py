@@ -394,6 +394,8 @@ def many_steps(build, family, bits, checkpointing, packing):
     Packed, every batch is one row, with position ids. Qwen2's q, k and v, which have biases, run
     PEFT's forward: the first scale's graph comes on top.
     """
+    from unsloth.models import _block_compile
+
     # Dynamo makes the graphs. What takes as long again has one family of each kind of batch alone: going
     # on through AOTAutograd, and, without a GPU, batches of one row beside others.
     backend = "aot_eager" if family in ("llama", "mistral") and not checkpointing else "eager"
@@ -401,7 +403,10 @@ def many_steps(build, family, bits, checkpointing, packing):
     scales = {"alpha_pattern": SCALES} if in_place("models.compile_lora_scales") else {}
     model = build(family, bits = bits, checkpointing = checkpointing, backend = backend, **scales)
     runs = 2 if checkpointing and not shares_graph_between_runs() else 1
-    most = (2 if family == "qwen2" else 1) * runs * (1 if packing or fewest == 2 else 2)
+    kinds = 1 if packing or fewest == 2 else 2
+    if not packing and not hasattr(_block_compile, "_mark_batch_dynamic"):
+        kinds += 1  # before 2026.10.9 the first batch's rows are a constant of its graph
+    most = (2 if family == "qwen2" else 1) * runs * kinds
     shortest = 5 if in_place("models.compile_rope_tables") else HEAD_DIM + 1
     make = torch.Generator().manual_seed(0)
     for index in range(STEPS):
