@@ -11,7 +11,7 @@ from backend import DEVICE, require
 from loss_problems import problem
 
 require("interpreter")
-import unsloth  # noqa: F401, E402
+import unsloth  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -130,6 +130,8 @@ def test_what_we_do_not_serve_goes_to_stock_or_is_refused(call, monkeypatch, cau
         monkeypatch.setenv(cause, "2")
         cause = {}
     elif "mask" in cause:
+        if unsloth.__version__ < "2026.10.9":
+            pytest.skip("the stock loss of this release takes no such mask either")
         cause = {"mask": torch.ones_like(labels[None, None])}
     before = calls().get(f"stock: {reason}", 0)
     found = loss(torch_compile = False, **cause)

@@ -17,7 +17,7 @@ from .private_names import missing
 from .registry import PATCHES, SUPPORTED_UPSTREAM
 from .reporting import FOR_GPUS, LATE_MEANS, WILL_APPLY, serves_cpu, status
 from .settings import set_values
-from .stacks import STACKS, newest_date, numbers, outside, tested_range
+from .stacks import newest_date, numbers, outside, tested_pythons, tested_range
 from .states import FAILED, LATE, OFF, PENDING, SKIPPED, disabled_names, patch_names
 from .upstream_source import source_file
 
@@ -48,6 +48,17 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def _interpreter() -> Finding:
+    version, tested = platform.python_version(), tested_pythons()
+    if numbers(tested[0]) <= numbers(version)[:2] <= numbers(tested[-1]):
+        return Finding("python", version, "ok")
+    remedy = (
+        f"tested with Python {tested[0]} to {tested[-1]}; if something fails, "
+        f"use a virtual environment: python{tested[-1]} -m venv DIR"
+    )
+    return Finding("python", version, "note", remedy)
 
 
 def _upstream() -> Finding:
@@ -94,8 +105,8 @@ def _tested() -> Finding:
         oldest, newest = tested_range(package)
         if oldest:
             ranges.append(f"{package} {oldest}" + (f" to {newest}" if newest != oldest else ""))
-    pythons = sorted({stack.python for stack in STACKS}, key = numbers)
-    found = f"{newest_date()}: Python {' and '.join(pythons)}, {', '.join(ranges)}"
+    pythons = tested_pythons()
+    found = f"{newest_date()}: Python {pythons[0]} to {pythons[-1]}, {', '.join(ranges)}"
     return Finding("tested", found, "ok")
 
 
@@ -260,12 +271,8 @@ def _patches() -> Iterator[Finding]:
 
 def examine() -> List[Finding]:
     """Every check, in the order in which a failure explains the ones below it."""
-    interpreter = Finding("python", platform.python_version(), "ok")
-    if sys.version_info < (3, 11):
-        remedy = "tested with Python 3.11 and newer; older ones may work"
-        interpreter = interpreter._replace(verdict = "note", remedy = remedy)
     findings = [
-        interpreter,
+        _interpreter(),
         _tested(),
         _upstream(),
         *_packages(),

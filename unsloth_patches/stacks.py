@@ -78,6 +78,10 @@ def tested_range(package: str) -> Tuple[str, str]:
     return (known[0], known[-1]) if known else ("", "")
 
 
+def tested_pythons() -> List[str]:
+    return sorted({stack.python for stack in STACKS}, key = numbers)
+
+
 def newest_date() -> str:
     return max(stack.date for stack in STACKS)
 

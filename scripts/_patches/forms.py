@@ -15,6 +15,7 @@ a fork after a backward pass hangs.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 from xml.etree import ElementTree
 
 from . import PatchesError
@@ -83,6 +84,8 @@ def run_form(
         patches = [patch for patch in project.patches if patch.targets or patch.modules]
         changes = {test for patch in patches for test in patch.tests}
         backends = {file: backend for file, backend in backends.items() if file in changes}
+    if form == "import" and not wanted:
+        backends = {file: backends[file] for file in _in_installed_release(project)}
     if form == "upstream":
         backends = dict.fromkeys(backends, "all")
     home = project.root if form == "import" else _make_home(project, form, scratch)
@@ -126,6 +129,26 @@ def _choose(project: Project, wanted: Sequence[str]) -> Dict[str, str]:
             raise PatchesError(f"{name} is no test of a patch", f"the registry lists {listed}")
         chosen[relative] = known[relative]
     return chosen
+
+
+def _in_installed_release(project: Project) -> List[str]:
+    """Test files of the patches that the installed Unsloth has the features for."""
+    try:
+        unsloth = importlib.metadata.distribution("unsloth")
+    except importlib.metadata.PackageNotFoundError:
+        return list(project.backends())
+
+    def absent(target: Any) -> bool:
+        file = str(unsloth.locate_file(target.module.replace(".", "/")))
+        return target.optional and not (Path(file + ".py").is_file() or Path(file).is_dir())
+
+    left_out = project.newer_than(unsloth.version)
+    for patch in project.patches:
+        if patch.targets and all(absent(target) for target in patch.targets):
+            left_out.add(patch.name)
+    if left_out:
+        print(f"Unsloth {unsloth.version} lacks what these build on: {', '.join(sorted(left_out))}")
+    return [test for patch in project.patches if patch.name not in left_out for test in patch.tests]
 
 
 def _make_home(project: Project, form: str, scratch: Path) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 from . import ROOT, PatchesError
-from .upstream import Release, get_release, read_pins
+from .upstream import Release, get_release, numbers, read_pins
 
 
 class Project:
@@ -82,6 +82,14 @@ class Project:
     def backends(self) -> Dict[str, str]:
         """Test file -> backend, over all patches."""
         return {test: backend for patch in self.patches for test, backend in patch.tests.items()}
+
+    def newer_than(self, version: str) -> Set[str]:
+        """Names of the patches that build on what a release lacks, or on such a patch."""
+        found: Set[str] = set()
+        for patch in self.patches:
+            if numbers(version) < numbers(patch.since or "0") or found & set(patch.requires):
+                found.add(patch.name)
+        return found
 
     def fingerprints(self, target: Any, unsloth: Release, zoo: Optional[Release]) -> Set[str]:
         """Fingerprints of a target's definitions in a release; empty where it defines none."""

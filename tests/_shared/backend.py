@@ -48,9 +48,13 @@ def require(backend: str) -> None:
 
 
 def _chosen() -> str:
-    if getattr(sys.modules.get("unsloth_zoo"), "_IS_CPU_BACKEND", False):
+    zoo, allowed = sys.modules.get("unsloth_zoo"), os.environ.get("UNSLOTH_ALLOW_CPU") == "1"
+    if getattr(zoo, "_IS_CPU_BACKEND", False):
         return "cpu"
-    return "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "interpreter"
+    # Before 2026.10.9 there is no CPU backend; what these files need runs without one there.
+    return "cpu" if allowed and not hasattr(zoo, "_IS_CPU_BACKEND") else "cuda"
 
 
 def _patch_language_once_a_launch() -> None:

@@ -4,6 +4,7 @@
 
 python tests/project/drift.py 200             every variant judged by the sources, as the hooks judge
 python tests/project/drift.py 200 --import    and Unsloth imported with them, some in each process
+python tests/project/drift.py 200 --tests 3   with the first 3 groups of those, their patches' tests too
 """
 
 import argparse
@@ -366,8 +367,8 @@ def groups(found):
     return made
 
 
-def import_with(group, reasons, folder):
-    """Import Unsloth with the variants in front; what is wrong with what the hooks made of them."""
+def release_of(group, folder):
+    """Put the variants before the installed sources; the environment that finds them there."""
     modules = {module for variant in group for module in variant.files}
     for package in {module.partition(".")[0] for module in modules}:
         (folder / package).mkdir()
@@ -379,12 +380,14 @@ def import_with(group, reasons, folder):
             file = file.with_suffix("") / "__init__.py"
         file.unlink(missing_ok = True)
         file.write_text(text, encoding = "utf-8")
-    world = dict(os.environ, UNSLOTH_PATCHES_QUIET = "1")
+    path = filter(None, [str(folder), str(ROOT), os.environ.get("PYTHONPATH")])
+    return dict(os.environ, UNSLOTH_PATCHES_QUIET = "1", PYTHONPATH = os.pathsep.join(path))
+
+
+def import_with(group, reasons, world, folder):
+    """Import Unsloth with the variants in front; what is wrong with what the hooks made of them."""
     if not _on_cpu(group[0]):
-        world.update(UNSLOTH_ALLOW_CPU = "1", TRITON_INTERPRET = "1")
-    world["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(folder), str(ROOT), os.environ.get("PYTHONPATH")])
-    )
+        world = dict(world, UNSLOTH_ALLOW_CPU = "1", TRITON_INTERPRET = "1")
     code = [sys.executable, "-c", IMPORT]
     done = subprocess.run(code, capture_output = True, text = True, env = world, cwd = folder)
     line = next((each for each in done.stdout.splitlines() if each.startswith("STATES ")), "")
@@ -396,6 +399,19 @@ def import_with(group, reasons, folder):
         for variant, reason in zip(group, reasons)
         if reason and states[variant.patch][0] == "applied"
     ]
+
+
+def test_with(group, reasons, world):
+    """The tests of patches that stay in, where the variant leaves Unsloth's own callers whole."""
+    whole = (*HARMLESS, "add_branch", "add_keyword")
+    names = {v.patch for v, reason in zip(group, reasons) if v.mutation in whole and not reason}
+    files = [test for patch in PATCHES if patch.name in names for test in patch.tests]
+    code = [sys.executable, str(ROOT / "scripts/patches.py"), "test", "--form", "import", *files]
+    done = subprocess.run(code, capture_output = True, text = True, env = world) if files else None
+    if files:
+        print(*re.findall(r"^import / .*", done.stdout, re.MULTILINE), sep = "\n", flush = True)
+    failed = bool(files) and done.returncode != 0
+    return [f"tests of {', '.join(sorted(names))}:\n{done.stdout[-4000:]}"] if failed else []
 
 
 def _mirror(real, folder, modules):
@@ -417,6 +433,7 @@ def main():
     parser.add_argument("count", type = int, nargs = "?", default = 200)
     parser.add_argument("--seed", type = int, default = 3407)
     parser.add_argument("--import", dest = "imports", action = "store_true")
+    parser.add_argument("--tests", type = int, default = 0, metavar = "GROUPS")
     options = parser.parse_args()
     counts, faults, reasons = collections.Counter(), [], {}
     made = variants(options.count, options.seed)
@@ -427,10 +444,13 @@ def main():
         faults += [f"{variant}: {wrong}"] if wrong else []
     for (mutation, verdict), count in sorted(counts.items()):
         print(f"{mutation:18} {verdict:9} {count}", flush = True)
-    releases = groups(made) if options.imports else []
+    releases = groups(made)[: None if options.imports else options.tests]
     for number, group in enumerate(releases, 1):
+        told = [reasons[id(each)] for each in group]
         with tempfile.TemporaryDirectory() as folder:
-            found = import_with(group, [reasons[id(each)] for each in group], Path(folder))
+            world = release_of(group, Path(folder))
+            found = import_with(group, told, world, folder)
+            found += test_with(group, told, world) if number <= options.tests else []
         faults += found
         print(
             f"import {number} of {len(releases)}: {len(group)} variants, {len(found)} faults",

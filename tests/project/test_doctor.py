@@ -72,6 +72,12 @@ def test_unsloth_missing(machine):
     assert f"pip install unsloth=={NEWEST}" in found("unsloth", "problem").remedy
 
 
+@pytest.mark.parametrize("version", ["3.10.13", "3.14.0rc1"])
+def test_a_python_outside_of_what_was_tested(machine, monkeypatch, version):
+    monkeypatch.setattr(doctor.platform, "python_version", lambda: version)
+    assert "tested with Python 3.11 to 3.13" in found("python", "note").remedy
+
+
 def test_unsloth_of_another_release(machine):
     machine["unsloth"] = "2031.1.1"
     assert all(version in found("unsloth", "note").remedy for version in SUPPORTED_UPSTREAM)

@@ -8,7 +8,7 @@ import re
 import pytest
 from toy_project import ROOT
 
-from unsloth_patches.registry import PATCHES
+from unsloth_patches.registry import PATCHES, SUPPORTED_UPSTREAM
 
 README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("patches/*.md")])
@@ -58,6 +58,15 @@ def test_every_patch_is_named_and_no_other():
     named = {name.strip() for name in text.split(",")} - {"patches", "---"}
     helpers = {patch.name for patch in PATCHES if not patch.modules and not patch.targets}
     assert named == {patch.name for patch in PATCHES} - helpers
+
+
+def test_the_matrix_of_releases_has_every_patch_and_release():
+    """``python scripts/patches.py rebase --all`` writes it."""
+    text = (ROOT / "docs/releases.md").read_text().partition("<!-- matrix")[2]
+    rows = re.findall(r"^\| (.+) \|$", text.partition("<!-- end")[0], re.M)
+    head, _, *cells = [row.split(" | ") for row in rows]
+    assert head == ["patch", *SUPPORTED_UPSTREAM]
+    assert [row[0] for row in cells] == [patch.name for patch in PATCHES]
 
 
 def test_it_is_one_page():
