@@ -178,7 +178,10 @@ PATCHES: Tuple[Patch, ...] = (
             ),
         ),
         modules = ("fused_loss_cpu.py",),
-        tests = {"tests/test_loss_options_sft.py": "cpu"},
+        tests = {
+            "tests/test_loss_options_sft.py": "cpu",
+            "tests/test_loss_options_distributed.py": "gloo",
+        },
         shared = ("loss_trainer.py",),
         wraps_later = ("transformers.trainer:Trainer.compute_loss",),
         requires = ("loss-options",),
