@@ -87,7 +87,10 @@ PATCHES: Tuple[Patch, ...] = (
             ),
         ),
         modules = ("fused_cross_entropy.py",),
-        tests = {"tests/test_fused_cross_entropy.py": "interpreter"},
+        tests = {
+            "tests/test_cross_entropy_peers.py": "interpreter",
+            "tests/test_fused_cross_entropy.py": "interpreter",
+        },
         requires = ("linear-cross-entropy",),
     ),
     Patch(

@@ -146,7 +146,9 @@ def preparing_columns(stock):
     @functools.wraps(stock)
     def _prepare_dataset(self, dataset, processing_class, args, packing, *rest, **more):
         model = vars(self).get("model", vars(self).get("_unsloth_model_ref"))
-        options = LossOptions(loss_columns = _asked[1:]) if model is None else trainer_options(model)
+        options = (
+            LossOptions(loss_columns = tuple(_asked[1:])) if model is None else trainer_options(model)
+        )
         names = _columns_of_the_loss(options, dataset)
         most = args.max_length or getattr(args, "max_seq_length", None)
         if not names or (packing and not most):

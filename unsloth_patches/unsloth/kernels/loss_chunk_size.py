@@ -146,7 +146,7 @@ def _seconds_a_row(
             torch.mm(hidden[:count], weight.t(), out = logits[:count])
             torch.mm(logits[:count], weight, out = gradient[:count])
 
-        spans = {count: [] for count in counts}
+        spans: Dict[int, list] = {count: [] for count in counts}
         for turn in range(4):
             for count in counts:
                 start, stop = (torch.cuda.Event(enable_timing = True) for _ in range(2))
