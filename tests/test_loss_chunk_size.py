@@ -2,6 +2,8 @@
 # Copyright 2026 the contributors
 """How many rows of logits a chunked loss holds at once."""
 
+import types
+
 import pytest
 import torch
 from backend import require
@@ -88,3 +90,58 @@ def test_a_buffer_that_does_not_fit_is_halved(chunk_size, monkeypatch):
         with pytest.raises(torch.OutOfMemoryError, match = "no room"):
             _logits_buffer(rows, 100, torch.float32, torch.device("cpu"))
     assert tried[3:] == [16, 17, 8]
+
+
+def test_a_frozen_head_takes_the_row_count_that_suits_its_products(chunk_size, monkeypatch):
+    """Tried once a head; a smaller chunk has to gain 2%. Not while a graph is captured, nor deterministically."""
+    tried, capturing = [], [False]
+
+    def seconds_a_row(counts, hidden, weight):
+        tried.append(list(counts))
+        return {count: weight.times.get(count, 1.0) for count in counts}
+
+    def head(vocab, **times):
+        index = types.SimpleNamespace(index = 0)
+        times = {int(count[1:]): time for count, time in times.items()}
+        return types.SimpleNamespace(
+            is_cuda = True, device = index, dtype = "half", shape = (vocab, 64), times = times
+        )
+
+    monkeypatch.setattr(chunk_size, "_seconds_a_row", seconds_a_row)
+    monkeypatch.setattr(chunk_size, "_fastest", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    fastest = chunk_size.fastest_rows
+    assert fastest(1280, None, head(1, r1024 = 0.9)) == 1024
+    assert fastest(1280, None, head(1)) == 1024  # remembered
+    assert fastest(1024, None, head(1)) == 1024  # another budget
+    assert fastest(768, None, head(2, r512 = 0.985)) == 768
+    assert fastest(768, None, head(3, r512 = 0.97, r384 = 0.96)) == 512
+    assert tried == [[1280, 1024, 768], [1024, 768, 512], [768, 512, 384], [768, 512, 384]]
+    capturing[0] = True
+    assert fastest(512, None, head(4, r256 = 0.1)) == 512
+    capturing[0] = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert fastest(512, None, head(4, r256 = 0.1)) == 512
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert fastest(512, None, head(4, r256 = 0.1)) == 256
+    assert fastest(512, torch.zeros(600, 4), torch.zeros(9, 4)) == 512  # no GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason = "needs a CUDA GPU")
+def test_row_counts_are_tried_on_the_gpu(chunk_size, monkeypatch):
+    """The default loss of a frozen head keeps to a count that was tried, and its value is right."""
+    from unsloth.kernels.linear_loss import linear_cross_entropy
+
+    monkeypatch.setattr(chunk_size, "_fastest", {})
+    monkeypatch.setattr(chunk_size, "_gpu_budget", lambda index: 8)
+    hidden = torch.randn(2048, 64, device = "cuda", dtype = torch.bfloat16, requires_grad = True)
+    weight = torch.randn(8191, 64, device = "cuda", dtype = torch.bfloat16) / 8
+    labels = torch.randint(0, 8191, (2048,), device = "cuda")
+    found = linear_cross_entropy(hidden, weight, labels)
+    found.backward()
+    ((key, rows),) = chunk_size._fastest.items()
+    assert key[0] == 512 and rows in (512, 384, 256)
+    expected = torch.nn.functional.cross_entropy((hidden @ weight.t()).float(), labels)
+    torch.testing.assert_close(found, expected, rtol = 1e-3, atol = 1e-3)

@@ -194,3 +194,70 @@ def test_a_trainer_of_the_users_own_is_not_refused(module):
     refuse_other_losses(Own())
     with pytest.raises(NotImplementedError, match = "OwnTrainer computes a loss of its own"):
         refuse_other_losses(type("OwnTrainer", (Own,), dict(vars(Own), __module__ = "trl.x"))())
+
+
+def test_preparing_a_data_set_keeps_the_columns_of_the_loss():
+    """Tokenizing that drops columns, truncating either end, packing; rows that vanish are an error."""
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("trl")
+    from unsloth.loss_in_trainers import _columns_of_the_loss, preparing_columns
+    from unsloth.loss_options import LossOptions
+
+    rows = {"input_ids": [[5, 6, 7], [8, 9]], "loss_weights": [[1.0, 2.0, 3.0], [4.0, 5.0]]}
+    seen = []
+
+    def prepare(
+        stock,
+        rows,
+        options = LossOptions(),
+        packing = False,
+        unknown = False,
+        **settings,
+    ):
+        def recording(self, dataset, processing_class, args, packing, *rest):
+            seen.append((packing, args.max_length))
+            return stock(dataset)
+
+        model = torch.nn.Module()
+        model._takes_loss_options, model._unsloth_loss_options = True, options
+        args = SimpleNamespace(**{"max_length": 4, "packing_strategy": "bfd", **settings})
+        trainer = SimpleNamespace() if unknown else SimpleNamespace(_unsloth_model_ref = model)
+        dataset = datasets.Dataset.from_dict(rows)
+        found = preparing_columns(recording)(trainer, dataset, None, args, packing, None, "train")
+        assert args.max_length == settings.get("max_length", 4)
+        return found
+
+    def tokenized(dataset):
+        return dataset.map(lambda row: row)
+
+    def dropping(dataset):
+        return dataset.remove_columns("loss_weights")
+
+    def cut(keep):
+        return lambda dataset: dataset.map(lambda row: {"input_ids": row["input_ids"][keep]})
+
+    assert prepare(tokenized, rows)["loss_weights"][:] == rows["loss_weights"]
+    assert prepare(dropping, rows)["loss_weights"][:] == rows["loss_weights"]
+    found = prepare(cut(slice(2)), rows, max_length = 2)
+    assert found["loss_weights"][:] == [[1.0, 2.0], [4.0, 5.0]]
+    found = prepare(cut(slice(-2, None)), rows, max_length = 2, truncation_mode = "keep_end")
+    assert found["loss_weights"][:] == [[2.0, 3.0], [4.0, 5.0]]
+    with pytest.raises(ValueError, match = "2 tokens and 3 values of 'loss_weights'"):
+        prepare(cut(slice(2)), rows)
+    with pytest.raises(ValueError, match = "drops its column 'loss_weights', and rows with it"):
+        prepare(lambda dataset: dropping(dataset).select([0]), rows)
+    assert "loss_weights" not in prepare(dropping, rows, None).column_names
+    # TRL prepares its data before it has a model.
+    assert prepare(dropping, rows, unknown = True)["loss_weights"][:] == rows["loss_weights"]
+    seen.clear()
+    numbers = {**rows, "loss_weights": [0.5, 2.0]}
+    found = prepare(tokenized, numbers, packing = True, max_length = 5)
+    assert found["loss_weights"][:] == [[0.5] * 3 + [2.0] * 2]
+    assert found["input_ids"][:] == [[5, 6, 7, 8, 9]] and found["seq_lengths"][:] == [[3, 2]]
+    found = prepare(tokenized, rows, packing = True, max_length = 2, packing_strategy = "wrapped")
+    assert found["loss_weights"][:] == [[1.0, 2.0], [3.0, 4.0], [5.0]]
+    assert seen == [(False, 5), (False, 1 << 30)]
+    streamed = datasets.Dataset.from_dict(rows).to_iterable_dataset().map(lambda row: row)
+    assert _columns_of_the_loss(LossOptions(), streamed) == ["loss_weights"]
+    assert _columns_of_the_loss(LossOptions(), [{"loss_weights": 1.0}]) == ["loss_weights"]
+    assert _columns_of_the_loss(LossOptions(), []) == []

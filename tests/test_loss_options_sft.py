@@ -212,8 +212,8 @@ def test_grpo_refuses_options(checkpoint, tmp_path):
         step(model, tokenizer)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_weights_of_tokens_of_prompts_and_completions(checkpoint, packed):
+@pytest.mark.parametrize("batches", ["padded", "padding_free", "packed", "truncated"])
+def test_weights_of_tokens_of_prompts_and_completions(checkpoint, batches):
     """TRL's own preparation: completion_only_loss masks the prompt; packing keeps sequences apart."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -224,8 +224,11 @@ def test_weights_of_tokens_of_prompts_and_completions(checkpoint, packed):
     rows = rows_of_tokens()[:2]
     for number, row in enumerate(rows):
         row["completion_mask"] = [0] * 4 + [1] * 8
-        row["loss_weights"] = [0.25 + number] * 12
+        row["loss_weights"] = [0.25 + number + 0.1 * token for token in range(12)]
+        if batches == "packed":
+            row["loss_weights"] = 0.25 + number
         del row["labels"]
+    length = 8 if batches == "truncated" else 32
     config = SFTConfig(
         output_dir = checkpoint + "/out",
         per_device_train_batch_size = 2,
@@ -235,8 +238,9 @@ def test_weights_of_tokens_of_prompts_and_completions(checkpoint, packed):
         report_to = "none",
         save_strategy = "no",
         completion_only_loss = True,
-        padding_free = packed,
-        max_length = 32,
+        padding_free = batches == "padding_free",
+        packing = batches == "packed",
+        max_length = length,
         bf16 = GPU,
         **sequential(),
     )
@@ -249,10 +253,11 @@ def test_weights_of_tokens_of_prompts_and_completions(checkpoint, packed):
     in_order(trainer).train()
     total = weights = 0.0
     for row, (logits, _) in zip(rows, reference_rows(checkpoint)):
-        keep = torch.tensor(row["completion_mask"][1:])
-        each = torch.tensor(row["loss_weights"])[1:] * keep
-        labels = torch.tensor(row["input_ids"][1:])
-        total = total + (F.cross_entropy(logits, labels, reduction = "none") * each).sum()
+        keep = torch.tensor(row["completion_mask"][1:length])
+        each = torch.tensor(row["loss_weights"]).expand(12)[1:length] * keep
+        labels = torch.tensor(row["input_ids"][1:length])
+        losses = F.cross_entropy(logits[: length - 1], labels, reduction = "none")
+        total = total + (losses * each).sum()
         weights = weights + each.sum()
     found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert found == [pytest.approx((total / weights).item(), abs = 5 * EXACT)]

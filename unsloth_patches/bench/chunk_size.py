@@ -3,9 +3,9 @@
 """How many rows of logits to hold at once: a sweep on this GPU, and a model for others.
 
 The sweep stores its choice for GPUs of this name, where `loss_chunk_size.choose_chunk_rows` finds it. The
-model is a roofline from published figures. Two of its constants were set with the sweep of `SHAPES` on
-an H200 at hand, so what it is worth is measured on other heads, `CHECK_SHAPES`: how much slower than
-the best budget found there is the one that the model names, and the one that training takes?
+model is a roofline from published figures. Its constants and the default budget were set with sweeps of
+`SHAPES` at hand, so what they are worth is measured on other heads, `CHECK_SHAPES`: how much slower than
+the best budget found there is the one that the model names, and what training takes by default?
 """
 
 from __future__ import annotations
@@ -18,19 +18,27 @@ from typing import Dict, List
 from . import harness
 from .loss_problem import Problem, Shape, ours, stock_loss
 
-BUDGETS_MIB = (64, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048)
+BUDGETS_MIB = (64, 128, 160, 192, 224, 256, 288, 320, 384, 512, 768, 1024)
 SHAPES = (
     Shape(8192, 4096, 128256, False, 0.0),
     Shape(8192, 2304, 256000, False, 0.0),
     Shape(8192, 2048, 128256, True, 0.0),
-)
-# Never used to set anything: heads of Qwen2.5 7B, Gemma 3 4B, Llama 70B, Mistral 7B and Qwen3 0.6B.
-CHECK_SHAPES = (
     Shape(8192, 3584, 152064, False, 0.0),
     Shape(8192, 2560, 262144, False, 0.0),
     Shape(4096, 8192, 128256, False, 0.5),
     Shape(16384, 4096, 32768, True, 0.0),
     Shape(8192, 1024, 151936, True, 0.0),
+)
+# Never used to set anything: heads of Gemma 3 1B, Qwen3 30B-A3B, gpt-oss 20B, Mistral Small, Phi 4,
+# Gemma 2 9B and Llama 3.2 3B.
+CHECK_SHAPES = (
+    Shape(8192, 1152, 262144, False, 0.0),
+    Shape(8192, 2048, 151936, False, 0.0),
+    Shape(8192, 2880, 201088, False, 0.0),
+    Shape(8192, 5120, 131072, False, 0.5),
+    Shape(8192, 5120, 100352, False, 0.0),
+    Shape(8192, 3584, 256000, False, 0.25),
+    Shape(8192, 3072, 128256, True, 0.0),
 )
 QUICK = (Shape(2048, 512, 32000, False, 0.0),)
 # The smallest budget within this of the fastest is chosen.
@@ -67,12 +75,15 @@ def rows_of(shape: Shape, budget_mib: int) -> int:
     return min(fit_rows((budget_mib << 20) // (shape.vocab * 2)), shape.active)
 
 
-def training_mib(shape: Shape, budget_mib: int) -> int:
-    """MiB of logits that training takes for this head where the GPU's budget is ``budget_mib``."""
-    from unsloth_patches.unsloth.kernels.loss_chunk_size import TRAINED_BUDGET_MIB
+def training_rows(problem: Problem) -> int:
+    """The rows that training takes for this head; without a stored choice, by default."""
+    from unsloth_patches.unsloth.kernels.loss_chunk_size import choose_chunk_rows
 
-    gradient = shape.vocab * shape.hidden * 2 >> 20 if shape.trained else 0
-    return max(budget_mib, min(gradient, TRAINED_BUDGET_MIB))
+    shape, head = problem.shape, problem.weight
+    gradient = head.numel() * 2 if shape.trained else 0
+    products = None if shape.trained else (problem.hidden, head)
+    found = (shape.tokens, shape.vocab, 2, head.device, None, gradient, products)
+    return min(choose_chunk_rows(*found), shape.active)
 
 
 def predict(gpu: Gpu, shape: Shape, rows: int) -> float:
@@ -117,32 +128,35 @@ def _modelled() -> List[dict]:
 
 
 def sweep(shape: Shape, rounds: int) -> dict:
-    """{rows, time_us, peak_mib} by budget, and of Unsloth's own loss where it is installed."""
+    """{rows, time_us, peak_mib} by budget, of what training takes and of Unsloth's own loss where it is there."""
     problem = Problem(shape)
-    steps, peaks, rows = {}, {}, {}
+    rows = {budget: rows_of(shape, budget) for budget in BUDGETS_MIB}
+    taken = training_rows(problem)
+    losses = {str(count): ours(chunk_rows = count) for count in sorted({*rows.values(), taken})}
     stock = stock_loss()
     if stock is not None:
-        steps["stock"] = problem.step(stock)
-        steps["stock"]()
+        losses["stock"] = stock
+    steps = {name: problem.step(loss) for name, loss in losses.items()}
+    peaks = {}
+    for name, step in steps.items():
+        step()
         problem.drop()
-        peaks["stock"] = harness.peak_memory(steps["stock"])["peak_bytes"] / 2**20
-        problem.drop()
-    for budget in BUDGETS_MIB:
-        rows[budget] = rows_of(shape, budget)
-        steps[str(budget)] = problem.step(ours(chunk_rows = rows[budget]))
-        steps[str(budget)]()
-        problem.drop()
-        peaks[budget] = harness.peak_memory(steps[str(budget)])["peak_bytes"] / 2**20
+        peaks[name] = harness.peak_memory(step)["peak_bytes"] / 2**20
         problem.drop()
     timed = harness.measure(steps, rounds = rounds, warmup = 1, lead_cycles = 0)
     return {
         "of": shape,
         "shape": shape.name,
         "rows": rows,
-        "time_us": {budget: timed[str(budget)] for budget in BUDGETS_MIB},
-        "stock": {"time_us": timed.get("stock"), "peak_mib": peaks.pop("stock", None)},
-        "peak_mib": peaks,
+        "time_us": {budget: timed[str(count)] for budget, count in rows.items()},
+        "peak_mib": {budget: peaks[str(count)] for budget, count in rows.items()},
+        "training": _part(taken, timed[str(taken)], peaks[str(taken)]),
+        "stock": _part(None, timed.get("stock"), peaks.get("stock")),
     }
+
+
+def _part(rows, time_us, peak_mib) -> dict:
+    return {"rows": rows, "time_us": time_us, "peak_mib": peak_mib}
 
 
 def run(out: Path, quick: bool = False) -> int:
@@ -155,7 +169,7 @@ def run(out: Path, quick: bool = False) -> int:
 
     from unsloth_patches.unsloth.kernels.loss_chunk_size import BUDGET_MIB
 
-    shapes, rounds = (QUICK, 3) if quick else (SHAPES, 10)
+    shapes, rounds = (QUICK, 3) if quick else (SHAPES, 16)
     swept = [sweep(shape, rounds) for shape in shapes]
     held_out = [sweep(shape, rounds) for shape in (QUICK if quick else CHECK_SHAPES)]
     means = {
@@ -164,16 +178,15 @@ def run(out: Path, quick: bool = False) -> int:
     }
     choice = choose(means)
     device = torch.cuda.get_device_name()
-    budget = BUDGET_MIB
     path = None if quick else _store(device, choice)
     payload = {
         "swept": swept,
         "mean_us": means,
         "choice_mib": choice,
-        "budget_mib": budget,
+        "budget_mib": BUDGET_MIB,
         "model": _modelled(),
-        "fitted_on": check_model(swept, budget),
-        "check": {"shapes": held_out, "model": check_model(held_out, budget)},
+        "fitted_on": check_model(swept),
+        "check": {"shapes": held_out, "model": check_model(held_out)},
     }
     for part in (*swept, *held_out):
         del part["of"]
@@ -203,11 +216,12 @@ def _store(device: str, mib: int) -> Path:
     return path
 
 
-def check_model(swept: List[dict], budget_mib: int) -> List[dict]:
-    """For each swept shape: what the model predicts, and the price of the budgets that were chosen.
+def check_model(swept: List[dict]) -> List[dict]:
+    """For each swept shape: what the model predicts, and the price of what was chosen.
 
-    regret: measured time at a budget over the shortest measured one, less 1: of the model's own choice
-    for this shape, and of what training takes, ``budget_mib`` or a trained head's own.
+    regret: measured time over the shortest measured one, less 1: of the model's own choice for this
+    shape, and of what training takes; within_stock_regret: among what takes no more memory than
+    Unsloth's own loss.
     model_error: the farthest that modelled time over its best is from measured time over its best.
     """
     gpu = next(gpu for gpu in GPUS if gpu.name == "H200")
@@ -216,9 +230,8 @@ def check_model(swept: List[dict], budget_mib: int) -> List[dict]:
         measured = {b: t["median"] / 1e6 for b, t in part["time_us"].items()}
         modelled = {b: predict(gpu, part["of"], part["rows"][b]) for b in measured}
         best, modelled_best = min(measured.values()), min(modelled.values())
-        taken = training_mib(part["of"], budget_mib)
-        nearest = min(measured, key = lambda b: abs(b - taken))
-        choice = choose(modelled)
+        choice, taken = choose(modelled), part["training"]
+        seconds = taken["time_us"]["median"] / 1e6
         rows.append(
             {
                 "shape": part["shape"],
@@ -226,9 +239,10 @@ def check_model(swept: List[dict], budget_mib: int) -> List[dict]:
                 "model_best_mib": min(modelled, key = modelled.get),
                 "model_choice_mib": choice,
                 "model_choice_regret": measured[choice] / best - 1,
-                "training_mib": nearest,
-                "training_regret": measured[nearest] / best - 1,
-                "within_stock_regret": _within_stock(part, measured, nearest),
+                "training_rows": taken["rows"],
+                "training_regret": seconds / min(best, seconds) - 1,
+                "within_stock_regret": _within_stock(part, measured, seconds),
+                "memory_over_stock": _memory_over_stock(part),
                 "model_error": max(
                     abs(modelled[b] / modelled_best / (measured[b] / best) - 1) for b in measured
                 ),
@@ -238,13 +252,18 @@ def check_model(swept: List[dict], budget_mib: int) -> List[dict]:
     return rows
 
 
-def _within_stock(part: dict, measured: Dict[int, float], nearest: int):
+def _memory_over_stock(part: dict):
+    most = part["stock"]["peak_mib"]
+    return None if most is None else part["training"]["peak_mib"] / most - 1
+
+
+def _within_stock(part: dict, measured: Dict[int, float], seconds: float):
     """Training's time over the best among budgets that take no more memory than Unsloth's own loss."""
     most = part["stock"]["peak_mib"]
     if most is None:
         return None
     there = [time for budget, time in measured.items() if part["peak_mib"][budget] <= most]
-    return measured[nearest] / min(there, default = measured[nearest]) - 1
+    return seconds / min([*there, seconds]) - 1
 
 
 def _print_sweep(payload: dict) -> None:
@@ -253,9 +272,11 @@ def _print_sweep(payload: dict) -> None:
         for b in BUDGETS_MIB:
             time = f"{part['time_us'][b]['median'] / 1e3:.2f}"
             rows.append([part["shape"], b, part["rows"][b], time, f"{part['peak_mib'][b]:.0f}"])
-        if part["stock"]["time_us"] is not None:
-            time = f"{part['stock']['time_us']['median'] / 1e3:.2f}"
-            rows.append([part["shape"], "stock", "", time, f"{part['stock']['peak_mib']:.0f}"])
+        for name in ("training", "stock"):
+            found = part[name]
+            if found["time_us"] is not None:
+                time = f"{found['time_us']['median'] / 1e3:.2f}"
+                rows.append([part["shape"], name, found["rows"], time, f"{found['peak_mib']:.0f}"])
     columns = ["shape", "logits MiB", "rows", "ms", "peak MiB"]
     harness.print_table("chunk size, forward + backward", columns, rows)
 
@@ -267,9 +288,10 @@ def _print_check(payload: dict) -> None:
         "model_best_mib": "",
         "model_choice_mib": "",
         "model_choice_regret": "%",
-        "training_mib": "",
+        "training_rows": "",
         "training_regret": "%",
         "within_stock_regret": "%",
+        "memory_over_stock": "%",
         "model_error": "%",
     }
     for title, rows in (

@@ -87,7 +87,10 @@ PATCHES: Tuple[Patch, ...] = (
             ),
         ),
         modules = ("fused_cross_entropy.py",),
-        tests = {"tests/test_fused_cross_entropy.py": "interpreter"},
+        tests = {
+            "tests/test_cross_entropy_peers.py": "interpreter",
+            "tests/test_fused_cross_entropy.py": "interpreter",
+        },
         requires = ("linear-cross-entropy",),
     ),
     Patch(
@@ -178,7 +181,10 @@ PATCHES: Tuple[Patch, ...] = (
             ),
         ),
         modules = ("fused_loss_cpu.py",),
-        tests = {"tests/test_loss_options_sft.py": "cpu"},
+        tests = {
+            "tests/test_loss_options_sft.py": "cpu",
+            "tests/test_loss_options_distributed.py": "gloo",
+        },
         shared = ("loss_trainer.py",),
         wraps_later = ("transformers.trainer:Trainer.compute_loss",),
         requires = ("loss-options",),

@@ -61,7 +61,7 @@ def set_loss_options(
             take_options_from_logits(inner)
         from .loss_in_trainers import install_in_trainers
 
-        install_in_trainers()
+        install_in_trainers(checked.loss_columns)
         before = getattr(inner, "_unsloth_loss_options", None) or PLAIN
         inner._unsloth_loss_options = replace(checked, observe = before.observe)
     elif reset:

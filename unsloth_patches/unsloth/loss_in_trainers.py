@@ -6,7 +6,7 @@ Put in with the first `set_loss_options`; a trainer whose model has no options r
 """
 
 import functools
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, Iterable, List, Optional
 
 import torch
 
@@ -16,8 +16,14 @@ from .loss_options import LossOptions, model_taking_options
 __all__ = ["install_in_trainers"]
 
 
-def install_in_trainers() -> None:
+# Columns that a loss has been asked to take, of any model: TRL prepares its data before it has one.
+_asked = ["loss_weights"]
+
+
+def install_in_trainers(columns: Iterable[str] = ()) -> None:
     from transformers import Trainer
+
+    _asked.extend(name for name in columns if name not in _asked)
 
     _wrap(Trainer, "get_batch_samples", counting_weights)
     _wrap(Trainer, "evaluation_loop", refusing_other_losses)
@@ -26,6 +32,9 @@ def install_in_trainers() -> None:
         from trl import SFTTrainer
     except ImportError:
         return
+    owner = next((kind for kind in SFTTrainer.__mro__ if "_prepare_dataset" in vars(kind)), None)
+    if owner is not None:
+        _wrap(owner, "_prepare_dataset", preparing_columns)
     # Unsloth's own SFTTrainer stands over TRL's, whose loss it may leave as it is.
     owner = next(kind for kind in SFTTrainer.__mro__ if "compute_loss" in vars(kind))
     if owner is not Trainer:
@@ -95,10 +104,7 @@ def keeping_columns(stock):
 
     @functools.wraps(stock)
     def _get_dataloader(self, dataset, *args, **kwargs):
-        options = trainer_options(self.model)
-        there = getattr(dataset, "column_names", None) or ()
-        wanted = () if options is None else ("loss_weights", *options.loss_columns)
-        names = [name for name in wanted if name in there]
+        names = _columns_of_the_loss(trainer_options(self.model), dataset)
         if not names:
             return stock(self, dataset, *args, **kwargs)
         self._set_signature_columns_if_needed()
@@ -111,6 +117,111 @@ def keeping_columns(stock):
             self._signature_columns, self.data_collator = before
 
     return _get_dataloader
+
+
+def _columns_of_the_loss(options: Optional[LossOptions], dataset: Any) -> List[str]:
+    if options is None:
+        return []
+    there = _column_names(dataset)
+    return [name for name in ("loss_weights", *options.loss_columns) if name in there]
+
+
+def _column_names(dataset: Any) -> List[str]:
+    names, first = getattr(dataset, "column_names", None), None
+    if names is not None:
+        return list(names)
+    if hasattr(dataset, "__len__") and len(dataset):
+        first = dataset[0]
+    elif type(dataset).__module__.startswith("datasets."):  # streamed; can be begun again
+        first = next(iter(dataset), None)
+    return list(first) if isinstance(first, dict) else []
+
+
+def preparing_columns(stock):
+    """``SFTTrainer._prepare_dataset``: columns of the loss survive tokenizing, truncating and packing.
+
+    Packing takes only the columns that it knows, so here it comes after the stock preparation.
+    """
+
+    @functools.wraps(stock)
+    def _prepare_dataset(self, dataset, processing_class, args, packing, *rest, **more):
+        model = vars(self).get("model", vars(self).get("_unsloth_model_ref"))
+        options = (
+            LossOptions(loss_columns = tuple(_asked[1:])) if model is None else trainer_options(model)
+        )
+        names = _columns_of_the_loss(options, dataset)
+        most = args.max_length or getattr(args, "max_seq_length", None)
+        if not names or (packing and not most):
+            return stock(self, dataset, processing_class, args, packing, *rest, **more)
+        strategy = getattr(args, "packing_strategy", "bfd")
+        length = args.max_length
+        try:
+            if packing and strategy != "bfd":  # those keep what is beyond the length
+                args.max_length = 1 << 30
+            done = stock(self, dataset, processing_class, args, False, *rest, **more)
+        finally:
+            args.max_length = length
+        done = _with_columns(done, dataset, names)
+        keep_end = getattr(args, "truncation_mode", "keep_start") == "keep_end"
+        done = done.map(
+            _values_of_tokens, fn_kwargs = {"names": names, "most": most, "keep_end": keep_end}
+        )
+        if packing:
+            from trl.data_utils import pack_dataset
+
+            columns = _column_names(done)
+            there = [name for name in _PACKED if name in columns]
+            done = pack_dataset(done.select_columns([*there, *names]), most, strategy)
+        return done
+
+    return _prepare_dataset
+
+
+# Columns of a value a token, as TRL and Unsloth pack them.
+_PACKED = (
+    "input_ids",
+    "attention_mask",
+    "labels",
+    "completion_mask",
+    "assistant_masks",
+    "token_type_ids",
+)
+
+
+def _with_columns(done: Any, dataset: Any, names: List[str]) -> Any:
+    """``done`` with the columns of ``dataset`` that its tokenizing has dropped."""
+    there = _column_names(done)
+    for name in [name for name in names if name not in there]:
+        if not hasattr(done, "__len__") or len(done) != len(dataset):
+            raise ValueError(
+                f"preparing this data set drops its column {name!r}, and rows with it; tokenize it first "
+                "(input_ids, labels and that column)."
+            )
+        done = done.add_column(name, list(dataset[name]))
+    return done
+
+
+def _values_of_tokens(example: dict, names: List[str], most: Optional[int], keep_end: bool) -> dict:
+    """Columns of the loss as a value a token, cut where the tokens were."""
+    length = len(example["input_ids"])
+    found = {}
+    for name in names:
+        value = example[name]
+        if not isinstance(value, list):
+            value = [value] * length
+        elif length == most and len(value) > length:
+            value = value[-length:] if keep_end else value[:length]
+        _check_length(name, len(value), length)
+        found[name] = value
+    return found
+
+
+def _check_length(name: str, values: int, length: int) -> None:
+    if values != length:
+        raise ValueError(
+            f"a row has {length} tokens and {values} values of {name!r}; give one number a "
+            "row, or one value a token of input_ids."
+        )
 
 
 class ColumnCollator:
@@ -134,11 +245,7 @@ class ColumnCollator:
         row = row.float() if row.is_floating_point() or name == "loss_weights" else row
         if row.dim() == 0:
             return row.expand(length)
-        if row.shape[0] != length:
-            raise ValueError(
-                f"a row has {length} tokens and {row.shape[0]} values of {name!r}; give one number a "
-                "row, or one value a token of input_ids."
-            )
+        _check_length(name, row.shape[0], length)
         return row
 
 

@@ -238,6 +238,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, job):
         wanted = tuple(need and job.differentiable for need in ctx.needs_input_grad[:3])
+        index = job.plan.index
         # The per-row upstream gradients of "none" can be applied to hidden's rows afterwards, but
         # not to the head's sums over rows: those wait for the backward.
         later = job.reduction == "none" and any(wanted[1:])
@@ -248,13 +249,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             arguments = (hidden, weight, bias, labels, job, now, alpha)
             losses, gradients = _chunked(*arguments, observe = job.observe)
         ctx.save_for_backward(hidden, weight, bias, labels)
+        if gradients is not None:  # only a second backward needs the rows again
+            job = replace(job, plan = replace(job.plan, index = None))
         ctx.job, ctx.wanted, ctx.later, ctx.gradients = job, wanted, later, gradients
         ctx.rest = job.alpha / alpha if alpha != job.alpha and job.plan.count else 1.0
         if job.reduction == "none":
-            if job.plan.index is None:
+            if index is None:
                 return losses
             rows = torch.zeros(labels.shape, dtype = losses.dtype, device = losses.device)
-            return rows.index_copy_(0, job.plan.index, losses)
+            return rows.index_copy_(0, index, losses)
         total = losses.sum()
         return total if job.reduction == "sum" else total / job.denominator
 
@@ -278,6 +281,7 @@ def _backward(ctx, upstream):
             upstream.to(torch.promote_types(upstream.dtype, torch.float32)) if ctx.later else None
         )
         alpha = job.alpha / ctx.rest if ctx.rest else 1.0
+        job = replace(job, plan = job.plan.of_rows(labels != job.spec.ignore_index))
         _, gradients = _chunked(hidden, weight, bias, labels, job, ctx.wanted, alpha, row_scale)
     if gradients is None:
         return (None, None, None)

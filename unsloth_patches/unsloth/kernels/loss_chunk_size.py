@@ -5,18 +5,20 @@
 More rows make the matrix products more efficient up to a point; memory grows with every row. The
 number comes, in this order, from the caller, from ``UNSLOTH_LOSS_CHUNK_ROWS``, from the budget that
 ``UNSLOTH_LOSS_CHUNK_FILE`` has for this GPU, or from one for every GPU, bounded by the memory that is
-free.
+free. Of the row counts that a budget leaves, a frozen head's first loss tries which suits its products.
 """
 
 import functools
 import json
 import os
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import torch
 
-__all__ = ["BUDGET_MIB", "choose_chunk_rows", "fit_rows", "stored_budget"]
+from .cross_entropy_spec import padded_columns
+
+__all__ = ["BUDGET_MIB", "choose_chunk_rows", "fastest_rows", "fit_rows", "stored_budget"]
 
 MIN_ROWS = 16
 MAX_ROWS = 8192
@@ -25,7 +27,7 @@ FEW_ROWS, MANY_ROWS = 128, 256
 
 # MiB of logits: no more than Unsloth's own loss takes on an H200 and an H100, where it is measured.
 # Elsewhere it is computed from published figures: T4, L4 and A100 want as much.
-BUDGET_MIB = 320
+BUDGET_MIB = 256
 CPU_BUDGET_MIB = 64
 # A trained head's chunk may be as large as its gradient, up to this. Unsloth's own loss holds that
 # gradient twice.
@@ -41,12 +43,14 @@ def choose_chunk_rows(
     device: torch.device,
     chunk_rows: Optional[int] = None,
     head_grad_bytes: int = 0,
+    products: Optional[Tuple[torch.Tensor, torch.Tensor]] = None,
 ) -> int:
     """Rows per chunk, at least 1 and at most ``max(rows, 1)``.
 
     rows: rows that take part. itemsize: bytes of a logit as it is held.
     head_grad_bytes: size of the head's gradient, 0 for a frozen head. Every chunk reads and writes it
         whole, so a trained head gets larger chunks.
+    products: hidden states and a frozen head, on which row counts may be tried; see `fastest_rows`.
     chunk_rows: the caller's choice, which wins. Raises ValueError for one that is no positive
     integer, and for an ``UNSLOTH_LOSS_CHUNK_ROWS`` that is none.
     """
@@ -59,6 +63,8 @@ def choose_chunk_rows(
         budget = _budget_bytes(device, min(head_grad_bytes, TRAINED_BUDGET_MIB << 20))
         chosen = min(budget // max(vocab_size * itemsize, 1), MAX_ROWS)
         chosen = fit_rows(chosen) if device.type == "cuda" else max(chosen, MIN_ROWS)
+        if products is not None and FEW_ROWS < chosen < rows:
+            chosen = fastest_rows(chosen, *products)
     return max(1, min(chosen, rows))
 
 
@@ -87,6 +93,73 @@ def fit_rows(most: int) -> int:
         if most >= 2 * step:
             return most // step * step
     return FEW_ROWS if most >= FEW_ROWS else max(most, MIN_ROWS)
+
+
+# What `fastest_rows` has found, by device, shapes and dtype.
+_fastest: Dict[tuple, int] = {}
+# A smaller chunk has to be this much faster.
+_GAIN = 0.98
+
+
+def fastest_rows(most: int, hidden: torch.Tensor, weight: torch.Tensor) -> int:
+    """Of row counts between ``most / 2`` and ``most``, the one whose products take least time a row.
+
+    How well a product of so many rows fills a GPU depends on the head's width: on an H100, 1280 rows
+    of width 5120 took 14% more time a row than 1024 did, and 512 of width 3584 11% more than 768.
+    Tried once a head and process, which takes some 50 ms; not while a CUDA graph is captured, nor
+    under ``torch.use_deterministic_algorithms``: there it is ``most``.
+    """
+    if not weight.is_cuda or torch.are_deterministic_algorithms_enabled():
+        return most
+    key = (most, weight.device.index, weight.dtype, *weight.shape)
+    if key not in _fastest:
+        if torch.cuda.is_current_stream_capturing():
+            return most
+        # 2 ** n and 3 * 2 ** n.
+        counts = [
+            c << n for n in range(16) for c in (2, 3) if most <= 2 * (c << n) and c << n < most
+        ]
+        try:
+            seconds = _seconds_a_row([most, *sorted(counts, reverse = True)], hidden, weight)
+        except torch.OutOfMemoryError:
+            return most
+        best = most
+        for count, taken in seconds.items():
+            if taken < _GAIN * seconds[best]:
+                best = count
+        _fastest[key] = best
+    return _fastest[key]
+
+
+@torch.no_grad()
+def _seconds_a_row(
+    counts: List[int], hidden: torch.Tensor, weight: torch.Tensor
+) -> Dict[int, float]:
+    """The time that both products of a chunk of so many rows take, over its rows."""
+    with torch.autocast("cuda", enabled = False):
+        hidden = hidden.detach()[: counts[0]]
+        vocab_size = weight.shape[0]
+        logits = hidden.new_empty((counts[0], padded_columns(vocab_size)))[:, :vocab_size]
+        gradient = torch.empty_like(hidden)
+
+        def run(count):
+            torch.mm(hidden[:count], weight.t(), out = logits[:count])
+            torch.mm(logits[:count], weight, out = gradient[:count])
+
+        spans: Dict[int, list] = {count: [] for count in counts}
+        for turn in range(4):
+            for count in counts:
+                start, stop = (torch.cuda.Event(enable_timing = True) for _ in range(2))
+                start.record()
+                run(count)
+                stop.record()
+                if turn:  # the first one loads kernels
+                    spans[count].append((start, stop))
+        torch.cuda.synchronize()
+        return {
+            count: min(start.elapsed_time(stop) for start, stop in pairs) / count
+            for count, pairs in spans.items()
+        }
 
 
 # Device index -> [bytes that were free when last asked, losses until it is asked again]. Asking takes

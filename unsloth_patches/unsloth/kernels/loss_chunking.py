@@ -8,7 +8,7 @@ products a chunk are all that happens beside it.
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Iterator, Optional, Tuple
 
 import torch
@@ -268,10 +268,17 @@ class ChunkPlan:
         device, rows = head.hidden.device, head.hidden.shape[0]
         trained = head.weight.requires_grad and torch.is_grad_enabled()
         gradient = head.weight.numel() * head.weight.element_size() if trained else 0
+        frozen = head.hidden.requires_grad and torch.is_grad_enabled() and not trained
+        tried = dtype == head.hidden.dtype and dtype in _HALF and frozen
+        products = (head.hidden, head.weight) if tried else None
         # Before the rows are counted, while the GPU still works on what comes before the loss.
-        at_once = choose_chunk_rows(rows, vocab_size, size, device, chunk_rows, gradient)
+        at_once = choose_chunk_rows(rows, vocab_size, size, device, chunk_rows, gradient, products)
         index, count = (None, rows) if keep is None else active_rows(keep)
         return ChunkPlan(index, count, max(1, min(at_once, count)), dtype)
+
+    def of_rows(self, keep: torch.Tensor) -> "ChunkPlan":
+        """This plan with the indices of ``keep``, which it was made with: they need not be held until then."""
+        return self if self.count == keep.shape[0] else replace(self, index = active_rows(keep)[0])
 
 
 def _logits_buffer(rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device):
