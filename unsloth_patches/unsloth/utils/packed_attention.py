@@ -110,7 +110,9 @@ def _plain(hidden_states: Any, args: tuple, kwargs: dict) -> bool:
         and all(value is None for value in others)
         and (mask is None or type(mask).__name__ == "LowerTriangularMask")
         and isinstance(kwargs[LENGTHS], torch.Tensor)
-        and not getattr(kwargs[LENGTHS], "_unsloth_uncompiled", False)  # this batch's caller says so
+        and not getattr(
+            kwargs[LENGTHS], "_unsloth_uncompiled", False
+        )  # this batch's caller says so
         and os.environ.get(VARIABLE, "1") != "0"
     )
 
