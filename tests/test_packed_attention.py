@@ -10,8 +10,8 @@ from backend import DEVICE, require
 
 require("interpreter")
 
-import unsloth  # noqa: F401, E402
 import fast_models  # noqa: E402
+import unsloth  # noqa: F401, E402
 from fast_models import (  # noqa: E402, F401
     HEAD_DIM,
     LONGEST,
