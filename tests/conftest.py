@@ -4,7 +4,7 @@
 
 import: ``import unsloth_patches`` comes first. fork and stock: unsloth_patches cannot be imported,
 and Unsloth has to come from the folder in ``UNSLOTH_PATCHES_HOME`` if that is set.
-``python scripts/patches.py test --form FORM`` prepares everything and runs one process a backend.
+``python scripts/patches.py test --form FORM`` prepares everything and runs one process per backend.
 """
 
 import os
@@ -86,12 +86,7 @@ def pytest_collectstart(collector):
     if not isinstance(collector, pytest.Module) or collector.path not in backends:
         return
     seen = collector.config.stash.setdefault(_SEEN, {})
-    backend = backends[collector.path]
-    if backend == "cpu":
-        seen.pop(
-            "gloo", None
-        )  # the same backend, and its ranks are forked before anything is computed
-    seen[backend] = collector.path.name
+    seen[backends[collector.path]] = collector.path.name
     if len(seen) > 1:
         files = " and ".join(f"{name} ({backend})" for backend, name in seen.items())
         raise pytest.UsageError(

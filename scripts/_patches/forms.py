@@ -8,9 +8,8 @@ stock:    Unsloth as it is. Every test file has to fail here: one that passes pr
 upstream: the patched Unsloth as in its own CI: one process for all files, no GPU, and a conftest.py that
           imports unsloth first, for CUDA. Every file passes, or skips with a reason.
 
-But for the last there is one process per backend (Unsloth chooses it once, when it is imported), or one per
-file with ``jobs``. Without a GPU, ``gloo`` is the CPU backend too: its files come first in that process, since
-a fork after a backward pass hangs.
+But for the last there is one process per backend (Unsloth chooses it once, when it is imported, and a fork
+after a backward pass hangs), or one per file with ``jobs``.
 """
 
 from __future__ import annotations
@@ -91,21 +90,18 @@ def run_form(
     home = project.root if form == "import" else _make_home(project, form, scratch)
     result = FormResult(form, [], [])
     processes: Dict[str, List[str]] = {}
-    alike = {} if shutil.which("nvidia-smi") else {"gloo": "cpu"}
-    for file, backend in sorted(backends.items(), key = lambda item: item[1] != "gloo"):
+    for file, backend in backends.items():
         one_each = jobs > 1 and form != "upstream"
-        name = Path(file).stem if one_each else alike.get(backend, backend)
-        processes.setdefault(name, []).append(file)
+        processes.setdefault(Path(file).stem if one_each else backend, []).append(file)
 
     def run(part: Tuple[str, List[str]]) -> List[FileResult]:
         folder = scratch / f"process-{part[0]}"
         folder.mkdir()
         began = time.monotonic()
         quiet = form == "stock" or jobs > 1
-        backend = backends[part[1][-1]]
-        found = _run_process(form, backend, part[1], home, folder, result.summaries, quiet)
-        for each in found:
-            each.backend = backends[each.file]
+        found = _run_process(
+            form, backends[part[1][0]], part[1], home, folder, result.summaries, quiet
+        )
         if jobs > 1:  # the table comes when all are done, which may be long after this one
             counts = ", ".join(f"{r.file}: {r.passed} passed, {r.failed} failed" for r in found)
             print(f"{form}: {counts} ({time.monotonic() - began:.0f} s)", flush = True)
