@@ -61,6 +61,18 @@ def test_class_probabilities_pass_gradcheck_also_by_the_probabilities(linear_cro
     assert torch.autograd.gradcheck(loss, (hidden, weight, bias, targets))
 
 
+def test_z_loss_of_class_probabilities_is_that_of_labels(linear_cross_entropy):
+    hidden, weight, bias, labels = problem(ignored = ())
+    targets = F.one_hot(labels, 11).to(hidden.dtype)
+    for reduction in ("mean", "sum", "none"):
+        options = {"z_loss": 0.1, "reduction": reduction, "chunk_rows": 3}
+        ours, wanted = (
+            linear_cross_entropy(hidden, weight, given, bias, **options)
+            for given in (targets, labels)
+        )
+        assert_same(ours, wanted, (hidden, weight, bias))
+
+
 def test_a_retained_graph_gives_the_same_gradients_twice(linear_cross_entropy):
     """The first backward hands its buffers out; the second computes them again."""
     hidden, weight, _, labels = problem()
