@@ -5,6 +5,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from toy_project import ENTRY, HEADER, ROOT, TEST, run_python, write, write_registry
@@ -238,3 +239,17 @@ def test_the_tool_imports_no_torch():
         "print(sorted({'torch', 'unsloth', 'unsloth_patches', 'transformers'} & set(sys.modules)))"
     )
     assert run_python(ROOT, code) == ["[]"]
+
+
+def test_what_an_older_release_lacks_is_left_out_of_the_import_form(monkeypatch, tmp_path):
+    """By ``since``, by what a patch requires, and by targets that are all absent and optional."""
+    project = Project()
+    newest = SimpleNamespace(version = project.supported[-1], locate_file = lambda name: ROOT)
+    monkeypatch.setattr(forms.importlib.metadata, "distribution", lambda name: newest)
+    assert set(forms._in_installed_release(project)) == set(project.backends())
+    older = SimpleNamespace(version = "2026.10.7", locate_file = lambda name: tmp_path / name)
+    monkeypatch.setattr(forms.importlib.metadata, "distribution", lambda name: older)
+    kept = set(forms._in_installed_release(project))
+    assert {"tests/test_chat_template.py", "tests/test_checkpoint_recompute.py"} <= kept
+    newer = ("lora_products", "step_graphs", "fsdp2_offload_plan", "loss_options_sft")
+    assert not kept & {f"tests/test_{name}.py" for name in newer}

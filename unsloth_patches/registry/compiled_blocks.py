@@ -51,6 +51,7 @@ PATCHES: Tuple[Patch, ...] = (
         modules = ("models/compile_rope_tables.py",),
         tests = {"tests/test_compile_rope_tables.py": "interpreter"},
         requires = ("test-backends",),
+        since = "2026.10.8",  # older ones compile no block that has tables by position
     ),
     Patch(
         name = "packed-attention",
