@@ -218,11 +218,8 @@ def batch_tokens(args: tuple, kwargs: Dict[str, Any]) -> Any:
 
 def step_graphs(model: Optional[torch.nn.Module], before: Optional[dict] = None) -> Dict[str, Any]:
     """What step graphs replayed of the model's micro-batches, since ``before``; {} without any."""
-    try:
-        from .step_graphs import summary
-    except ImportError:  # a patch of its own
-        return {}
-    found = summary(model) if model is not None else {}
+    graphs = sys.modules.get(f"{__package__}.step_graphs")  # a patch of its own
+    found = graphs.summary(model) if graphs is not None and model is not None else {}
     if found and before:
         reasons = Counter(found["reasons"]) - Counter(before["reasons"])
         replayed = found["replayed"] - before["replayed"]
