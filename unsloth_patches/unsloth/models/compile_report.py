@@ -218,7 +218,7 @@ def batch_tokens(args: tuple, kwargs: Dict[str, Any]) -> Any:
 
 def step_graphs(model: Optional[torch.nn.Module], before: Optional[dict] = None) -> Dict[str, Any]:
     """What step graphs replayed of the model's micro-batches, since ``before``; {} without any."""
-    graphs = sys.modules.get(f"{__package__}.step_graphs")  # not loaded: none was captured
+    graphs = sys.modules.get(f"{__package__}.step_graphs")  # a patch of its own
     found = graphs.summary(model) if graphs is not None and model is not None else {}
     if found and before:
         reasons = Counter(found["reasons"]) - Counter(before["reasons"])

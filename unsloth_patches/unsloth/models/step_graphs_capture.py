@@ -162,9 +162,7 @@ class Bucket:
         if has_positions:
             self.positions = pool.buffer("positions", shape[:2], torch.int32, like.device)
             arguments = {**arguments, "position_ids": self.positions}
-        self.frozen = (
-            False  # whether a replay has met one of its weights that wants no gradient now
-        )
+        self.frozen = False  # whether a replay met a weight of it that wants no gradient now
         self._runs = BlockRuns(layers, arguments, [False] * len(layers), self.wants_input, compiled)
         self.gradients: Optional[_Gradients] = None
         self.forward: Callable[[], None] = self._forward
