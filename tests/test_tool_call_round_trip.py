@@ -231,12 +231,12 @@ def shown(messages):
 
 @pytest.mark.parametrize("mode", ["split", "join"])
 def test_every_format_renders_the_same(mode, tokenizers, tool_calls):
-    """1,000 seeded conversations, each in all formats: what is printed of it is what is printed of
+    """5,000 seeded conversations, each in all formats: what is printed of it is what is printed of
     OpenAI's form, to the byte in one of the formats, and every assistant turn reads back."""
     prepare = importlib.import_module("unsloth.tool_calls.messages").prepare_conversation
     arrange = importlib.import_module("unsloth.tool_calls.parallel").MODES[mode]
     options = {"tokenize": False, "date_string": "x"}
-    for seed in range(500):
+    for seed in range(2500):
         tokenizer = tokenizers["llama-3.1" if seed % 2 else "llama-3.2", mode]
         messages = Conversations(f"{mode} {seed}", several = 1 + seed % 3).messages()
         expected = repr(shown(prepare(messages, arrange = arrange)))

@@ -158,6 +158,7 @@ PATCHES: Tuple[Patch, ...] = (
         ),
         modules = ("fused_loss.py",),
         tests = {"tests/test_loss_options.py": "interpreter"},
+        shared = ("loss_trainer.py",),
         requires = ("fused-cross-entropy", "trainer-loss-options"),
     ),
     Patch(
@@ -185,7 +186,6 @@ PATCHES: Tuple[Patch, ...] = (
             "tests/test_loss_options_sft.py": "cpu",
             "tests/test_loss_options_distributed.py": "gloo",
         },
-        shared = ("loss_trainer.py",),
         wraps_later = ("transformers.trainer:Trainer.compute_loss",),
         requires = ("loss-options",),
     ),
