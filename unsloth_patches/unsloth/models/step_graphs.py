@@ -393,6 +393,7 @@ def replay_decoder_blocks(stock: Callable) -> Callable:
         finally:
             self.__dict__.pop("layers", None)
 
+    LlamaModel_fast_forward._replays_blocks = True
     return LlamaModel_fast_forward
 
 
@@ -409,9 +410,11 @@ def choose_padding_free(stock: Callable) -> Callable:
         chosen, reason = stock(model, *args, **kwargs)
         if chosen or reason.startswith("UNSLOTH_PADDING_CHOICE") or mode() == "0":
             return chosen, reason
-        stacks = (getattr(m, "layers", None) for m in model.modules())
-        layers = next((x for x in stacks if isinstance(x, torch.nn.ModuleList) and len(x)), None)
-        if layers is None or why_not_capturable(layers):
+        replayed = (
+            m for m in model.modules() if getattr(type(m).forward, "_replays_blocks", False)
+        )
+        layers = getattr(next(replayed, None), "layers", ())
+        if not len(layers) or why_not_capturable(layers):
             return chosen, reason
         return True, f"step graphs replay padding-free rows; otherwise {reason}"
 
