@@ -28,7 +28,7 @@ from .data import Example, held_out, training_set
 from .evaluate import Answer, answer, run_calls
 from .model import save_scratch
 
-PAIR_SHARE = 0.6  # of the generated training prompts, those that need two calls at once
+PAIR_SHARE = 0.3  # of the generated training prompts, those that need two calls at once
 
 
 def fine_tune(

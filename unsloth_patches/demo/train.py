@@ -35,7 +35,7 @@ class Recipe:
 
 
 SCRATCH = Recipe(
-    steps = 1000,
+    steps = 650,
     batch_size = 16,
     learning_rate = 6e-3,  # of the embeddings
     lora_alpha = 64,
