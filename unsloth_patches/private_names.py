@@ -62,6 +62,7 @@ PRIVATE_NAMES = (
     PrivateName("torch._C:_len_torch_dispatch_stack", _GRAPHS),
     PrivateName("torch._C:_len_torch_function_stack", _GRAPHS),
     PrivateName("torch._C:DisableTorchFunctionSubclass", _GRAPHS),
+    PrivateName("torch._C:_any_requires_grad", _GRAPHS),
     PrivateName("torch._utils:_unflatten_dense_tensors", ("step-graphs-capture",)),
     PrivateName("torch._dynamo:maybe_mark_dynamic", ("packed-attention",)),
     PrivateName("torch._dynamo.exc:TorchDynamoException", ("compile-strict",)),

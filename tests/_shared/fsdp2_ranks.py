@@ -60,7 +60,7 @@ def _skip_where_a_fork_may_hang():
         pytest.skip(f"this process has {len(threads)} threads, so no ranks are forked: {_ALONE}")
 
 
-def _rank_main(function, rank, world, port, results, arguments):
+def _rank_main(function, rank, world, port, results, finished, arguments):
     try:
         import torch
 
@@ -71,6 +71,7 @@ def _rank_main(function, rank, world, port, results, arguments):
         if world > 1:
             os.environ["UNSLOTH_FSDP2"] = os.environ["UNSLOTH_FSDP2_SHARDED_LOAD"] = "1"
         results.put((rank, None, function(*arguments)))
+        finished.wait(10)  # rank 0 has the store, in which others may still look
     except BaseException as error:
         results.put((rank, f"{type(error).__name__}: {error}\n{traceback.format_exc()}", None))
     finally:
@@ -96,9 +97,10 @@ def run_ranks(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    finished = fork.Event()
+    shared = (world, port, results, finished, arguments)
     processes = [
-        fork.Process(target = _rank_main, args = (function, rank, world, port, results, arguments))
-        for rank in range(world)
+        fork.Process(target = _rank_main, args = (function, rank, *shared)) for rank in range(world)
     ]
     for process in processes:
         process.start()
@@ -118,6 +120,7 @@ def run_ranks(
         missing = sorted(set(range(world)) - set(found))
         pytest.fail(f"ranks {missing} still hang after {seconds} s: {found}")
     finally:
+        finished.set()
         for process in processes:
             process.join(timeout = 5)
             if process.is_alive():
