@@ -207,8 +207,9 @@ def _environment(form: str, backend: str, home: Path, scratch: Path) -> Dict[str
     # Unsloth writes generated code there; one form must never read what another one wrote.
     environment["UNSLOTH_COMPILE_LOCATION"] = str(scratch / "compiled")
     environment.pop("UNSLOTH_PATCHES_DISABLE", None)
-    if backend == "gloo":  # ranks are forked, and a forked process cannot use a GPU
+    if backend == "gloo":  # ranks are forked, from a process without a GPU or other threads
         environment["CUDA_VISIBLE_DEVICES"] = ""
+        environment["OMP_NUM_THREADS"] = "1"
     if form == "upstream":
         environment.update(
             UNSLOTH_COMPILE_DISABLE = "1", UNSLOTH_IS_PRESENT = "1", CUDA_VISIBLE_DEVICES = ""
