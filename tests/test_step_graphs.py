@@ -79,12 +79,12 @@ def test_two_buckets_share_their_memory(llama):
 
 def test_what_is_kept_is_not_run_again(llama, recorders, monkeypatch):
     """Without checkpointing all blocks keep their activations; with it, as many as fit."""
-    from unsloth.models import step_graphs, step_graphs_capture
+    from unsloth.models import step_graphs_capture, step_graphs_stack
 
     monkeypatch.setattr(step_graphs_capture.Bucket, "activation_bytes", lambda self: 1 << 20)
     for allowed, kept in ((0, 0), (3 << 19, 1), (1 << 30, 2)):
-        monkeypatch.setattr(step_graphs, "EXTRA_BYTES", allowed)
-        monkeypatch.setattr(step_graphs, "EXTRA_SHARE", 0.0)
+        monkeypatch.setattr(step_graphs_stack, "EXTRA_BYTES", allowed)
+        monkeypatch.setattr(step_graphs_stack, "EXTRA_SHARE", 0.0)
         seen = []
         keep_last = step_graphs_capture.Bucket.keep_last
         with monkeypatch.context() as patch:
@@ -549,9 +549,9 @@ def test_out_of_memory_while_capturing_gives_the_memory_back(llama, monkeypatch)
 
 
 def test_a_length_past_the_pools_budget_is_not_captured(llama, monkeypatch):
-    from unsloth.models import step_graphs
+    from unsloth.models import step_graphs_stack
 
-    monkeypatch.setattr(step_graphs, "POOL_SHARE", 0.0)
+    monkeypatch.setattr(step_graphs_stack, "POOL_SHARE", 0.0)
     for seed in range(3):
         bit_equal(llama, batch(2, 100, seed))
     assert summary(llama)["captures"] == 0
@@ -559,9 +559,9 @@ def test_a_length_past_the_pools_budget_is_not_captured(llama, monkeypatch):
 
 
 def test_the_least_recently_used_bucket_goes(llama, monkeypatch):
-    from unsloth.models import step_graphs
+    from unsloth.models import step_graphs_stack
 
-    monkeypatch.setattr(step_graphs, "MAX_BUCKETS", 2)
+    monkeypatch.setattr(step_graphs_stack, "MAX_BUCKETS", 2)
     for length in (40, 40, 100, 100, 40, 150, 150):
         step(llama, batch(2, length))
     assert summary(llama)["buckets"] == [(2, 64), (2, 192)]

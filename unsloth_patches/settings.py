@@ -27,7 +27,8 @@ def take_old_names() -> None:
         value = os.environ.get(old)
         if value is None or value == os.environ.get(new):  # equal: a parent process was here
             continue
-        if old == "UNSLOTH_FULLGRAPH" and value in ("0", "1"):  # unsloth_zoo's own, of that name
+        # unsloth_zoo has one of that name, with values of its own.
+        if old == "UNSLOTH_FULLGRAPH" and value.strip().lower() not in ("auto", "strict", "off"):
             continue
         if new in os.environ:
             what = f"{old}={value} is ignored, because {new}={os.environ[new]} is set, its new name"

@@ -503,6 +503,7 @@ OLD, NEW = "UNSLOTH_PATCHES_FULLGRAPH", "UNSLOTH_BLOCK_FULLGRAPH"
         ({NEW: "off"}, "off", ""),
         ({"UNSLOTH_FULLGRAPH": "strict"}, "strict", "UNSLOTH_FULLGRAPH is now called"),
         ({"UNSLOTH_FULLGRAPH": "1"}, None, ""),
+        ({"UNSLOTH_FULLGRAPH": "True"}, None, ""),
         ({}, None, ""),
     ],
 )

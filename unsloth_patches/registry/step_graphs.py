@@ -43,7 +43,11 @@ PATCHES: Tuple[Patch, ...] = (
                 ),
             ),
         ),
-        modules = ("models/step_graphs.py", "models/step_graphs_state.py"),
+        modules = (
+            "models/step_graphs.py",
+            "models/step_graphs_stack.py",
+            "models/step_graphs_state.py",
+        ),
         tests = {"tests/test_step_graphs.py": "interpreter"},
         requires = ("step-graphs-capture",),
         since = "2026.10.9",

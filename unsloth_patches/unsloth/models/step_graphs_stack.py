@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 the contributors
+"""One model's stack of decoder blocks: its graphs, one a length, and when one is captured or dropped."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import weakref
+from collections import Counter, OrderedDict
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+
+from . import step_graphs_capture
+from .step_graphs_buckets import PaddedRows, lay_out, unknown_argument
+from .step_graphs_capture import Bucket, Pool, replay_blocks
+from .step_graphs_state import BlockState, why_not_capturable
+
+__all__ = ["Stack", "checkpointing_layer", "mode"]
+
+VARIABLE, DEFAULT = "UNSLOTH_STEP_GRAPHS", "auto"
+MAX_BUCKETS = 64
+MAX_TOKENS = 16384  # a micro-batch beyond that keeps the GPU busy by itself
+BORROWED, BORROWS = 1.5, 4  # a length waits in a graph up to so much longer, until seen so often
+UNCOMPILED = 8  # packed batches that ran uncompiled for a graph's sake, beyond those replayed
+POOL_SHARE = 0.25  # of the GPU's memory that this process had not needed before the first capture
+# What a length may take beside a block's own work: that much, and a share of what is allocated.
+# Blocks' inputs and gradients come first, activations that are kept get the rest.
+EXTRA_BYTES, EXTRA_SHARE = 128 << 20, 0.15
+HOST_BOUND = 1.1  # GPU time over host time of an ordinary run, up to which replaying pays
+FIRST, OVER_BUDGET = "a length's first batch", "past the pool's budget"
+_ATTENTION_KERNELS = tuple(
+    getattr(torch.backends.cuda, f"{name}_sdp_enabled")
+    for name in ("flash", "mem_efficient", "math", "cudnn")
+    if hasattr(torch.backends.cuda, f"{name}_sdp_enabled")
+)
+logger = logging.getLogger(__name__)
+
+
+def mode() -> str:
+    """``auto``, ``1`` or ``0``. Raises ValueError for anything else."""
+    value = os.environ.get(VARIABLE, DEFAULT).strip().lower() or DEFAULT
+    if value not in ("auto", "1", "0"):
+        raise ValueError(f"Unsloth: {VARIABLE}={value!r}: choose auto, 1 or 0.")
+    return value
+
+
+@functools.lru_cache(maxsize = 1)
+def checkpointing_layer() -> type:
+    try:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+    except ImportError:  # an older transformers
+        return type("GradientCheckpointingLayer", (), {})
+    return GradientCheckpointingLayer
+
+
+class _Layers:
+    """Stands for ``model.layers`` in one forward pass: one layer that is all of them."""
+
+    def __init__(self, stack: "Stack", layers: torch.nn.ModuleList):
+        class Blocks(checkpointing_layer()):
+            self_attn = layers[0].self_attn
+
+            def __init__(self):  # no module of its own
+                pass
+
+            def __call__(self, hidden_states, **kwargs):
+                return (stack.run(hidden_states, kwargs),)
+
+        self._blocks = Blocks()
+
+    def __iter__(self):
+        yield self._blocks
+
+    def __getitem__(self, index):
+        return self._blocks
+
+    def __len__(self):
+        return 1
+
+
+class Stack:
+    """The decoder blocks of one model: their buckets, and what was replayed."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._model = weakref.ref(model)
+        self.replayed, self.captures, self.drops = 0, 0, 0
+        self.real = self.padded = 0  # tokens that were replayed
+        self.reasons: Counter = Counter()
+        self.changes: Counter = Counter()
+        self.off, self.limit, self.limit_reason = "", MAX_TOKENS, f"more than {MAX_TOKENS} tokens"
+        self.standing_in: Optional[_Layers] = None
+        self._layers_of: Any = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops every graph, and what is known of the blocks."""
+        self.buckets: "OrderedDict[tuple, Bucket]" = OrderedDict()
+        self.seen: Counter = Counter()
+        self.refused: Dict[tuple, str] = {}
+        self.state: Optional[BlockState] = None
+        self.blocked: Optional[str] = None
+        self.pool: Optional[Pool] = None
+        self.recorder: Any = None
+
+    def drop(self, why: str) -> None:
+        """Drops every graph since something that they depend on is another now."""
+        self.drops += len(self.buckets)
+        self.changes[why] += 1
+        self.forget()
+
+    @property
+    def layers(self) -> torch.nn.ModuleList:
+        return self._model()._modules["layers"]
+
+    def stand_in(self) -> _Layers:
+        layers = self.layers
+        if self._layers_of is not layers or self.standing_in is None:
+            self.forget()
+            self.standing_in, self._layers_of = _Layers(self, layers), layers
+        return self.standing_in
+
+    # ------------------------------------------------------------------ one micro-batch
+
+    def ordinary(self, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
+        """What the model's own loop over its blocks does."""
+        for layer in self.layers:
+            hidden = layer(hidden, **kwargs)[0]
+        return hidden
+
+    def run(self, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
+        reason, bucket, layout = self._bucket_for(hidden, kwargs)
+        if bucket is None:
+            self.reasons[reason] += 1
+            return self.ordinary(hidden, self._uncompiled(kwargs) if reason == FIRST else kwargs)
+        out = replay_blocks(
+            bucket, layout, hidden, kwargs.get("position_ids"), self.state.still_there
+        )
+        # Asked while the GPU is at work.
+        change = "requires_grad changed" if bucket.frozen else self.state.changed(wholly = False)
+        if change:
+            self.drop(change)
+            return self.run(hidden, kwargs)
+        self.replayed += 1
+        self.real += layout.real
+        self.padded += layout.rows * layout.bucket
+        return out
+
+    def _uncompiled(self, kwargs: dict) -> dict:
+        """The arguments of packed rows that are replayed from the second batch on: compiling blocks for
+        the first would not repay, unless most batches turn out to be a first one."""
+        lengths = kwargs.get("packed_seq_lengths")
+        if lengths is None or sum(self.reasons.values()) > self.replayed + UNCOMPILED:
+            return kwargs
+        lengths = lengths.view_as(lengths)  # the caller's own stays as it is
+        lengths._unsloth_uncompiled = True
+        return {**kwargs, "packed_seq_lengths": lengths}
+
+    def _bucket_for(self, hidden: torch.Tensor, kwargs: dict) -> Tuple[str, Any, Any]:
+        """('', bucket, layout), or (reason, None, None)."""
+        reason = self._stale_or_blocked() or unknown_argument(kwargs)
+        if not reason and self._recorder(hidden.device) is None:
+            self.off = f"no graphs on {hidden.device.type}"
+        reason = self.off or reason
+        if reason:
+            return reason, None, None
+        reason, layout = lay_out(hidden, kwargs)
+        if reason:
+            return reason, None, None
+        if layout.rows * layout.bucket > self.limit:
+            return self.limit_reason, None, None
+        key = self._key(hidden, kwargs, layout)
+        if key in self.refused:
+            return self.refused[key], None, None
+        bucket = self.buckets.get(key)
+        if bucket is None:
+            self.seen[key] += 1
+            # What cannot be captured is asked once a length, and what changed since, too.
+            change = self.state.changed()
+            if change:
+                self.drop(change)
+                return self._bucket_for(hidden, kwargs)
+            if self.seen[key] < BORROWS:
+                longer = self._longer(key)
+                longer_layout = longer and lay_out(hidden, kwargs, longer[1])[1]
+                if longer_layout:
+                    self.buckets.move_to_end(longer)
+                    return "", self.buckets[longer], longer_layout
+            if self.seen[key] < 2:
+                return FIRST, None, None
+            bucket = self._capture(key, hidden, kwargs, layout)
+            if bucket is None:
+                return self.off or self.refused[key], None, None
+            return "", bucket, layout
+        self.buckets.move_to_end(key)
+        return "", bucket, layout
+
+    def _recorder(self, device: torch.device) -> Any:
+        if self.recorder is None:
+            self.recorder = step_graphs_capture.make_recorder(device)
+        return self.recorder
+
+    def _longer(self, key: tuple) -> Optional[tuple]:
+        """A captured bucket that differs by a somewhat greater length alone: it costs the GPU less
+        than the host would need for the blocks, or to capture one more length."""
+        return min(
+            (
+                k
+                for k in self.buckets
+                if k[0] == key[0] and key[1] < k[1] <= BORROWED * key[1] and k[2:] == key[2:]
+            ),
+            default = None,
+            key = lambda k: k[1],
+        )
+
+    def _stale_or_blocked(self) -> str:
+        if self.state is not None:
+            if self.state.still_there() and not (self.blocked and self.state.changed()):
+                return self.blocked or ""
+            self.drop("weights moved")
+        self.state, self.blocked = BlockState(self.layers), why_not_capturable(self.layers)
+        if not self.blocked and not any(p.requires_grad for p in self.layers.parameters()):
+            self.blocked = "no trainable weight in the blocks"
+        return self.blocked
+
+    def _key(self, hidden: torch.Tensor, kwargs: dict, layout: Any) -> tuple:
+        device = hidden.device.type
+        rope = kwargs.get("position_embeddings") or ()
+        return (
+            layout.rows,
+            layout.bucket,
+            hidden.dtype,
+            hidden.requires_grad,
+            kwargs.get("position_ids") is not None,
+            type(kwargs.get("causal_mask")),
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            getattr(self._model().config, "_attn_implementation", None),
+            *(allowed() for allowed in _ATTENTION_KERNELS),
+            tuple((table.data_ptr(), table.shape[0], table.dtype) for table in rope),
+        )
+
+    # ------------------------------------------------------------------------- capture
+
+    def _capture(
+        self, key: tuple, hidden: torch.Tensor, kwargs: dict, layout: Any
+    ) -> Optional[Bucket]:
+        try:
+            if self.pool is None:
+                self.pool = Pool(self._recorder(hidden.device), POOL_SHARE)
+            bucket = Bucket(
+                self.pool,
+                self.layers,
+                (layout.rows, layout.bucket, hidden.shape[-1]),
+                {k: v for k, v in kwargs.items() if k != "packed_seq_lengths"},
+                hidden,
+                kwargs.get("position_ids") is not None,
+                compiled = isinstance(layout, PaddedRows),
+            )
+            if bucket.held_bytes() > self.pool.budget:
+                self.limit, self.limit_reason = layout.rows * layout.bucket - 1, OVER_BUDGET
+                self.refused[key] = OVER_BUDGET
+                return None
+            self._choose_kept(bucket)
+            if not bucket.capture(HOST_BOUND if mode() == "auto" else None):
+                self.refused[key] = "the GPU is what takes the time"
+                return None
+        except torch.OutOfMemoryError:
+            self._too_large(key, "out of memory while capturing")
+            return None
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [""])[0][:200]
+            self.forget()
+            self.off = f"capture failed: {type(error).__name__}: {first}"
+            logger.warning(f"Unsloth: step graphs are off ({self.off}).")
+            return None
+        self.buckets[key] = bucket
+        self.captures += 1
+        if len(self.buckets) > MAX_BUCKETS:
+            self.buckets.popitem(last = False)
+            self.drops += 1
+        if self.pool.bytes > self.pool.budget:
+            self._too_large(key, OVER_BUDGET)
+        return self.buckets.get(key)
+
+    def _too_large(self, key: tuple, reason: str) -> None:
+        """Gives all memory back; smaller shapes are captured anew, these and larger ones never.
+
+        The pool is shared, so it is as large as its largest bucket needs: dropping others frees nothing.
+        """
+        self.drops += len(self.buckets)
+        self.buckets.clear()
+        self.refused[key], self.pool, self.recorder = reason, None, None
+        self.limit, self.limit_reason = key[0] * key[1] - 1, reason
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _choose_kept(self, bucket: Bucket) -> None:
+        """Which blocks keep their activations: all without checkpointing, else the last that fit."""
+        first = self.layers[0]
+        if not getattr(first, "gradient_checkpointing", False):
+            bucket.keep_last(len(self.layers))
+            return
+        each = bucket.activation_bytes()
+        if not each:
+            return
+        allocated, free = self.pool.recorder.memory()
+        allowed = min(EXTRA_BYTES + EXTRA_SHARE * allocated - bucket.held_bytes(), free / 4)
+        bucket.keep_last(min(len(self.layers), max(0, int(allowed // each))))
