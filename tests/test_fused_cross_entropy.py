@@ -112,6 +112,26 @@ def test_a_mask_and_a_bias_of_the_logits(call):
         torch.testing.assert_close(a, b, rtol = 1e-3, atol = 1e-5)
 
 
+def test_what_a_forward_hands_on_is_no_reason_for_the_stock_loss(call):
+    """A forward of transformers gives its loss all its keyword arguments, a packed batch's too."""
+    from unsloth.kernels.loss_calls import calls
+
+    loss, hidden, weight, _, labels = call
+    before = calls().get("fused", 0)
+    found = loss(
+        packed_seq_lengths = torch.tensor([4, 2]),
+        cu_seq_lens_q = torch.tensor([0, 4, 6]),
+        max_length_q = 4,
+        output_router_logits = True,
+        z_loss = 0.1,
+    )
+    logits = F.linear(hidden, weight)[:-1]
+    squares = torch.logsumexp(logits, 1).square()[labels[1:] != -100].mean()
+    wanted = F.cross_entropy(logits, labels[1:]) + 0.1 * squares
+    torch.testing.assert_close(found, wanted, rtol = 1e-4, atol = 1e-4)
+    assert calls()["fused"] == before + 1
+
+
 @pytest.mark.parametrize(
     "cause, reason",
     [

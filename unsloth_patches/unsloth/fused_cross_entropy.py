@@ -41,6 +41,23 @@ _OUR_KEYWORDS = _REFUSED_BY_STOCK + (
     "chunk_rows",
     "logits_dtype",
 )
+# What a forward hands on to its loss with all the rest (transformers' TransformersKwargs, and Unsloth's
+# lengths of packed rows), and no loss reads.
+_OF_THE_FORWARD = (
+    "num_items_in_batch",  # n_items says it
+    "output_hidden_states",
+    "output_attentions",
+    "output_router_logits",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "position_ids",
+    "is_causal",
+    "seq_idx",
+    "use_cache",
+    "packed_seq_lengths",
+)
 # Settings of the stock loss's own chunking: who sets one gets the stock loss.
 _STOCK_SETTINGS = ("UNSLOTH_CE_LOSS_TARGET_GB", "UNSLOTH_CE_LOSS_N_CHUNKS")
 
@@ -100,6 +117,7 @@ def on_linear_cross_entropy(stock):
         shift_labels = True,
         **kwargs,
     ):
+        kwargs = {name: kwargs[name] for name in kwargs if name not in _OF_THE_FORWARD}
         refuse_lookalikes("unsloth_fused_ce_loss", kwargs, _STOCK_KEYWORDS + _OUR_KEYWORDS)
         reason = _unserved(
             hidden_states, lm_head_weight, labels, mask, target_gb, overwrite, kwargs
