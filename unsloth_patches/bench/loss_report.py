@@ -118,7 +118,7 @@ def plot(payload: dict, path: Path) -> None:
     }
     rows = payload["rows"]
     with harness.plot_style() as plt:
-        figure, axes = plt.subplots(3, 1, figsize = (10, 10.5))
+        figure, axes = plt.subplots(3, 1, figsize = (10, 12))
         for axis, kind in zip(axes, ("time", "memory")):
             names = [name for name in look if name in rows[0]["time_us"]]
             width = 0.8 / len(names)
@@ -134,10 +134,9 @@ def plot(payload: dict, path: Path) -> None:
                     where.append(place + (number - (len(names) - 1) / 2) * width)
                 bars = axis.bar(where, heights, width * 0.92, color = look[name], label = name)
                 text = [f"{v:.2f}" if kind == "time" else _short(v) for v in values]
-                axis.bar_label(bars, text, fontsize = 6, padding = 1)
-            axis.set_xticks(
-                range(len(rows)), [row["shape"].replace(", ", "\n", 1) for row in rows], fontsize = 7
-            )
+                axis.bar_label(bars, text, fontsize = 6, padding = 2, rotation = 90)
+            shapes = [row["shape"].replace(" x ", " x\n").replace(", ", "\n") for row in rows]
+            axis.set_xticks(range(len(rows)), shapes, fontsize = 7)
             if kind == "time":
                 floors = [row["products_us"]["median"] / _median(row, "ours") for row in rows]
                 for place, floor in enumerate(floors):
