@@ -8,9 +8,8 @@ The same bytes are rendered; ``{% generation %}`` stands around answers and call
 from __future__ import annotations
 
 import functools
-import inspect
 
-from .checks import checkable_parts, is_llama_3x, set_checks
+from .checks import checkable_parts, is_llama_3x, known_signature, set_checks, show_keyword
 
 _HEADER = "{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' "
 _TEXT = (
@@ -40,9 +39,7 @@ def mark_assistant_turns(stock):
 
     Decorates ``unsloth.chat_templates.get_chat_template``.
     """
-    signature = inspect.signature(stock)
-    if "chat_template" not in signature.parameters:
-        raise NotImplementedError("get_chat_template has no parameter chat_template")
+    signature = known_signature(stock)
 
     @functools.wraps(stock)
     def get_chat_template(
@@ -63,12 +60,7 @@ def mark_assistant_turns(stock):
                 set_checks(part, checks._replace(template = with_generation(checks.template)))
         return tokenizer
 
-    extra = inspect.Parameter(
-        "assistant_only_loss", inspect.Parameter.KEYWORD_ONLY, default = False, annotation = bool
-    )
-    get_chat_template.__signature__ = signature.replace(
-        parameters = [*signature.parameters.values(), extra]
-    )
+    show_keyword(get_chat_template, signature, "assistant_only_loss", False)
     return get_chat_template
 
 

@@ -39,9 +39,7 @@ def check_tool_calls(stock):
 
     Decorates ``unsloth.chat_templates.get_chat_template``.
     """
-    signature = inspect.signature(stock)
-    if not {"tokenizer", "chat_template"} <= set(signature.parameters):
-        raise NotImplementedError("get_chat_template has other parameters than the known ones")
+    signature = known_signature(stock)
 
     @functools.wraps(stock)
     def get_chat_template(*args, **kwargs):
@@ -55,6 +53,22 @@ def check_tool_calls(stock):
         return tokenizer
 
     return get_chat_template
+
+
+def known_signature(stock) -> inspect.Signature:
+    """Of ``get_chat_template``. Raises NotImplementedError for one with other parameters."""
+    signature = inspect.signature(stock)
+    if not {"tokenizer", "chat_template"} <= set(signature.parameters):
+        raise NotImplementedError("get_chat_template has other parameters than the known ones")
+    return signature
+
+
+def show_keyword(function, signature: inspect.Signature, name: str, default: Any) -> None:
+    """Documents ``function``, which takes the keyword ``name``, as ``signature`` with that keyword."""
+    extra = inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default = default, annotation = type(default)
+    )
+    function.__signature__ = signature.replace(parameters = [*signature.parameters.values(), extra])
 
 
 def is_llama_3x(chat_template: Any) -> bool:

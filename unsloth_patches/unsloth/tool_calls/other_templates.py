@@ -10,13 +10,19 @@ print no calls at all. How a template takes them is found out by rendering a cal
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import logging
 from collections.abc import Mapping
 from typing import Any, Optional
 
-from .checks import MixedIn, checkable_parts, checks_level, is_llama_3x, mixed_class
+from .checks import (
+    MixedIn,
+    checkable_parts,
+    checks_level,
+    is_llama_3x,
+    known_signature,
+    mixed_class,
+)
 from .reading import RESULT_ROLES
 from .values import plain
 
@@ -34,9 +40,7 @@ def show_tool_calls(stock):
 
     Decorates ``unsloth.chat_templates.get_chat_template``.
     """
-    signature = inspect.signature(stock)
-    if not {"tokenizer", "chat_template"} <= set(signature.parameters):
-        raise NotImplementedError("get_chat_template has other parameters than the known ones")
+    signature = known_signature(stock)
 
     @functools.wraps(stock)
     def get_chat_template(*args, **kwargs):

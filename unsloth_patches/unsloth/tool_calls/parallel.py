@@ -22,11 +22,10 @@ format, in the form that the parsers of vLLM (llama3_json) and SGLang (llama3) r
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any, Dict, List, Optional, Sequence
 
 from ..llama_chat_templates import LLAMA_3X_NAMES
-from .checks import Checks, checkable_parts, is_llama_3x, set_checks
+from .checks import Checks, checkable_parts, is_llama_3x, known_signature, set_checks, show_keyword
 from .errors import ToolCallError
 from .results import Turn, one_call_a_message
 from .templates import join_template, response_template
@@ -43,9 +42,7 @@ def render_parallel_tool_calls(stock):
 
     Decorates ``unsloth.chat_templates.get_chat_template``.
     """
-    signature = inspect.signature(stock)
-    if not {"tokenizer", "chat_template"} <= set(signature.parameters):
-        raise NotImplementedError("get_chat_template has other parameters than the known ones")
+    signature = known_signature(stock)
 
     @functools.wraps(stock)
     def get_chat_template(
@@ -59,12 +56,7 @@ def render_parallel_tool_calls(stock):
         set_mode(tokenizer, parallel_tool_calls if is_llama_3x(template) else None)
         return tokenizer
 
-    extra = inspect.Parameter(
-        "parallel_tool_calls", inspect.Parameter.KEYWORD_ONLY, default = "error", annotation = str
-    )
-    get_chat_template.__signature__ = signature.replace(
-        parameters = [*signature.parameters.values(), extra]
-    )
+    show_keyword(get_chat_template, signature, "parallel_tool_calls", "error")
     return get_chat_template
 
 
