@@ -31,7 +31,7 @@ from llama_chat import (
 DATE = "26 Jul 2024"
 
 
-# ---------------------------------------------------------------- a small part of Go's text/templat
+# ------------------------------------------------------- a small part of Go's text/template
 
 
 def parse_template(text):

@@ -173,9 +173,7 @@ def as_json(arguments: Dict[str, Any], where: str) -> str:
     if same and not is_too_deep(text):
         return text
     try:
-        for path, key in list(arguments.items()):
-            arguments[path] = _plain_values(key, f"arguments[{path!r}]", where)
-        _check_keys(arguments, "arguments", where)
+        arguments.update(_plain_values(arguments, "arguments", where))
         text = _ENCODER.encode(arguments)
         text.encode("utf-8")
     except ToolCallError:

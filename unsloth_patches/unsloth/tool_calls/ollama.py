@@ -11,9 +11,8 @@ from ..llama_chat_templates import LLAMA_3X_NAMES
 from .checks import tool_call_mode
 from .templates import ASSISTANT_HEADER
 
-# Of the llama-3.1 modelfile that ours takes the place of: it leaves out the end of a call's turn, runs
-# calls together, and samples at temperature 1.5. With another one the
-# decorator raises NotImplementedError.
+# Of the llama-3.1 modelfile that ours takes the place of: it leaves out the end of a call's turn,
+# runs calls together, and samples at temperature 1.5.
 STOCK_MODELFILE_MD5 = "8d48049825cef8903f0744708272d135"
 
 # Ollama finds out how a model calls tools from the first text inside `if .ToolCalls`, so that text
