@@ -197,9 +197,9 @@ def test_which_checkpoints_are_reentrant(shared_graph):
             (3, False),
         ):
             blocks[0]._gradient_checkpointing_func = function
-            assert shared_graph._reentrant(blocks[0]) is expected
+            assert shared_graph.reentrant(blocks[0]) is expected
     del blocks[0]._gradient_checkpointing_func
-    assert not shared_graph._reentrant(blocks[0])
+    assert not shared_graph.reentrant(blocks[0])
 
 
 def test_a_forward_gets_around_its_compiled_self_what_it_asks_for(shared_graph, monkeypatch):

@@ -20,20 +20,12 @@ import torch.utils.checkpoint
 from torch.nn.modules import module as torch_module
 
 from ..kernels.lora_mlp_recompute import DOWN_PROJ_NEEDED, SKIP_DOWN_PROJ
-from .checkpoint_shared_graph import AROUND_COMPILED, runs_without_grad
+from .checkpoint_shared_graph import AROUND_COMPILED, reentrant
 
 __all__ = ["output_unread", "skip_down_proj_where_unread"]
 
 
-def _reentrant(layer: torch.nn.Module) -> bool:
-    try:
-        checkpoint = layer._gradient_checkpointing_func
-        return _tells_of_its_recompute(checkpoint) and runs_without_grad(checkpoint)
-    except Exception:  # unhashable, or it wants other arguments: unknown, so nothing is left out
-        return False
-
-
-def _tells_of_its_recompute(checkpoint: Callable) -> bool:
+def _tells_of_its_recompute(layer: torch.nn.Module) -> bool:
     """Unsloth's checkpoints say when they recompute; torch's own, which
     ``use_gradient_checkpointing = True`` brings back, does not, unless Unsloth's Function is in it.
 
@@ -41,6 +33,7 @@ def _tells_of_its_recompute(checkpoint: Callable) -> bool:
     compile one graph for nothing.
     """
     home = torch.utils.checkpoint
+    checkpoint = layer._gradient_checkpointing_func
     checkpoint = getattr(checkpoint, "func", checkpoint)  # a partial's function
     return checkpoint.__module__ != home.__name__ or (
         home.CheckpointFunction.__module__ != home.__name__
@@ -65,7 +58,8 @@ def output_unread(layer: torch.nn.Module) -> bool:
         isinstance(layer, GradientCheckpointingLayer)
         and layer.training
         and layer.gradient_checkpointing
-        and _reentrant(layer)
+        and reentrant(layer)  # unknown: nothing is left out
+        and _tells_of_its_recompute(layer)
         and (in_gradient_checkpoint_recompute() or not torch.is_grad_enabled())
         and "forward" not in layer.__dict__
         and not torch_module._global_forward_hooks

@@ -26,7 +26,7 @@ from .compile_wrapping import torch_compile_as
 
 __all__ = [
     "AROUND_COMPILED",
-    "runs_without_grad",
+    "reentrant",
     "share_graph_between_checkpoint_runs",
     "shared_graph_wanted",
 ]
@@ -78,7 +78,8 @@ def _adapters_work(layer: torch.nn.Module) -> bool:
     return adapter is None or not (adapter.disable_adapters or adapter.merged)
 
 
-def _reentrant(layer: torch.nn.Module) -> bool:
+def reentrant(layer: torch.nn.Module) -> bool:
+    """True if the layer's own checkpoint function is known to be reentrant."""
     try:
         return runs_without_grad(layer._gradient_checkpointing_func)
     except Exception:  # none there, unhashable, or it wants other arguments
@@ -92,7 +93,7 @@ def _is_first_run(layer: torch.nn.Module, hidden_states: torch.Tensor) -> bool:
         and hidden_states.requires_grad
         and layer.training
         and getattr(layer, "gradient_checkpointing", False)
-        and _reentrant(layer)
+        and reentrant(layer)
         and _adapters_work(layer)
         # What is saved would go through such hooks: to the CPU, or into another checkpoint.
         and not torch._C._autograd._top_saved_tensors_default_hooks(False)
