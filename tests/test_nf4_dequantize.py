@@ -441,8 +441,7 @@ def test_compiles_without_graph_breaks(nf4, quant_type):
 
 
 @needs_gpu
-def test_cuda_graph_and_streams(nf4):
-    """A captured call replays on new bytes."""
+def test_a_captured_call_replays_on_new_bytes(nf4):
     packed, state = quantized((128, 256))
     out = nf4.dequantize_4bit(packed, state)
     graph = torch.cuda.CUDAGraph()

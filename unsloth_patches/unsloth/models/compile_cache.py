@@ -6,9 +6,9 @@
 anything compiles, and saves at the end of training and of the process. ``load_compile_cache`` and
 ``save_compile_cache`` do the same by hand. The contents are those of
 ``torch.compiler.save_cache_artifacts``, graphs, kernels and their tuning, and the kernels that
-Triton compiled by itself since the cache was loaded (``compile_cache_triton.py``). They let a new machine
-with the same software and the same GPU model start warm; on one machine PyTorch's own temporary
-folder does so too while it lasts.
+Triton compiled by itself since the cache was loaded (``compile_cache_triton.py``). They let a new
+machine with the same software and the same GPU model start warm; on one machine PyTorch's own
+temporary folder does so too while it lasts.
 
 Trust: loading a cache runs what is in it (pickles, machine code). Use only folders that nobody else
 can write to. A folder or file that everybody may write to, or a file of another user, is refused.

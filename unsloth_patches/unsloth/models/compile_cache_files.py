@@ -3,8 +3,8 @@
 """The files of a compile cache: whole or absent, of one environment, from nobody else.
 
 ``<environment>-<content>.compiled``: a line of JSON with the environment, the artifacts' names,
-lengths and SHA-256 of what follows, then torch's artifacts and Triton's kernels. The checksum finds damage; it is no
-signature. Who may write to a file decides whether it is read at all.
+lengths and SHA-256 of what follows, then torch's artifacts and Triton's kernels. The checksum finds
+damage; it is no signature. Who may write to a file decides whether it is read at all.
 """
 
 from __future__ import annotations
