@@ -77,9 +77,12 @@ def _edits(file: _File, targets: List[Any]) -> List[Edit]:
         if found:
             imports.setdefault(_source(file.path, target), []).append(target)
     first_use = min((above for above, _ in edits), default = 0)
-    for module in sorted(imports, key = _order, reverse = True):
-        edits.insert(0, _import(file, module, imports[module], first_use))
-    return edits + ([_from_afar(afar, file.path, file.tree)] if afar else [])
+    heads: List[Edit] = []
+    for module in sorted(imports, key = _order):
+        above, new = _import(file, module, imports[module], first_use)
+        # One empty line before all that are put in at one place.
+        heads.append((above, new[1:] if heads and heads[-1][0] == above and not new[0] else new))
+    return heads + edits + ([_from_afar(afar, file.path, file.tree)] if afar else [])
 
 
 def _decorator(target: Any) -> str:
@@ -189,14 +192,19 @@ def _method(owner: ast.ClassDef, name: str, decorator: str, lines: List[str]) ->
     # Inherited, and in Unsloth those are static: `from_pretrained` and its like.
     first = owner.body[0]
     base = ast.unparse(owner.bases[0]) if owner.bases else "object"
-    earlier = [node for node in owner.body if name in _bound(node)]  # by a patch before this one
-    stock = f"{name}.__func__" if earlier else f"{base}.{name}"
+    stock = f"{base}.{name}"
     new = _assignment(name, f"staticmethod({decorator}", f"{stock})", first.col_offset)
-    if earlier:
-        return earlier[-1].end_lineno, new
     if isinstance(first, ast.Pass) and len(owner.body) == 1:
         lines[first.lineno - 1] = "\n".join(new)
         return first.lineno, []
+    for node in owner.body:
+        if name in _bound(node) and ast.unparse(node.value).startswith("staticmethod("):
+            # A patch before this one has decorated it: around that, in as many lines until all is put in.
+            inner = ast.unparse(node.value.args[0])
+            new = _assignment(name, "staticmethod", f"{decorator}({inner})", first.col_offset)
+            one = node.end_lineno == node.lineno
+            lines[node.lineno - 1 : node.end_lineno] = ["\n".join(new)] if one else new
+            return node.end_lineno, []
     return owner.body[-1].end_lineno, ["", *new]
 
 

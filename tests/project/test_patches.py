@@ -345,16 +345,17 @@ def test_rebase_on_the_pinned_release(root, cache, tmp_path):
 
 
 def test_two_patches_wrap_an_inherited_method():
-    """The second wraps what the first put into the class body, not what is inherited."""
+    """The second wraps what the first put into the class body, in the same assignment."""
     from _patches import wiring
 
     lines = "class A(B):\n    pass\n".splitlines()
-    for decorator in ("first", "second"):
+    for decorator in ("first", "second", "a" * 70, "last"):
         owner = ast.parse("\n".join(lines)).body[0]
         place, new = wiring._method(owner, "load", decorator, lines)
         lines[place:place] = new
         lines = "\n".join(lines).splitlines()
     assert lines[1:] == [
-        "    load = staticmethod(first(B.load))",
-        "    load = staticmethod(second(load.__func__))",
+        "    load = staticmethod(",
+        f"        last({'a' * 70}(second(first(B.load))))",
+        "    )",
     ]
