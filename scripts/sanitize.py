@@ -82,7 +82,7 @@ def _rows(vocab: int, dtype):
     """Rows of logits as training holds them: each as long as the next multiple of 16."""
     import torch
 
-    from unsloth_patches.unsloth.kernels.cross_entropy_spec import padded_columns
+    from unsloth_patches.unsloth.cross_entropy_spec import padded_columns
 
     buffer = torch.full((ROWS, padded_columns(vocab)), float("nan"), dtype = dtype, device = "cuda")
     buffer[:, :vocab] = torch.randn(ROWS, vocab, device = "cuda").mul_(3)
@@ -98,7 +98,7 @@ def _labels(vocab: int, ignored: int):
 def _specs(vocab: int):
     import torch
 
-    from unsloth_patches.unsloth.kernels.cross_entropy_spec import RowLoss
+    from unsloth_patches.unsloth.cross_entropy_spec import RowLoss
 
     weight = torch.rand(vocab, device = "cuda") + 0.5
     everything = RowLoss(weight, -100, 0.1, 1.25, 20.0, 1e-2)
@@ -109,8 +109,8 @@ def cross_entropy() -> int:
     """Losses alone, gradients in place, and narrower gradients laid over float32 logits."""
     import torch
 
+    from unsloth_patches.unsloth.cross_entropy_spec import narrow_view
     from unsloth_patches.unsloth.kernels.cross_entropy_rows import cross_entropy_rows
-    from unsloth_patches.unsloth.kernels.cross_entropy_spec import narrow_view
     from unsloth_patches.unsloth.kernels.cross_entropy_torch import torch_rows
 
     count = 0

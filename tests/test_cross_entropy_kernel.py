@@ -16,7 +16,9 @@ torch.set_num_threads(1)
 def kernel():
     from types import SimpleNamespace
 
-    from unsloth.kernels import cross_entropy_rows, cross_entropy_spec
+    from unsloth import cross_entropy_spec
+    from unsloth.kernels import cross_entropy_rows
+
     return SimpleNamespace(**{**vars(cross_entropy_rows), **vars(cross_entropy_spec)})
 
 

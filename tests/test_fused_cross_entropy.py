@@ -43,7 +43,7 @@ def call():
 )
 def test_the_fused_loss_equals_cross_entropy_of_the_logits(call, options, ours):
     """Values and gradients; the counter proves that ours ran."""
-    from unsloth.kernels.loss_calls import calls
+    from unsloth.loss_calls import calls
 
     loss, hidden, weight, bias, labels = call
     if options.pop("lm_head_bias", False):
@@ -96,7 +96,7 @@ def test_options_that_the_stock_loss_lacks(call):
 
 def test_a_mask_and_a_bias_of_the_logits(call):
     """What the compiled forwards of FastModel's models pass: labels that do not count, Bart's bias."""
-    from unsloth.kernels.loss_calls import calls
+    from unsloth.loss_calls import calls
 
     loss, hidden, weight, bias, labels = call
     mask = torch.tensor([[1, 1, 0, 1, 1, 1]], device = DEVICE)
@@ -143,7 +143,7 @@ def test_what_a_forward_hands_on_is_no_reason_for_the_stock_loss(call):
 )
 def test_what_we_do_not_serve_goes_to_stock_or_is_refused(call, monkeypatch, cause, reason):
     """A stock setting keeps stock; an option that stock would drop is an error."""
-    from unsloth.kernels.loss_calls import calls
+    from unsloth.loss_calls import calls
 
     loss, hidden, weight, _, labels = call
     if isinstance(cause, str):

@@ -93,7 +93,7 @@ def test_compute_metrics_gets_token_ids_without_logits(checkpoint):  # noqa: F81
 
 def test_metrics_are_read_once_and_apart_for_training():
     """Reading starts again; a model whose loss is not ours is refused."""
-    from unsloth.kernels.cross_entropy_spec import RowLoss
+    from unsloth.cross_entropy_spec import RowLoss
     from unsloth.loss_metrics import TokenMetrics, log_token_metrics
 
     metrics = TokenMetrics()

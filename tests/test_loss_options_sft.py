@@ -4,6 +4,8 @@
 
 import contextlib
 import importlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -28,6 +30,14 @@ torch.set_num_threads(1)
 
 # `calls` counts the loss that the backend has; a GPU's model computes in bfloat16.
 COUNTED, EXACT = ("fused", 5e-2) if GPU else ("cpu", 2e-4)
+
+
+@pytest.mark.skipif(GPU, reason = "the CPU backend's imports")
+def test_the_cpu_backend_is_imported_without_triton():
+    """No kernel is loaded before a loss needs one, as on machines that have no Triton."""
+    code = "import sys; sys.modules['triton'] = None; import unsloth; print('unsloth.kernels' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output = True, text = True)
+    assert done.stdout.split()[-1:] == ["False"], done.stderr
 
 
 def test_sft_trainer_trains_on_our_loss(checkpoint):

@@ -21,7 +21,7 @@ PATCHES: Tuple[Patch, ...] = (
         modules = (
             "kernels/cross_entropy_kernel.py",
             "kernels/cross_entropy_rows.py",
-            "kernels/cross_entropy_spec.py",
+            "cross_entropy_spec.py",
             "kernels/cross_entropy_torch.py",
         ),
         tests = {"tests/test_cross_entropy_kernel.py": "interpreter"},
@@ -39,7 +39,7 @@ PATCHES: Tuple[Patch, ...] = (
         ),
         modules = (
             "kernels/dense_cross_entropy.py",
-            "kernels/loss_calls.py",
+            "loss_calls.py",
             "kernels/second_derivative.py",
         ),
         tests = {"tests/test_cross_entropy_options.py": "interpreter"},

@@ -12,9 +12,8 @@ from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 
-from .kernels.cross_entropy_spec import RowLoss
-from .kernels.loss_calls import count_call, require_parameters
-from .kernels.loss_validation import refuse_lookalikes
+from .cross_entropy_spec import RowLoss
+from .loss_calls import count_call, refuse_lookalikes, require_parameters
 
 __all__ = ["head_loss", "on_linear_cross_entropy", "unless_zoo_is_unknown"]
 

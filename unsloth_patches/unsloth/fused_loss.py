@@ -17,7 +17,7 @@ from typing import Any, Callable
 
 import torch
 
-from .kernels.loss_calls import calls, count_call, require_parameters
+from .loss_calls import calls, count_call, require_parameters
 from .loss_options import (
     PLAIN,
     LossOptions,
@@ -143,8 +143,8 @@ def _loss_of_logits(
         settings = options.changed(*_OF_THE_HEAD)
         settings.update(logit_scale = logit_scaling or 1.0, softcap = logit_softcapping or 0.0)
         return dense_cross_entropy(logits, labels, n_items, **settings)
+    from .cross_entropy_spec import RowLoss
     from .fused_cross_entropy import custom_loss
-    from .kernels.cross_entropy_spec import RowLoss
 
     def apply_to_rows(function, *arguments, keep):
         return function(logits[keep].float(), *(argument[keep] for argument in arguments))
@@ -158,7 +158,7 @@ def _loss_of_logits(
 
 
 def _observe(logits, labels, softcap, scale, options: LossOptions) -> None:
-    from .kernels.cross_entropy_spec import RowLoss, padded_columns
+    from .cross_entropy_spec import RowLoss, padded_columns
 
     keep = (labels != -100) & (labels != options.ignore_index)
     rows, vocab_size = logits.detach()[keep], logits.shape[-1]

@@ -14,7 +14,7 @@ from .fused_loss import (
     take_options_from_logits,
     taking_options,
 )
-from .kernels.loss_calls import count_call, require_parameters
+from .loss_calls import count_call, require_parameters
 from .loss_options import active_options, causal_model
 
 _PARAMETERS = (

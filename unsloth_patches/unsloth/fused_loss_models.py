@@ -6,7 +6,7 @@ import functools
 
 from .fused_cross_entropy import on_linear_cross_entropy, unless_zoo_is_unknown
 from .fused_loss import fused_loss_with_model_options, still_there, take_options_from_logits
-from .kernels.loss_calls import require_parameters
+from .loss_calls import require_parameters
 from .loss_options import causal_model, model_taking_options
 
 

@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterable, List, Optional
 
 import torch
 
-from .kernels.loss_calls import calls
+from .loss_calls import calls
 from .loss_options import LossOptions, model_taking_options
 
 __all__ = ["install_in_trainers"]

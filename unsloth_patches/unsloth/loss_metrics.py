@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional
 
 import torch
 
-from .kernels.cross_entropy_spec import RowLoss
+from .cross_entropy_spec import RowLoss
 from .kernels.log_probs_kernel import log_prob_rows
 from .loss_in_trainers import install_in_trainers, trainer_options
 from .loss_options import PLAIN, model_taking_options

@@ -9,8 +9,8 @@ from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 
-from .kernels.cross_entropy_spec import RowLoss
-from .kernels.loss_validation import refuse_lookalikes
+from .cross_entropy_spec import RowLoss
+from .loss_calls import refuse_lookalikes
 
 __all__ = ["LossOptions", "active_options", "checked_options", "collect_options", "using_options"]
 

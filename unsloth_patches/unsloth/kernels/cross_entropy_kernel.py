@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .cross_entropy_spec import padded_columns
+from ..cross_entropy_spec import padded_columns
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)

@@ -17,7 +17,7 @@ from typing import Optional
 
 import torch
 
-from .cross_entropy_spec import RowLoss, uses_triton
+from ..cross_entropy_spec import RowLoss, uses_triton
 
 __all__ = ["cross_entropy_rows"]
 

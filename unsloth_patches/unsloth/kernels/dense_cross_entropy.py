@@ -8,9 +8,9 @@ from typing import Optional, Union
 
 import torch
 
+from ..cross_entropy_spec import RowLoss
+from ..loss_calls import count_call, require_parameters
 from .cross_entropy_rows import cross_entropy_rows
-from .cross_entropy_spec import RowLoss
-from .loss_calls import count_call, require_parameters
 from .second_derivative import refuse_second_derivative
 
 __all__ = ["dense_cross_entropy", "with_cross_entropy_options"]

@@ -8,8 +8,8 @@ from typing import Callable, Optional, Union
 import torch
 import torch.nn.functional as F
 
+from ..cross_entropy_spec import RowLoss
 from .cross_entropy_rows import cross_entropy_rows
-from .cross_entropy_spec import RowLoss
 from .cross_entropy_torch import transform_logits
 from .linear_custom_loss import chunked_rows_loss
 from .loss_chunking import (

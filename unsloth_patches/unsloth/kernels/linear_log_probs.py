@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from .cross_entropy_spec import RowLoss
+from ..cross_entropy_spec import RowLoss
 from .log_probs_kernel import log_prob_gradients, log_prob_rows
 from .loss_chunking import (
     ChunkPlan,

@@ -11,7 +11,7 @@ from typing import Optional, Tuple
 
 import torch
 
-from .cross_entropy_spec import RowLoss, padded_columns, uses_triton
+from ..cross_entropy_spec import RowLoss, padded_columns, uses_triton
 from .cross_entropy_torch import transform_logits, transform_slope
 
 try:

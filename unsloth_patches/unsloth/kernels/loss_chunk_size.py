@@ -16,7 +16,7 @@ from typing import Dict, List, Optional, Tuple
 
 import torch
 
-from .cross_entropy_spec import padded_columns
+from ..cross_entropy_spec import padded_columns
 
 __all__ = ["BUDGET_MIB", "choose_chunk_rows", "fastest_rows", "fit_rows", "stored_budget"]
 

@@ -13,7 +13,7 @@ from typing import Iterator, Optional, Tuple
 
 import torch
 
-from .cross_entropy_spec import narrow_view, padded_columns, uses_triton
+from ..cross_entropy_spec import narrow_view, padded_columns, uses_triton
 from .loss_chunk_size import choose_chunk_rows
 
 try:

@@ -2,52 +2,16 @@
 # Copyright 2026 the contributors
 """Checks of a chunked loss's arguments, before anything is computed: each error names the value."""
 
-import difflib
-import functools
 import os
-from typing import Iterable, Optional, Tuple
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 
-from .cross_entropy_spec import finite_number
+from ..cross_entropy_spec import finite_number
 from .loss_chunking import HeadInputs, check_device
 
 _REDUCTIONS = ("none", "mean", "sum")
-# What other libraries call our options.
-_OTHER_NAMES = {
-    "weight": "class_weight",
-    "weights": "class_weight",
-    "loss_weight": "loss_weights",
-    "sample_weight": "loss_weights",
-    "sample_weights": "loss_weights",
-    "token_weights": "loss_weights",
-    "label_smoothing_factor": "label_smoothing",
-    "smoothing": "label_smoothing",
-    "lse_square_scale": "z_loss",
-    "z_loss_multiplier": "z_loss",
-    "size_average": "reduction",
-    "reduce": "reduction",
-}
-
-
-def refuse_lookalikes(name: str, given: Iterable[str], options: Tuple[str, ...]) -> None:
-    """TypeError for an argument that means one of ``options`` by another name or a slip of the pen."""
-    for argument in given:
-        meant = _meant(argument, options)
-        if meant:
-            raise TypeError(
-                f"{name}: {argument!r} would be ignored; {meant!r} is what it is called here."
-            )
-
-
-@functools.lru_cache(maxsize = None)
-def _meant(argument: str, options: Tuple[str, ...]) -> str:
-    if argument in options:
-        return ""
-    if _OTHER_NAMES.get(argument) in options:
-        return _OTHER_NAMES[argument]
-    return "".join(difflib.get_close_matches(argument, options, 1, 0.85))
 
 
 def check_reduction(
