@@ -114,7 +114,7 @@ def test_a_mask_and_a_bias_of_the_logits(call):
 
 def test_what_a_forward_hands_on_is_no_reason_for_the_stock_loss(call):
     """A forward of transformers gives its loss all its keyword arguments, a packed batch's too."""
-    from unsloth.kernels.loss_calls import calls
+    from unsloth.loss_calls import calls
 
     loss, hidden, weight, _, labels = call
     before = calls().get("fused", 0)
