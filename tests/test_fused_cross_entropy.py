@@ -118,13 +118,8 @@ def test_what_a_forward_hands_on_is_no_reason_for_the_stock_loss(call):
 
     loss, hidden, weight, _, labels = call
     before = calls().get("fused", 0)
-    found = loss(
-        packed_seq_lengths = torch.tensor([4, 2]),
-        cu_seq_lens_q = torch.tensor([0, 4, 6]),
-        max_length_q = 4,
-        output_router_logits = True,
-        z_loss = 0.1,
-    )
+    handed = {"packed_seq_lengths": torch.tensor([4, 2]), "max_length_q": 4, "is_causal": True}
+    found = loss(**handed, z_loss = 0.1)
     logits = F.linear(hidden, weight)[:-1]
     squares = torch.logsumexp(logits, 1).square()[labels[1:] != -100].mean()
     wanted = F.cross_entropy(logits, labels[1:]) + 0.1 * squares

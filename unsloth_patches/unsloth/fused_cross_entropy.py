@@ -43,20 +43,9 @@ _OUR_KEYWORDS = _REFUSED_BY_STOCK + (
 # What a forward hands on to its loss with all the rest (transformers' TransformersKwargs, and Unsloth's
 # lengths of packed rows), and no loss reads.
 _OF_THE_FORWARD = (
-    "num_items_in_batch",  # n_items says it
-    "output_hidden_states",
-    "output_attentions",
-    "output_router_logits",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
-    "position_ids",
-    "is_causal",
-    "seq_idx",
-    "use_cache",
-    "packed_seq_lengths",
-)
+    "num_items_in_batch output_hidden_states output_attentions output_router_logits cu_seq_lens_q "
+    "cu_seq_lens_k max_length_q max_length_k position_ids is_causal seq_idx use_cache packed_seq_lengths"
+).split()
 # Settings of the stock loss's own chunking: who sets one gets the stock loss.
 _STOCK_SETTINGS = ("UNSLOTH_CE_LOSS_TARGET_GB", "UNSLOTH_CE_LOSS_N_CHUNKS")
 
