@@ -393,31 +393,42 @@ def test_reduction_is_honoured_and_lookalikes_are_refused(checkpoint):
     model(**arguments, num_items_in_batch = torch.tensor(9), use_cache = False, return_dict = True)
 
 
-def tiny_gemma2():
-    """A model whose logits have a soft cap, from transformers alone."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+SCALED = {
+    "Gemma2": {"final_logit_softcapping": 2.0, "head_dim": 8},
+    "Gemma3Text": {"final_logit_softcapping": 2.0, "head_dim": 8},
+    "Granite": {"logits_scaling": 4.0},
+    "Cohere": {"logit_scale": 0.25},
+    "Cohere2": {"logit_scale": 0.25},
+}
 
+
+def tiny(family):
+    """A model whose logits are scaled or capped, from transformers alone."""
+    import transformers
+
+    size = dict(
+        vocab_size = 64,
+        hidden_size = 16,
+        intermediate_size = 16,
+        num_hidden_layers = 1,
+        num_attention_heads = 2,
+        num_key_value_heads = 2,
+        initializer_range = 0.5,
+        pad_token_id = 2,
+        bos_token_id = 0,
+        eos_token_id = 1,
+    )
     torch.manual_seed(0)
-    return Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size = 64,
-            hidden_size = 16,
-            intermediate_size = 16,
-            num_hidden_layers = 1,
-            num_attention_heads = 2,
-            num_key_value_heads = 2,
-            head_dim = 8,
-            final_logit_softcapping = 2.0,
-            initializer_range = 0.5,
-        )
-    ).to(DEVICE)
+    config = getattr(transformers, f"{family}Config")(**size, **SCALED[family])
+    kind = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")
+    return kind(config).to(DEVICE).eval()
 
 
 def test_options_are_converted_shown_and_removed():
     """Lists and integers become weights; the call returns what is in force."""
     from unsloth.fused_loss import LossOptions, set_loss_options
 
-    model = tiny_gemma2()
+    model = tiny("Gemma2")
     assert set_loss_options(model) == LossOptions()
     shown = set_loss_options(model, class_weight = list(range(64)), ignore_index = None)
     assert shown.class_weight.dtype == torch.float32 and shown.class_weight[5] == 5
@@ -430,46 +441,90 @@ def test_options_are_converted_shown_and_removed():
         set_loss_options(torch.nn.Linear(2, 2), label_smoothing = 0.1)
 
 
+OPTIONS = {"label_smoothing": 0.2, "class_weight": torch.linspace(0.1, 2.0, 64)}
+
+
 @pytest.mark.skipif(GPU, reason = "the CPU backend's models")
-def test_models_with_soft_caps_and_scales_take_options_on_the_cpu(tmp_path):
-    """Gemma 2, Granite and Cohere: the same loss from their logits, by arguments and set."""
-    from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
-    from unsloth.fused_loss import set_loss_options
+@pytest.mark.parametrize("family", SCALED)
+def test_scaled_and_capped_logits_on_the_cpu(family):
+    """In SFTTrainer's step without logits, elsewhere from them: plain transformers' loss and gradients."""
+    from unsloth.fused_loss import calls, set_loss_options
+    from unsloth_zoo.cpu.loader import patch_chunked_causal_lm_loss
 
-    size = dict(
-        vocab_size = 64,
-        hidden_size = 16,
-        intermediate_size = 16,
-        num_hidden_layers = 1,
-        num_attention_heads = 2,
-        num_key_value_heads = 2,
-        initializer_range = 0.5,
-        pad_token_id = 0,
-        bos_token_id = 1,
-        eos_token_id = 2,
-    )
-    models = {
-        "gemma2": tiny_gemma2(),
-        "granite": GraniteForCausalLM(GraniteConfig(logits_scaling = 4.0, **size)),
-        "cohere": CohereForCausalLM(CohereConfig(logit_scale = 0.25, **size)),
-    }
+    plain, model = tiny(family), tiny(family)
+    assert patch_chunked_causal_lm_loss(model) and patch_chunked_causal_lm_loss(model)
     tokens = torch.randint(3, 64, (2, 9))
-    weight = torch.linspace(0.1, 2.0, 64)
-    for name, plain in models.items():
-        from unsloth_zoo.cpu.loader import patch_chunked_causal_lm_loss
+    labels = tokens.clone()
+    labels[0, :4] = -100
 
-        model = plain.eval()
+    def loss_and_gradients(model, loss):
+        model.zero_grad()
+        loss.backward()
+        return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+    def check(expected, **options):
+        for inside in (True, False):
+            model._unsloth_cpu_chunked_ce_active = inside
+            counted = calls().get("cpu", 0)
+            outputs = model(input_ids = tokens, **options)
+            assert (outputs.logits is None) is inside
+            assert calls().get("cpu", 0) == counted + inside
+            found = loss_and_gradients(model, outputs.loss)
+            torch.testing.assert_close(found, expected, rtol = 1e-4, atol = 1e-5)
+
+    own = plain(input_ids = tokens, labels = labels, num_items_in_batch = 7).loss
+    check(loss_and_gradients(plain, own), labels = labels, num_items_in_batch = 7)
+    logits, targets = (
+        plain(input_ids = tokens).logits[:, :-1].reshape(-1, 64),
+        labels[:, 1:].reshape(-1),
+    )
+    own = F.cross_entropy(logits, targets, OPTIONS["class_weight"], label_smoothing = 0.2)
+    expected = loss_and_gradients(plain, own)
+    check(expected, labels = labels, **OPTIONS)
+    set_loss_options(model, **OPTIONS)
+    check(expected, shift_labels = F.pad(labels[:, 1:], (0, 1), value = -100))
+
+
+@pytest.mark.skipif(GPU, reason = "the CPU backend's models")
+@pytest.mark.parametrize("family", SCALED)
+def test_sft_trainer_on_scaled_and_capped_logits(checkpoint, tmp_path, family):
+    """Loaded by FastLanguageModel, trained, and evaluated, with options."""
+    from transformers import AutoTokenizer
+    from unsloth.fused_loss import calls, set_loss_options
+
+    plain = tiny(family)
+    plain.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    rows, counted = rows_of_tokens()[:3], calls().get("cpu", 0)
+    found, trainer = train(str(tmp_path), lambda model: set_loss_options(model, **OPTIONS), rows)
+    assert calls()["cpu"] - counted == 3
+    expected = []
+    for row in rows:
         with torch.no_grad():
-            logits = model(input_ids = tokens).logits[:, :-1].reshape(-1, 64)
-        patch_chunked_causal_lm_loss(model)
-        expected = F.cross_entropy(logits, tokens[:, 1:].reshape(-1), weight = weight).item()
-        outputs = model(input_ids = tokens, labels = tokens, class_weight = weight)
-        assert outputs.loss.item() == pytest.approx(expected, rel = 1e-5), name
-        outputs.loss.backward()
-        set_loss_options(model, class_weight = weight)
-        assert model(input_ids = tokens, labels = tokens).loss.item() == pytest.approx(
-            expected, rel = 1e-5
-        )
+            logits = plain(input_ids = torch.tensor([row["input_ids"]])).logits[0, :-1]
+        targets = torch.tensor(row["labels"][1:])
+        loss = F.cross_entropy(logits, targets, OPTIONS["class_weight"], label_smoothing = 0.2)
+        expected.append(loss.item())
+    assert found == pytest.approx(expected, abs = EXACT)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(expected[:2]) / 2, abs = EXACT)
+
+
+@pytest.mark.skipif(GPU, reason = "the CPU backend's models")
+def test_a_head_with_an_adapter_keeps_its_logits_on_the_cpu():
+    """Its logits are more than the head's product: the loss, with options, comes from them."""
+    from peft import LoraConfig, get_peft_model
+    from unsloth_zoo.cpu.loader import patch_chunked_causal_lm_loss
+
+    model = tiny("Gemma2")
+    patch_chunked_causal_lm_loss(model)
+    adapted = get_peft_model(model, LoraConfig(r = 2, target_modules = ["lm_head"]))
+    torch.nn.init.normal_(adapted.base_model.model.lm_head.lora_B["default"].weight)
+    model._unsloth_cpu_chunked_ce_active = True
+    tokens = torch.randint(3, 64, (2, 9))
+    outputs = adapted(input_ids = tokens, labels = tokens, label_smoothing = 0.2)
+    logits, targets = outputs.logits[:, :-1].reshape(-1, 64), tokens[:, 1:].reshape(-1)
+    expected = F.cross_entropy(logits, targets, label_smoothing = 0.2)
+    torch.testing.assert_close(outputs.loss, expected, rtol = 1e-4, atol = 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 """The CPU backend's causal language model loss on ``kernels.linear_cross_entropy``, with options."""
 
 import functools
-from typing import Any
+import os
+import types
+from typing import Any, Callable, Optional
 
 import torch
 
@@ -84,13 +86,16 @@ def _on_linear_cross_entropy(stock):
 
 @unless_zoo_is_unknown
 def cpu_forward_with_loss_options(stock):
-    """The CPU backend's per-model hook: the forward that it installs takes loss options."""
+    """The CPU backend's per-model hook: the forward that it installs takes loss options.
+
+    Models whose logits are scaled or capped, which it leaves to transformers, get a forward, too.
+    """
     require_parameters(stock, ("model",))
     in_force = still_there(stock, "unsloth_zoo.cpu.loader")
 
     @functools.wraps(stock)
     def patch_chunked_causal_lm_loss(model):
-        installed = stock(model)
+        installed = stock(model) or _install_for_scaled_logits(model, in_force)
         forward = vars(model).get("forward")
         if installed and forward is not None and not getattr(forward, "_takes_loss_options", False):
             plain = forward.__func__
@@ -99,7 +104,7 @@ def cpu_forward_with_loss_options(stock):
             model._takes_loss_options = True
             smooth_in_the_model(in_force)
         elif not installed and causal_model(model) is model:
-            # Soft caps, scales, routers: the options' loss comes from the logits.
+            # Routers, other heads: the options' loss comes from the logits.
             take_options_from_logits(model, in_force)
             smooth_in_the_model(in_force)
         return installed
@@ -110,12 +115,77 @@ def cpu_forward_with_loss_options(stock):
 
 def _in_cpu_step(model: Any) -> bool:
     """The CPU backend computes its loss in chunks within SFTTrainer's own training step alone."""
-    from unsloth_zoo.cpu import ops
-
     if not vars(model).get("_unsloth_cpu_chunked_ce_active", False) or not torch.is_grad_enabled():
         return False
-    plain_weight = getattr(ops, "_plain_head_weight", lambda head: head)
-    return plain_weight(model.get_output_embeddings()) is not None  # None: LoRA on the head
+    return _head_weight(model) is not None
+
+
+def _head_weight(model: Any) -> Optional[torch.Tensor]:
+    """What alone makes the model's logits; None where there is more, as LoRA on the head."""
+    from unsloth_zoo.cpu import ops
+
+    head = model.get_output_embeddings()
+    plain_weight = getattr(ops, "_plain_head_weight", lambda head: getattr(head, "weight", None))
+    return plain_weight(head)
+
+
+# Models whose logits are the head's product, scaled and capped as their configuration says.
+_SCALED_MODELS = ("gemma2", "gemma3_text", "granite", "cohere", "cohere2")
+_SCALES = {
+    "final_logit_softcapping": "logit_softcapping",
+    "logit_scale": "logit_scale_multiply",
+    "logits_scaling": "logit_scale_divide",
+}
+
+
+def _install_for_scaled_logits(model: Any, in_force: Callable[[], bool]) -> bool:
+    """Gives a model of `_SCALED_MODELS` a forward that computes SFTTrainer's loss in chunks."""
+    if vars(model).get("_unsloth_cpu_chunked_ce", False):
+        return True
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in _SCALED_MODELS or os.environ.get("UNSLOTH_CPU_CHUNKED_CE", "1") == "0":
+        return False
+    if causal_model(model) is not model or _head_weight(model) is None or "forward" in vars(model):
+        return False
+    try:
+        from .kernels import linear_cross_entropy  # noqa: F401  (needs Triton's package)
+    except ImportError:
+        return False
+    forward = _forward_of_scaled_logits(type(model).forward, in_force)
+    model.forward = types.MethodType(forward, model)
+    model._unsloth_cpu_chunked_ce = True  # the CPU backend's SFTTrainer asks for it
+    return True
+
+
+def _forward_of_scaled_logits(plain, in_force: Callable[[], bool]):
+    @functools.wraps(plain)
+    def forward(self, *args, **kwargs):
+        labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
+        if (labels is None and shifted is None) or not in_force() or not _in_cpu_step(self):
+            return plain(self, *args, **kwargs)
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        n_items = kwargs.pop("num_items_in_batch", None)
+        for name in ("labels", "shift_labels", "logits_to_keep"):
+            kwargs.pop(name, None)
+        outputs = getattr(self, self.base_model_prefix)(*args, **{**kwargs, "return_dict": True})
+        scales = {word: getattr(self.config, name, None) for name, word in _SCALES.items()}
+        count_call("cpu")
+        loss = head_loss(
+            outputs.last_hidden_state,
+            _head_weight(self),
+            labels if shifted is None else shifted,
+            n_items = n_items,
+            shift = shifted is None,
+            **scales,
+            **active_options().changed("shifted_labels"),
+        )
+        kept = {
+            name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")
+        }
+        return CausalLMOutputWithPast(loss = loss, **kept)
+
+    return forward
 
 
 def smooth_in_the_model(in_force = lambda: True) -> None:
