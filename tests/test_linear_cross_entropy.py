@@ -494,6 +494,11 @@ def test_the_weights_of_a_whole_group_divide_it(linear_cross_entropy):
     )
     summed = F.cross_entropy(F.linear(hidden, weight), labels, weight = by_class, reduction = "sum")
     assert_same(by_labels, summed / keep.sum(), (hidden, weight))
+    del options["n_items"]  # the weights of a group divide only where there is one
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, **options), whole)
+    ignored = torch.full_like(labels, -100)
+    assert linear_cross_entropy(hidden, weight, ignored, **options).isnan()
+    assert linear_cross_entropy(hidden, weight, ignored, **options, nan_if_empty = False) == 0
 
 
 @pytest.mark.parametrize(

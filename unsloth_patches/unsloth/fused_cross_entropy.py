@@ -202,7 +202,9 @@ def head_loss(
 
     hidden: [..., width]; labels: integers of hidden's leading shape. -100 is ignored whatever
     ``ignore_index`` is, a batch without labels has loss 0, and Unsloth's variables are read.
-    loss_fn: takes the place of cross entropy; see `custom_loss`.
+    loss_fn: takes the place of cross entropy; see `custom_loss`. loss_weights: labels' shape; the
+    loss_columns: labels' shape and more. logits_bias: [vocab], added to bias. Raises as
+    `linear_cross_entropy` does. Returns float32 (float64 for float64 inputs).
     """
     from .kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -285,7 +287,9 @@ def custom_loss(
 
     apply_to_rows: ``apply_to_rows(function, *row arguments, keep)`` applies a function to the logits of the rows
     to keep. rows: labels and columns, shifted already. loss_fn gets float32 logits, scaled and
-    soft-capped as the model's are, and returns each row's loss.
+    soft-capped as the model's are, and returns each row's loss. loss_weights: labels' shape, or None.
+    Raises ValueError where it returns another shape. Returns a scalar; with ``reduction = "none"``,
+    labels' shape.
     """
     from .kernels.cross_entropy_torch import transform_logits
 

@@ -103,7 +103,7 @@ def dense_loss_with_model_options(stock):
         if options is not PLAIN:
             if options.shifted_labels is not None:
                 labels = options.shifted_labels.to(labels.device)
-            if options.shifted_labels is None:
+            else:
                 options = _with_shifted_columns(options)
             if options.loss_fn is not None or options.observe is not None:
                 return _loss_of_logits(logits, labels, *args, options = options, **kwargs)

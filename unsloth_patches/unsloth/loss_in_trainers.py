@@ -70,7 +70,7 @@ def counting_weights(stock):
             total = sum(_sum_of_weights(batch, options) for batch in batches)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 device = self.accelerator.device
-                total = self.accelerator.gather(total.reshape(1).float().to(device)).sum()
+                total = self.accelerator.gather(total.reshape(1).to(device)).sum()
             for batch in batches:
                 batch["weight_items"] = total.item()
         return batches, n_items

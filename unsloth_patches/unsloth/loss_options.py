@@ -129,6 +129,7 @@ def checked_options(name: str, vocab_size: int, options: Dict[str, Any]) -> Loss
 
 
 def active_options() -> LossOptions:
+    """Those of the forward that runs in this thread; `PLAIN` outside of one."""
     if _in_use == 0:
         return PLAIN
     return getattr(_local, "options", None) or PLAIN
@@ -136,6 +137,7 @@ def active_options() -> LossOptions:
 
 @contextlib.contextmanager
 def using_options(options: LossOptions):
+    """They are this thread's `active_options` inside, and what was before is back after."""
     global _in_use
     before = getattr(_local, "options", None)
     with _lock:
@@ -195,7 +197,7 @@ def _takes_options(module: Any) -> bool:
 
 def _inside(model: Any) -> Iterator[Any]:
     """The model and those inside its wrappers (PEFT, DDP)."""
-    for _ in range(8):
+    for _ in range(8):  # more than there are wrappers; ends where a module holds itself
         if not isinstance(model, torch.nn.Module):
             return
         yield model

@@ -71,8 +71,9 @@ def linear_cross_entropy(
     n_items: divides the sum instead of the number of labels: the count over a whole gradient
         accumulation group. Only with "mean"; 0 counts as 1, so a group without labels trains on.
     class_weight_mean: the mean of weighted rows is over their "weights", as in PyTorch, or over the
-        number of "labels". With n_items, ``weight_items`` is that sum of weights over the whole group;
-        without it n_items divides.
+        number of "labels".
+    weight_items: with n_items, the sum of those weights over the whole group; without it n_items
+        divides. Not read where there is no n_items.
     logit_scale, softcap: logits become ``softcap * tanh(logit_scale * logits / softcap)``; a
         softcap of 0 is none.
     z_loss: adds ``z_loss * logsumexp(logits)**2`` to every row that has a label (PaLM, section 5);
@@ -133,20 +134,17 @@ def linear_cross_entropy(
     if loss_weights is not None:
         row_weight = flat_weights(_NAME, loss_weights, labels, head, shift)
     denominator = 1.0
-    if reduction == "mean":
+    if reduction == "mean" and (plan.count or nan_if_empty):
         count = denominator = plan.count if n_items is None else n_items
-        if class_weight_mean == "weights" and (
-            spec.class_weight is not None or loss_weights is not None
-        ):
-            if weight_items is not None:
-                denominator = weight_items
-            elif n_items is None:
+        weighted = spec.class_weight is not None or row_weight is not None
+        if weighted and class_weight_mean == "weights":
+            if n_items is None:
                 denominator = _sum_of_weights(flat, row_weight, plan, spec)
+            elif weight_items is not None:
+                denominator = weight_items
         if spec.z_loss and denominator != count:
             # z_loss is a mean over the labels, not over their weights.
             spec = replace(spec, z_loss = spec.z_loss * denominator / count)
-    if plan.count == 0 and not nan_if_empty:
-        denominator = 1.0
     job = _Job(
         spec,
         plan,
@@ -176,6 +174,8 @@ def _sum_of_weights(labels, row_weight, plan: ChunkPlan, spec: RowLoss) -> float
 
 @dataclass(frozen = True)
 class _Job:
+    """What one call computes, for its forward and its backward."""
+
     spec: RowLoss
     plan: ChunkPlan
     reduction: str

@@ -148,6 +148,8 @@ def _wide(logits: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
 
 @dataclass(frozen = True)
 class _Job:
+    """What one call computes, for its forward and its backward."""
+
     name: str
     loss_fn: Callable[..., torch.Tensor]
     plan: ChunkPlan

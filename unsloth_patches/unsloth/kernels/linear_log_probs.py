@@ -96,6 +96,8 @@ def linear_log_probs(
 
 @dataclass(frozen = True)
 class _Job:
+    """What one call computes, for its forward and its backward."""
+
     spec: RowLoss
     plan: ChunkPlan
     inverse_temperature: float

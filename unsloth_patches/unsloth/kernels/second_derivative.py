@@ -16,8 +16,8 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(
-            f"{ctx.name} has no second derivative: its gradients are computed once, in chunks. "
-            "Use torch.nn.functional.linear and the dense loss where create_graph=True is needed."
+            f"{ctx.name} has no second derivative: its gradients are computed once. "
+            "Use torch.nn.functional.cross_entropy of the logits where create_graph=True is needed."
         )
 
 
