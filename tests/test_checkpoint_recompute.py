@@ -416,3 +416,15 @@ def test_a_step_after_a_fault_is_like_one_without(recompute, fault):
 
     faults.check_steps_after_faults(step, expected, fault)
     assert not any(block.mlp.__dict__[recompute.SKIP_DOWN_PROJ] for block in blocks)
+
+
+@pytest.mark.skipif(not GPU, reason = "needs a GPU, whose memory ends")
+def test_a_step_after_a_full_gpu_is_like_one_without(recompute):
+    """Memory that ends anywhere between what there is before the step and what the step takes."""
+    blocks = make_blocks(sizes = (1024, 2048))
+
+    def step():
+        return train_step(blocks, rows = (4, 2048), counting = False)[0]
+
+    faults.check_steps_after_faults(step, step(), faults.Memory)
+    assert not any(block.mlp.__dict__[recompute.SKIP_DOWN_PROJ] for block in blocks)

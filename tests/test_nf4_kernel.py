@@ -8,7 +8,11 @@ bitsandbytes' CUDA kernels.
 
 import importlib
 import itertools
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,6 +243,39 @@ def test_out_of_memory_is_the_callers_and_the_next_launch_is_as_before(
         count = len(stubs.launched)
         decode(*pair)
         assert len(stubs.launched) == count + 1
+
+
+_COMPILES = """
+import sys, types
+sys.modules["kernels"] = types.ModuleType("kernels")
+sys.modules["kernels"].__path__ = [sys.argv[1]]
+from kernels.nf4_dequantize_kernel import WARPS, dequantize_kernel as kernel
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+types = dict.fromkeys(kernel.arg_names, "constexpr")
+types.update(W = "*u8", absmax = "*u8", n_elements = "i64")
+types.update(dict.fromkeys(("code2", "absmax2", "offset"), "*fp32"))
+options = dict(CHUNKS = 64, BLOCK_SHIFT = 1, BLOCK2_SHIFT = 8, NESTED = True, FP4 = False, ALIGN = 16)
+for capability, out in ((75, "*fp16"), (90, "*bf16")):
+    new = capability >= 80
+    source = ASTSource(
+        kernel, {**types, "out": out}, {**options, "ON_GRID": True, "PTX": True, "HAS_CVT2": new}
+    )
+    made = compile(source, target = GPUTarget("cuda", capability, 32), options = {"num_warps": WARPS})
+    assert made.asm["cubin"] and "prmt.b32" in made.asm["ptx"]
+    assert ("x2.f32" in made.asm["ptx"]) == new
+"""
+
+
+def test_compiles_for_gpus_that_are_not_there(kernel, tmp_path):
+    """Triton's assembler takes the kernel's PTX for a T4, which lacks some instructions, and for an H100."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", _COMPILES, str(Path(kernel.__file__).parent)]
+    done = subprocess.run(command, env = environment, capture_output = True, text = True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- torch.compile, graphs, streams -----------------------------------------------------------

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the contributors
-"""A fault at a chosen point of a training step: an error in an operation, or Ctrl-C before a line."""
+"""A fault at a chosen point of a training step: an error in an operation, Ctrl-C before a line, a full GPU."""
 
 import contextlib
+import gc
 import random
 import sys
 
@@ -57,6 +58,29 @@ class Lines(contextlib.AbstractContextManager):
         return self._line
 
 
+class Memory(contextlib.AbstractContextManager):
+    """Counts MiB that a step takes of a GPU; leaves it fewer than ``failing``. A step has to take many, as
+    what the allocator holds in part is there, too."""
+
+    def __init__(self, failing = None):
+        self.count, self.failing = 0, failing
+
+    def __enter__(self):
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        self.before = torch.cuda.memory_allocated()
+        if self.failing is not None:
+            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+            room = self.before + (self.failing - 1) * 2**20
+            torch.cuda.set_per_process_memory_fraction(room / total)
+        return self
+
+    def __exit__(self, *error):
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        self.count = (torch.cuda.max_memory_allocated() - self.before) >> 20
+
+
 def check_steps_after_faults(
     step,
     expected,
@@ -65,12 +89,12 @@ def check_steps_after_faults(
 ):
     """``step()`` raises at ``points`` seeded points of it; each next one is, bit for bit, ``expected``.
 
-    step: returns tensors. fault: Operations or Lines.
+    step: returns tensors. fault: Operations, Lines or Memory.
     """
     with fault() as counted:
         step()
     assert counted.count > points
-    error = torch.OutOfMemoryError if fault is Operations else KeyboardInterrupt
+    error = KeyboardInterrupt if fault is Lines else torch.OutOfMemoryError
     for point in sorted(random.Random(21).sample(range(1, counted.count + 1), points)):
         with pytest.raises(error), fault(point):
             step()
