@@ -4,7 +4,7 @@
 
 import pytest
 import torch
-from backend import DEVICE, require
+from backend import DEVICE, check_compiled, require
 
 require("interpreter")
 import unsloth  # noqa: F401, E402
@@ -94,3 +94,25 @@ def test_class_weights_that_do_not_fit_are_named(kernel, class_weight, error, wo
     """Before a kernel reads them."""
     with pytest.raises(error, match = words):
         kernel.RowLoss.validated("loss", torch.zeros(2, 9, device = DEVICE), 9, class_weight)
+
+
+_BARRIERS = """
+from kernels.cross_entropy_kernel import _cross_entropy_kernel as kernel
+
+options = {each.name: False for each in kernel.params if each.is_constexpr}
+options.update(HAS_GRADS = True, FROM_END = True, LANES = 128, WIDTH = 8)
+types = {name: "constexpr" if name in options else "i32" for name in kernel.arg_names}
+types.update({name: "*fp32" for name in types if name.endswith("_ptr")})
+types.update(grads_ptr = "*bf16", labels_ptr = "*i64")
+types.update(dict.fromkeys(("smoothing", "logit_scale", "softcap", "z_loss"), "fp32"))
+for narrow, barriers in ((False, 1), (True, 3)):
+    source = ASTSource(kernel, types, {**options, "NARROW": narrow})
+    made = compile(source, target = GPUTarget("cuda", 90, 32), options = {"num_warps": 4})
+    assert made.asm["ttir"].count("barrier") == barriers, made.asm["ttir"].count("barrier")
+"""
+
+
+def test_threads_wait_before_narrower_gradients_lie_over_logits(tmp_path):
+    """The interpreter has one thread: what every one must have read before any writes is seen in the code."""
+    from unsloth.kernels import cross_entropy_kernel
+    check_compiled(cross_entropy_kernel, _BARRIERS, tmp_path)

@@ -8,15 +8,11 @@ bitsandbytes' CUDA kernels.
 
 import importlib
 import itertools
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from backend import DEVICE, GPU, require
+from backend import DEVICE, GPU, check_compiled, require
 
 require("interpreter")
 from nf4_weights import DTYPES, defined, poisoned, quantized, same_bits  # noqa: E402
@@ -246,13 +242,7 @@ def test_out_of_memory_is_the_callers_and_the_next_launch_is_as_before(
 
 
 _COMPILES = """
-import sys, types
-sys.modules["kernels"] = types.ModuleType("kernels")
-sys.modules["kernels"].__path__ = [sys.argv[1]]
 from kernels.nf4_dequantize_kernel import WARPS, dequantize_kernel as kernel
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 types = dict.fromkeys(kernel.arg_names, "constexpr")
 types.update(W = "*u8", absmax = "*u8", n_elements = "i64")
@@ -271,11 +261,7 @@ for capability, out in ((75, "*fp16"), (90, "*bf16")):
 
 def test_compiles_for_gpus_that_are_not_there(kernel, tmp_path):
     """Triton's assembler takes the kernel's PTX for a T4, which lacks some instructions, and for an H100."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", _COMPILES, str(Path(kernel.__file__).parent)]
-    done = subprocess.run(command, env = environment, capture_output = True, text = True)
-    assert done.returncode == 0, done.stderr
+    check_compiled(kernel, _COMPILES, tmp_path)
 
 
 # ---- torch.compile, graphs, streams -----------------------------------------------------------

@@ -16,7 +16,9 @@ With a GPU, ``cpu`` and ``interpreter`` are that GPU. A file calls ``require`` b
 
 import logging
 import os
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -79,3 +81,23 @@ def _patch_language_once_a_launch() -> None:
         return scope
 
     interpreter._patch_lang = patch_once
+
+
+_AS_PACKAGE = """
+import sys, types
+sys.modules["kernels"] = types.ModuleType("kernels")
+sys.modules["kernels"].__path__ = [sys.argv[1]]
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+"""
+
+
+def check_compiled(module, code, folder):
+    """Run ``code`` without Triton's interpreter: it compiles kernels of ``module`` for GPUs that need not be
+    there, by ASTSource, compile and GPUTarget. ``module``'s folder is imported as the package ``kernels``."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", _AS_PACKAGE + code, str(Path(module.__file__).parent)]
+    done = subprocess.run(command, env = environment, capture_output = True, text = True)
+    assert done.returncode == 0, done.stderr
