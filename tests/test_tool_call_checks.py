@@ -655,7 +655,7 @@ def test_calls_that_are_answered_in_part_are_not_passed_as_clean():
     answers = [
         {"role": "tool", "tool_call_id": call["id"], "content": "1"} for call in two["tool_calls"]
     ]
-    start = [{"role": "user", "content": "q"}, two]
+    start = json.loads(json.dumps([{"role": "user", "content": "q"}, two]))  # texts of its own
     clean = [is_clean(start + answers[:count], (), True) for count in range(3)]
     assert clean == [True, False, True]
 

@@ -382,3 +382,11 @@ def test_roles_that_are_enums_become_plain_texts(read):
     """A template would write ``Role.USER`` for a str that is an enum as well."""
     (message,) = read([{"role": Role.USER, "content": "q"}])
     assert type(message["role"]) is str and message["role"] == "user"
+
+
+def test_a_call_needs_no_id_to_be_passed_as_clean():
+    """What templates need of a call is its name and arguments; another key goes on to what reads it."""
+    is_clean = importlib.import_module("unsloth.tool_calls.calls").is_clean_call
+    function = {"name": "f", "arguments": {"a": 1}}
+    assert is_clean({"function": function}) and is_clean({"type": "function", "function": function})
+    assert not is_clean({"function": function, "index": 0})
