@@ -99,7 +99,7 @@ def _smallest_host(_):
     """usable_host_memory over two ranks of which one sees half a GiB."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from unsloth.models import fsdp2_usable_memory as memory
+    from unsloth.models import fsdp2_memory_count as memory
 
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))

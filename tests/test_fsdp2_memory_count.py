@@ -13,7 +13,7 @@ from llama_shapes import GIB, LLAMA_8B, LLAMA_405B
 @pytest.fixture
 def read_shape():
     import unsloth  # noqa: F401
-    from unsloth.models.fsdp2_model_shape import read_shape
+    from unsloth.models.fsdp2_memory_count import read_shape
     return read_shape
 
 
@@ -120,7 +120,7 @@ def test_usable_memory_is_free_and_under_the_fraction(monkeypatch):
     """
     import torch
     import unsloth  # noqa: F401
-    from unsloth.models.fsdp2_usable_memory import usable_device_memory
+    from unsloth.models.fsdp2_memory_count import usable_device_memory
 
     seen = {"free": 40 * GIB, "reserved": 10 * GIB, "allocated": 4 * GIB, "fraction": 1.0}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -86,11 +86,21 @@ def test_what_does_not_fit_is_refused_unless_asked_for(monkeypatch, capsys):
 
 
 def _offloaded_losses(folder, offload):
-    """Losses of three steps and, per unit, the devices on which FSDP2 keeps frozen and trainable
-    shards.
+    """Losses of three steps; per unit, the devices on which FSDP2 keeps frozen and trainable shards;
+    of every gather of a unit, whether its copy had begun before.
     """
     os.environ["UNSLOTH_FSDP2_OFFLOAD"] = offload
     import unsloth.models.fsdp2_native as native
+    from unsloth.models.fsdp2_sharded_params import HostBlock
+
+    begun, take = [], HostBlock.take
+
+    def taken(block, shard, device):
+        if id(shard) == block._ids[0]:
+            begun.append(bool(block._copied))
+        return take(block, shard, device)
+
+    HostBlock.take = taken
 
     units = []
     original = native.shard_model
@@ -105,9 +115,12 @@ def _offloaded_losses(folder, offload):
     for unit in units[0]._unsloth_fsdp2_units:
         found = {True: set(), False: set()}
         for p in unit._get_fsdp_state()._fsdp_param_group.fsdp_params:
+            if p.sharded_param.dim() == 1:
+                assert not p.offload_to_cpu  # a norm: its copy would cost more than it holds
+                continue
             found[p.sharded_param.requires_grad].add(p.offload_to_cpu)
         flags.append((found[False], found[True]))
-    return history, flags
+    return history, flags, begun
 
 
 def test_offloaded_blocks_train_alike(checkpoints):
@@ -118,9 +131,10 @@ def test_offloaded_blocks_train_alike(checkpoints):
     stay = run_ranks(_offloaded_losses, 2, folder, "never")
     one = run_ranks(_offloaded_losses, 2, folder, "blocks:1")
     every = run_ranks(_offloaded_losses, 2, folder, "all")
-    for (_, (a, _)), (_, (b, flags)), (_, (c, all_flags)) in zip(stay, one, every):
+    for (_, (a, *_)), (_, (b, flags, begun)), (_, (c, all_flags, _)) in zip(stay, one, every):
         assert a == b == c
         assert flags == [({False}, {False}), ({True}, {False})]
+        assert begun.count(True) == 2  # in every forward but the first
         assert all_flags == [({True}, {False})] * 2
 
 

@@ -116,6 +116,7 @@ def test_blocks_on_the_host_stay_there(planner):
     rest.
     """
     arguments = dict(world = 2, tokens = 1024, device_memory = 78 * GIB)
+    assert make_plan(LLAMA_8B, on_host = (5,), override = "never", **arguments).blocks == (5,)
     assert make_plan(LLAMA_8B, on_host = (5, 9), **arguments).blocks == (5, 9)
     plan = make_plan(LLAMA_405B, on_host = (3, 125), **arguments)
     assert plan.fits and {3, 125} < set(plan.blocks)

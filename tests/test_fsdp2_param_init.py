@@ -65,7 +65,7 @@ def _read_from_quantized_files(folder, rows, columns, world, nested):
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit
     from safetensors.torch import save_file
-    from unsloth.models.fsdp2_shard_reader import ShardReader, read_weight
+    from unsloth.models.fsdp2_shard_reader import ShardReader, StoredWeight
 
     torch.manual_seed(0)
     weight = torch.randn(rows, columns, dtype = torch.bfloat16)
@@ -79,7 +79,8 @@ def _read_from_quantized_files(folder, rows, columns, world, nested):
             ndim = 1, size = lambda axis: world, get_local_rank = lambda axis, rank = rank: rank
         )
         reader = ShardReader([folder + "/model.safetensors"])
-        shards.append(read_weight(module, "w", reader, mesh, torch.device("cpu"), weight.dtype))
+        device = torch.device("cpu")
+        shards.append(StoredWeight(module, "w", reader, mesh, device, weight.dtype).load())
         read += reader.read_bytes
     found = {
         "packed": (torch.cat([shard.packed.view(-1) for shard in shards]), packed.view(-1)),
@@ -184,7 +185,7 @@ def _refused_files(folder):
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit
     from safetensors.torch import save_file
-    from unsloth.models.fsdp2_shard_reader import ShardReader, read_weight
+    from unsloth.models.fsdp2_shard_reader import ShardReader, StoredWeight
 
     mesh = SimpleNamespace(ndim = 1, size = lambda axis: 2, get_local_rank = lambda axis: 0)
     weight, said = torch.randn(512, 512, dtype = torch.bfloat16), []
@@ -198,7 +199,7 @@ def _refused_files(folder):
         reader = ShardReader([f"{folder}/{change}.safetensors"])
         module = Linear4bit(512, rows, bias = False)
         try:
-            read_weight(module, "w", reader, mesh, torch.device("cpu"), weight.dtype)
+            StoredWeight(module, "w", reader, mesh, torch.device("cpu"), weight.dtype).load()
             said.append("nothing")
         except ValueError as error:
             said.append(str(error))

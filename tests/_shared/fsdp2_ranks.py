@@ -47,8 +47,8 @@ def _import_once():
 
 
 def _skip_where_a_fork_may_hang():
-    """A fork copies one thread: a child waits for ever for OpenMP's others. jemalloc's is no
-    matter.
+    """A fork copies one thread: a child waits for ever for OpenMP's others. A jemalloc thread does
+    no harm.
     """
     try:
         tasks = [f"/proc/self/task/{task}/comm" for task in os.listdir("/proc/self/task")]

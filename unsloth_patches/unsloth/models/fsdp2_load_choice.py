@@ -19,33 +19,39 @@ from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 
-from .fsdp2_memory_count import FRAGMENTATION, GIB, Training, largest_phase, whole_model_phases
-from .fsdp2_model_shape import LlamaShape, read_shape
+from .fsdp2_memory_count import (
+    FRAGMENTATION,
+    GIB,
+    LlamaShape,
+    Training,
+    largest_phase,
+    read_shape,
+    usable_device_memory,
+    usable_host_memory,
+    whole_model_phases,
+)
 from .fsdp2_sharded_4bit import (
+    OFF,
+    ON,
     loader_arguments,
     loading_step,
     loads_4bit,
     outermost_loader,
     sharded_4bit_loading,
+    variable,
     whole_weights_wanted,
 )
-from .fsdp2_usable_memory import usable_device_memory, usable_host_memory
 
 __all__ = ["choose_sharded_load", "shard_where_whole_does_not_fit", "sharded_load_mode"]
 
 MODE_ENV = "UNSLOTH_FSDP2_SHARDED_LOAD"
 TOKENS_ENV = "UNSLOTH_FSDP2_BATCH_TOKENS"
-_OFF, _ON = ("0", "false", "no", "off"), ("1", "true", "yes", "on")
 # NCCL's buffers, which are not there yet when the model is loaded.
 NCCL_BYTES = 2**30
 # How long a rank may be later than the others.
 WAIT = datetime.timedelta(minutes = 20)
 
 _stores: list = []  # the launcher's key-value store; closing it would end rank 0's server
-
-
-def _value(name: str) -> str:
-    return os.environ.get(name, "").strip().lower()
 
 
 def sharded_load_mode() -> str:
@@ -58,12 +64,12 @@ def sharded_load_mode() -> str:
 
     if not native_fsdp2_requested():
         return "0"
-    asked = _value(MODE_ENV) or "auto"
-    if asked not in (*_OFF, *_ON, "auto"):
+    asked = variable(MODE_ENV) or "auto"
+    if asked not in (*OFF, *ON, "auto"):
         raise ValueError(f"{MODE_ENV}={asked!r}: choose auto, 1 or 0.")
-    if asked in _OFF or whole_weights_wanted():
+    if asked in OFF or whole_weights_wanted():
         return "0"
-    return "1" if asked in _ON else "auto"
+    return "1" if asked in ON else "auto"
 
 
 def shard_where_whole_does_not_fit(stock: Callable) -> Callable:
@@ -127,7 +133,7 @@ def _say(text: str) -> None:
 
 def _batch_tokens(given: dict) -> int:
     """Tokens of a micro-batch: UNSLOTH_FSDP2_BATCH_TOKENS, or one sequence of max_seq_length."""
-    stated = _value(TOKENS_ENV)
+    stated = variable(TOKENS_ENV)
     if stated:
         if not stated.isdigit() or int(stated) < 1:
             raise ValueError(f"{TOKENS_ENV}={stated!r}: has to be a positive whole number.")

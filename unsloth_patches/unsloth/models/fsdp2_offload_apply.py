@@ -16,8 +16,14 @@ from typing import Any, Callable, Iterator, List, Optional, Tuple, Union
 
 import torch
 
-from .fsdp2_memory_count import FRAGMENTATION, LORA_TARGETS, Training, sharded_phases
-from .fsdp2_model_shape import read_shape
+from .fsdp2_memory_count import (
+    FRAGMENTATION,
+    LORA_TARGETS,
+    Training,
+    read_shape,
+    sharded_phases,
+    usable_device_memory,
+)
 from .fsdp2_offload_plan import (
     OFFLOAD_ENV,
     OffloadPlan,
@@ -26,8 +32,7 @@ from .fsdp2_offload_plan import (
     plan_offload,
 )
 from .fsdp2_sharded_4bit import register_host_chooser
-from .fsdp2_sharded_params import fsdp_params, get_shard
-from .fsdp2_usable_memory import usable_device_memory
+from .fsdp2_sharded_params import HostBlock, WeightShard, fsdp_params, get_shard, param_groups
 
 __all__ = [
     "explain_out_of_memory",
@@ -37,9 +42,9 @@ __all__ = [
 ]
 
 _PLAN = "_fsdp2_offload_plan"
+# Tokens of a micro-batch of the Trainer that is being built, and whether it accumulates gradients.
 _batch_tokens: contextvars.ContextVar = contextvars.ContextVar("offload_batch_tokens", default = None)
 _accumulates: contextvars.ContextVar = contextvars.ContextVar("accumulates", default = False)
-# Tokens of a micro-batch of the Trainer that is being built, and whether it accumulates gradients.
 
 
 def offload_blocks(
@@ -60,30 +65,69 @@ def offload_blocks(
             f"offload_blocks: blocks {blocks} of a model with {len(units)} FSDP2 units; shard it block "
             "by block with unsloth.models.fsdp2_native.shard_model first."
         )
-    chosen = [units[index] for index in blocks]
-    moved = sum(_to_host(p, pin) for unit in chosen for p in _frozen(unit))
+    moved = sum(_to_host(list(_frozen(units[index])), pin) for index in blocks)
+    for index in blocks:
+        if index:
+            _copy_ahead(units[index - 1], units[index])
     if tables:
         inside = {id(p) for unit in units for p in fsdp_params(unit)}
-        moved += sum(_to_host(p, pin) for p in _frozen(model) if id(p) not in inside)
+        moved += _to_host([p for p in _frozen(model) if id(p) not in inside], pin)
     return moved
+
+
+def _copy_ahead(before: torch.nn.Module, unit: torch.nn.Module) -> None:
+    """In a forward the copy of ``unit`` begins as soon as ``before`` was gathered, on the stream of
+    FSDP2's copies. In a backward FSDP2 itself gathers one unit ahead.
+    """
+    groups = list(param_groups(unit))
+
+    def begin(module, args):
+        if torch._C._current_graph_task_id() != -1:
+            return  # a recomputation
+        for group in groups:
+            # torch makes a parameter's buffers at its first gather, and copies in its own way then.
+            first = not all(hasattr(p, "_unsharded_param") for p in group.fsdp_params)
+            if first or not group.is_sharded or group._all_gather_result is not None:
+                continue
+            shards = (_shard(fsdp_param) for fsdp_param in group.fsdp_params)
+            hosts = {id(s.host): s.host for s in shards if s is not None and s.on_host}
+            with group.device_handle.stream(group.comm_ctx.all_gather_copy_in_stream):
+                for host in hosts.values():
+                    host.begin(group.device)
+
+    before.register_forward_pre_hook(begin)
 
 
 def _frozen(module: torch.nn.Module) -> Iterator[Any]:
     return (p for p in fsdp_params(module) if not p.sharded_param.requires_grad)
 
 
-def _to_host(fsdp_param: Any, pin: Optional[bool]) -> int:
-    if fsdp_param.offload_to_cpu:
+def _shard(fsdp_param: Any) -> Optional[WeightShard]:
+    if fsdp_param._module_info.param_name != "weight":
+        return None
+    return get_shard(fsdp_param._module_info.module)
+
+
+def _to_host(params: List[Any], pin: Optional[bool]) -> int:
+    """Bytes moved. Vectors, as norms are, stay: their copies would cost more than they hold."""
+    params = [p for p in params if p.sharded_param.dim() > 1]
+    if not params:
         return 0
-    pin = fsdp_param.device.type != "cpu" if pin is None else pin
-    fsdp_param.offload_to_cpu, fsdp_param.pin_memory = True, pin
-    shard = get_shard(fsdp_param._module_info.module)
-    if shard is not None and fsdp_param._module_info.param_name == "weight":
-        attributes = dict(fsdp_param.sharded_param.__dict__)
-        shard.install(fsdp_param)
-        _restore_attributes(fsdp_param.sharded_param, attributes)
-        return shard.nbytes()
-    return _plain_to_host(fsdp_param, pin)
+    pin = params[0].device.type != "cpu" if pin is None else pin
+    shards = [_shard(p) for p in params]
+    moved = sum(shard.nbytes() for shard in shards if shard is not None and not shard.on_host)
+    held = [shard for shard in shards if shard is not None]
+    if len({id(shard.host) for shard in held}) > 1 or moved:  # else a load has put them together
+        HostBlock(held, pin)
+    for fsdp_param, shard in zip(params, shards):
+        if shard is not None:
+            attributes = dict(fsdp_param.sharded_param.__dict__)
+            shard.install(fsdp_param)
+            _restore_attributes(fsdp_param.sharded_param, attributes)
+        elif not fsdp_param.offload_to_cpu:
+            fsdp_param.offload_to_cpu, fsdp_param.pin_memory = True, pin
+            moved += _plain_to_host(fsdp_param, pin)
+    return moved
 
 
 def _plain_to_host(fsdp_param: Any, pin: bool) -> int:

@@ -22,9 +22,16 @@ import os
 from dataclasses import dataclass
 from typing import Any, List, Optional, Tuple
 
-from .fsdp2_memory_count import FRAGMENTATION, GIB, Training, largest_phase, sharded_phases
-from .fsdp2_model_shape import read_shape
-from .fsdp2_usable_memory import usable_device_memory, usable_host_memory
+from .fsdp2_memory_count import (
+    FRAGMENTATION,
+    GIB,
+    Training,
+    largest_phase,
+    read_shape,
+    sharded_phases,
+    usable_device_memory,
+    usable_host_memory,
+)
 
 __all__ = ["OffloadPlan", "evenly_spaced", "offload_override", "plan_offload"]
 
@@ -132,12 +139,10 @@ def _spread(on_host: Tuple[int, ...], count: int, total: int) -> Tuple[int, ...]
 
 
 def _ladder(mode: str, wanted: int, layers: int) -> List[Tuple[int, bool]]:
-    """(blocks, tables) to try, cheapest first."""
-    if mode == "never":
-        return [(0, False)]
+    """(blocks, tables) to try, cheapest first. wanted: blocks:K, or what is on the host already."""
     if mode == "all":
         return [(layers, True)]
-    if mode == "blocks":
+    if mode in ("blocks", "never"):
         return [(wanted, False)]
     return [(count, False) for count in range(layers + 1)] + [(layers, True)]
 

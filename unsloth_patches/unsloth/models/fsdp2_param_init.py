@@ -11,7 +11,7 @@ from typing import Any, Callable, Sequence
 
 import torch
 
-from .fsdp2_shard_reader import ShardReader, read_weight, weight_layout
+from .fsdp2_shard_reader import ShardReader, StoredWeight
 from .fsdp2_sharded_params import Linear4bit, fsdp_params, mesh_device
 
 __all__ = ["param_init_fn"]
@@ -48,32 +48,22 @@ def param_init_fn(
     _check_parameters(model, reader)
     _let_bytes_be_sharded()
     names = {id(module): prefix for prefix, module in model.named_modules()}
-    quantized = {}
+    device, stored = mesh_device(mesh), {}
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            quantized[id(module)] = module.weight
             key = f"{names[id(module)]}.weight"
-            layout = weight_layout(module, key, reader, mesh)
-            module._parameters["weight"] = layout.placeholder()
-    device = mesh_device(mesh)
-
-    def read_4bit(module, key):
-        held = module._parameters["weight"]
-        module._parameters["weight"] = quantized[id(module)]  # says how it is quantized
-        try:
-            return read_weight(module, key, reader, mesh, device, dtype)
-        finally:
-            module._parameters["weight"] = held
+            weight = stored[id(module)] = StoredWeight(module, key, reader, mesh, device, dtype)
+            module._parameters["weight"] = weight.layout.placeholder()
 
     def init(module):
         for fsdp_param in fsdp_params(model):
             info = fsdp_param._module_info
             if info.module is not module:
                 continue
-            key = f"{names[id(module)]}.{info.param_name}"
-            if id(module) in quantized and info.param_name == "weight":
-                read_4bit(module, key).install(fsdp_param)
+            if id(module) in stored and info.param_name == "weight":
+                stored[id(module)].load().install(fsdp_param)
             else:
+                key = f"{names[id(module)]}.{info.param_name}"
                 _install_rows(fsdp_param, reader, key, device, dtype)
         return module
 

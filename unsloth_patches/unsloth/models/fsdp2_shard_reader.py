@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Optional, Sequence, Tuple
+from dataclasses import InitVar, dataclass
+from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import torch
 from safetensors import safe_open
@@ -22,19 +23,15 @@ from .fsdp2_sharded_params import (
     unpack_tensor_to_dict,
 )
 
-__all__ = [
-    "ShardReader",
-    "packed_key",
-    "read_weight",
-    "weight_format",
-    "weight_layout",
-]
+__all__ = ["ShardReader", "StoredWeight"]
 
 _ITEMSIZE = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
 
 
 class ShardReader:
-    """Slices of safetensors files by tensor name. ``read_bytes`` counts what was read."""
+    """Slices of safetensors files by tensor name. ``read_bytes`` counts what was read; threads may read
+    at once.
+    """
 
     def __init__(self, files: Sequence[str]):
         if not files or any(not str(file).endswith(".safetensors") for file in files):
@@ -43,11 +40,15 @@ class ShardReader:
                 f"{', '.join(map(str, files or ['none']))}. Save it with safe_serialization = True."
             )
         self._files = {}
-        self.read_bytes = 0
+        self._read: List[int] = []
         for file in files:
             handle = safe_open(str(file), framework = "pt", device = "cpu")
             for key in handle.keys():
                 self._files[key] = handle
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(self._read)
 
     def __contains__(self, key: str) -> bool:
         return key in self._files
@@ -69,7 +70,7 @@ class ShardReader:
 
     def rows(self, key: str, start: int, stop: int) -> torch.Tensor:
         value = self._files[key].get_slice(key)[start:stop]
-        self.read_bytes += value.numel() * value.element_size()
+        self._read.append(value.numel() * value.element_size())
         return value
 
     def whole(self, key: str) -> torch.Tensor:
@@ -83,71 +84,88 @@ def packed_key(key: str, reader: ShardReader) -> Optional[str]:
     return next((name for name in names if name in reader), None)
 
 
-def weight_layout(module: Linear4bit, key: str, reader: ShardReader, mesh: Any) -> RowLayout:
-    """Which part of ``module``'s weight this rank reads; the blocksize is a quantized file's own."""
-    described = packed_key(key, reader)
-    blocksize = getattr(module.weight, "blocksize", None) or 64
-    if described is not None:
-        blocksize = unpack_tensor_to_dict(reader.whole(described))["blocksize"]
-    return RowLayout(
-        numel = module.out_features * module.in_features,
-        world = mesh.size(mesh.ndim - 1),
-        rank = mesh.get_local_rank(mesh.ndim - 1),
-        blocksize = blocksize,
-    )
-
-
-def read_weight(
-    module: Linear4bit,
-    key: str,
-    reader: ShardReader,
-    mesh: Any,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> WeightShard:
-    """This rank's shard of ``module``'s weight. dtype: the 16-bit dtype that it is quantized from.
-
-    Collective over the shard ranks of ``mesh`` unless the file is quantized already. A read error
-    is raised after the collectives, so that no rank waits.
+@dataclass
+class StoredWeight:
+    """``module``'s weight in the files, under ``key``: which part of it this rank of ``mesh`` needs,
+    and how to get it. dtype: the 16-bit dtype that it is quantized from.
     """
-    layout = weight_layout(module, key, reader, mesh)
-    shape = torch.Size((module.out_features, module.in_features))
-    if packed_key(key, reader) is not None:
-        return _read_packed(key, reader, layout, shape, device)
-    weights, error = None, None
-    try:
-        weights = _read_flat(key, reader, layout, module.in_features)
-        weights = weights.to(device = device, dtype = dtype)
-    except Exception as problem:
-        error = problem
-    shard = quantize_rows(weights, layout, weight_format(module, dtype), device, shard_group(mesh))
-    if error is not None:
-        raise error
-    return shard
+
+    module: InitVar[Linear4bit]
+    key: str
+    reader: ShardReader
+    mesh: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    def __post_init__(self, module):
+        self.described = packed_key(self.key, self.reader)
+        weight, blocksize = module.weight, getattr(module.weight, "blocksize", None) or 64
+        if self.described is not None:  # a quantized file has a blocksize of its own
+            blocksize = unpack_tensor_to_dict(self.reader.whole(self.described))["blocksize"]
+        self.layout = RowLayout(
+            numel = module.out_features * module.in_features,
+            world = self.mesh.size(self.mesh.ndim - 1),
+            rank = self.mesh.get_local_rank(self.mesh.ndim - 1),
+            blocksize = blocksize,
+        )
+        self.format = WeightFormat(
+            shape = torch.Size((module.out_features, module.in_features)),
+            dtype = self.dtype,
+            quant_type = getattr(weight, "quant_type", "nf4"),
+            nested = bool(getattr(weight, "compress_statistics", True)),
+        )
+
+    def read(self) -> Union[torch.Tensor, WeightShard]:
+        """This rank's part: its shard where the file is quantized already, else the weights as they
+        are stored, for ``quantize``. No other rank is needed.
+        """
+        if self.described is not None:
+            return _read_packed(self)
+        flat = _read_flat(self)
+        if self.device.type == "cpu":
+            return flat
+        # So far nothing but a mapping of the file. Page-locked, it gets to the device while the next
+        # is read.
+        return torch.empty(flat.shape, dtype = flat.dtype, pin_memory = True).copy_(flat)
+
+    def quantize(self, part: Optional[torch.Tensor]) -> WeightShard:
+        """The shard of what ``read`` gave, None on a rank that failed: collective over the shard
+        ranks.
+        """
+        if part is not None:
+            part = part.to(device = self.device, dtype = self.dtype, non_blocking = True)
+        return quantize_rows(part, self.layout, self.format, self.device, shard_group(self.mesh))
+
+    def load(self) -> WeightShard:
+        """``read`` and ``quantize`` at once. A read error is raised after the collective, so that no
+        rank waits.
+        """
+        if self.described is not None:
+            return self.read()
+        part, error = None, None
+        try:
+            part = self.read()
+        except Exception as problem:
+            error = problem
+        shard = self.quantize(part)
+        if error is not None:
+            raise error
+        return shard
 
 
-def weight_format(module: Linear4bit, dtype: torch.dtype) -> WeightFormat:
-    """What ``module`` asks its weight to be quantized to."""
-    return WeightFormat(
-        shape = torch.Size((module.out_features, module.in_features)),
-        dtype = dtype,
-        quant_type = getattr(module.weight, "quant_type", "nf4"),
-        nested = bool(getattr(module.weight, "compress_statistics", True)),
-    )
-
-
-def _read_flat(key: str, reader: ShardReader, layout: RowLayout, columns: int) -> torch.Tensor:
+def _read_flat(weight: StoredWeight) -> torch.Tensor:
     """Weights [start, stop) of the flattened matrix: the rows that hold them, cut at both ends."""
+    layout, columns = weight.layout, weight.format.shape[1]
     first, last = layout.start // columns, -(-layout.stop // columns)
-    flat = reader.rows(key, first, last).reshape(-1)
+    flat = weight.reader.rows(weight.key, first, last).reshape(-1)
     return flat[layout.start - first * columns : layout.stop - first * columns].contiguous()
 
 
-def _read_packed(
-    key: str, reader: ShardReader, layout: RowLayout, shape: torch.Size, device: torch.device
-) -> WeightShard:
+def _read_packed(weight: StoredWeight) -> WeightShard:
     """Slices of a pre-quantized weight: no arithmetic, so no other rank either."""
-    values = unpack_tensor_to_dict(reader.whole(packed_key(key, reader)))
+    key, reader, layout, device = weight.key, weight.reader, weight.layout, weight.device
+    shape = weight.format.shape
+    values = unpack_tensor_to_dict(reader.whole(weight.described))
     if tuple(values["shape"]) != tuple(shape):
         raise ValueError(
             f"{key!r} was quantized with shape {values['shape']}, the model expects {shape}"

@@ -15,24 +15,19 @@ that no rank waits for it.
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
 
-from .fsdp2_shard_reader import (
-    ShardReader,
-    packed_key,
-    read_weight,
-    weight_format,
-    weight_layout,
-)
+from .fsdp2_shard_reader import ShardReader, StoredWeight
 from .fsdp2_sharded_params import (
+    HostBlock,
     Linear4bit,
     Params4bit,
     WeightShard,
-    quantize_rows,
     set_shard,
     shard_group,
 )
@@ -43,6 +38,8 @@ HOST_TABLE = "_fsdp2_host_table"
 # Of whole weights, in 16 bits: after so many the ranks tell each other of failures. At 200 MB/s a
 # rank and two ranks that is every 5 s.
 BYTES_BETWEEN_CHECKS = 2 * 2**30
+# Threads that read, and weights (this rank's part, in 16 bits) that wait in host memory at most.
+READERS, AHEAD = 2, 2
 
 
 class ShardedLoadError(Exception):
@@ -60,7 +57,8 @@ class _Job:
     key: str
     places: List[Tuple[torch.nn.Module, str]]
     parameter: torch.nn.Parameter
-    kind: str  # "4bit", "packed" (4-bit already), "table" or "whole"
+    weight: Optional[StoredWeight]  # of a 4-bit weight
+    table: bool  # embedding or head
 
     @property
     def module(self) -> torch.nn.Module:
@@ -106,28 +104,53 @@ def fill_sharded(
     error, jobs, reader = None, [], None
     try:
         reader = ShardReader(files)
-        jobs = _find_jobs(model, reader, renamings)
+        jobs = _find_jobs(model, reader, mesh, device, renamings)
     except Exception as problem:
         error = problem
     fail_together(error, group)
-    hosted = {id(layer) for module in on_host for layer in module.modules()}
+    together: Dict[
+        int, Tuple[List[tuple], int]
+    ] = {}  # layer -> what its block has read, of how many
+    for module in on_host:
+        layers = [id(layer) for layer in module.modules() if isinstance(layer, Linear4bit)]
+        together.update(dict.fromkeys(layers, ([], len(layers))))
+
+    def read(job):
+        return None if error is not None else _read(job, reader, device, dtypes or {})
+
     unchecked = 0
-    for job in _shown(jobs):
-        try:
-            if error is None:
-                new = _fill(job, reader, mesh, device, dtypes or {}, hosted)
-                for module, name in job.places:
-                    module._parameters[name] = new
-            elif job.kind == "4bit":
-                _take_part(job, reader, mesh, device)
-        except Exception as problem:
-            error = error or problem
-        unchecked += 2 * _whole_numel(job)
-        if unchecked > BYTES_BETWEEN_CHECKS:
-            fail_together(error, group)
-            unchecked = 0
+    with ThreadPoolExecutor(READERS) as pool:
+        for job, part in _read_ahead(_shown(jobs), read, pool):
+            value = None
+            try:
+                value = part.result()
+            except Exception as problem:
+                error = error or problem
+            try:
+                if job.weight is not None and job.weight.described is None:
+                    value = job.weight.quantize(value)  # collective, on a rank that failed too
+                if error is None:
+                    _place(job, value, device, together.get(id(job.module)))
+            except Exception as problem:
+                error = error or problem
+            unchecked += 2 * _whole_numel(job)
+            if unchecked > BYTES_BETWEEN_CHECKS:
+                fail_together(error, group)
+                unchecked = 0
     fail_together(error, group)
     return reader.read_bytes
+
+
+def _read_ahead(jobs: Iterable[_Job], read: Callable, pool: ThreadPoolExecutor) -> Iterator[tuple]:
+    """(job, future of ``read(job)``) in order, with the next AHEAD under way: while one weight is
+    quantized, threads bring the next from their files into host memory.
+    """
+    waiting: List[tuple] = []
+    for job in jobs:
+        waiting.append((job, pool.submit(read, job)))
+        if len(waiting) > AHEAD:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def _shown(jobs: List[_Job]) -> Any:
@@ -136,12 +159,17 @@ def _shown(jobs: List[_Job]) -> Any:
 
 
 def _whole_numel(job: _Job) -> int:
-    if job.kind in ("4bit", "packed"):
-        return job.module.out_features * job.module.in_features
-    return job.parameter.numel()
+    return job.parameter.numel() if job.weight is None else job.weight.layout.numel
 
 
-def _find_jobs(model: torch.nn.Module, reader: ShardReader, renamings: Sequence[Any]) -> List[_Job]:
+def _find_jobs(
+    model: torch.nn.Module,
+    reader: ShardReader,
+    mesh: Any,
+    device: torch.device,
+    renamings: Sequence[Any],
+) -> List[_Job]:
+    # Of every parameter, by its id: itself, where it sits, under which names.
     slots: Dict[int, Tuple[torch.nn.Parameter, List[Tuple[torch.nn.Module, str]], List[str]]] = {}
     for prefix, module in model.named_modules(remove_duplicate = False):
         for name, parameter in module._parameters.items():
@@ -164,10 +192,15 @@ def _find_jobs(model: torch.nn.Module, reader: ShardReader, renamings: Sequence[
             raise ValueError(
                 f"no tensor for {names[0]!r} in the checkpoint (or transformers builds it from several)"
             )
-        kind = _kind(places[0][0], parameter, tables, names[0])
-        if kind == "4bit" and packed_key(key, reader):
-            kind = "packed"
-        jobs.append(_Job(names[0], key, places, parameter, kind))
+        weight, module = None, places[0][0]
+        if isinstance(parameter, Params4bit):
+            if not isinstance(module, Linear4bit) or parameter.dim() != 2:
+                raise ValueError(
+                    f"{names[0]!r} is a 4-bit weight of a {type(module).__name__}; only Linear4bit "
+                    "layers are sharded"
+                )
+            weight = StoredWeight(module, key, reader, mesh, device, parameter.dtype)
+        jobs.append(_Job(names[0], key, places, parameter, weight, id(parameter) in tables))
         _check_stored(jobs[-1], reader)
     return jobs
 
@@ -203,23 +236,12 @@ def _table_ids(model: torch.nn.Module) -> set:
     return found
 
 
-def _kind(module: torch.nn.Module, parameter: torch.nn.Parameter, tables: set, name: str) -> str:
-    if not isinstance(parameter, Params4bit):
-        return "table" if id(parameter) in tables else "whole"
-    if not isinstance(module, Linear4bit) or parameter.dim() != 2:
-        raise ValueError(
-            f"{name!r} is a 4-bit weight of a {type(module).__name__}; only Linear4bit layers are "
-            "sharded"
-        )
-    return "4bit"
-
-
 def _check_stored(job: _Job, reader: ShardReader) -> None:
     shape, expected = reader.shape(job.key), tuple(job.parameter.shape)
     itemsize = reader.itemsize(job.key)
-    if job.kind in ("4bit", "packed"):
-        expected = (job.module.out_features, job.module.in_features)
-    if job.kind == "packed":
+    if job.weight is not None:
+        expected = tuple(job.weight.format.shape)
+    if job.weight is not None and job.weight.described:
         expected = (-(-expected[0] * expected[1] // 2) // itemsize, 1)
     elif itemsize == 1:
         raise ValueError(
@@ -231,36 +253,36 @@ def _check_stored(job: _Job, reader: ShardReader) -> None:
         )
 
 
-def _fill(
-    job: _Job,
-    reader: ShardReader,
-    mesh: Any,
-    device: torch.device,
-    dtypes: Dict[str, torch.dtype],
-    hosted: set,
-) -> torch.nn.Parameter:
-    """The new parameter; hosted: ids of modules whose shards go to host memory."""
-    if job.kind in ("4bit", "packed"):
-        shard = read_weight(job.module, job.key, reader, mesh, device, job.parameter.dtype)
-        if id(job.module) in hosted:
-            shard.to_host(pin = device.type != "cpu")
-        new = _unwrapped_parameter(shard, job.module)
-    else:
-        kept = (dtype for pattern, dtype in dtypes.items() if re.search(pattern, job.name))
-        value = reader.whole(job.key).to(next(kept, job.parameter.dtype))
-        value = value if job.kind == "table" else value.to(device)
-        new = torch.nn.Parameter(value, requires_grad = job.parameter.requires_grad)
-        if job.kind == "table":
+def _read(job: _Job, reader: ShardReader, device: torch.device, dtypes: Dict[str, Any]) -> Any:
+    """What this rank needs of the job's tensor. In a thread: without collectives."""
+    if job.weight is not None:
+        return job.weight.read()
+    kept = (dtype for pattern, dtype in dtypes.items() if re.search(pattern, job.name))
+    value = reader.whole(job.key).to(next(kept, job.parameter.dtype))
+    return value if job.table else value.to(device)
+
+
+def _place(job: _Job, value: Any, device: torch.device, block: Optional[tuple]) -> None:
+    """Make ``value`` the job's parameter. block: of a layer that goes to host memory; its shards do
+    once the last of them is read.
+    """
+    placed = [(job, value)]
+    if block is not None and job.weight is not None:
+        read, count = block
+        read.append((job, value))
+        placed = read if len(read) == count else []
+        if placed:
+            HostBlock([shard for _, shard in placed], pin = device.type != "cpu")
+    for job, value in placed:
+        if isinstance(value, WeightShard):
+            new = _unwrapped_parameter(value, job.module)
+        else:
+            new = torch.nn.Parameter(value, requires_grad = job.parameter.requires_grad)
+        if job.table:
             setattr(new, HOST_TABLE, True)
-    new._is_hf_initialized = True
-    return new
-
-
-def _take_part(job: _Job, reader: ShardReader, mesh: Any, device: torch.device) -> None:
-    """The collectives of one weight, for a rank that failed before."""
-    layout = weight_layout(job.module, job.key, reader, mesh)
-    quantized = weight_format(job.module, job.parameter.dtype)
-    quantize_rows(None, layout, quantized, device, shard_group(mesh))
+        new._is_hf_initialized = True
+        for module, name in job.places:
+            module._parameters[name] = new
 
 
 def _unwrapped_parameter(shard: WeightShard, module: Linear4bit) -> Params4bit:

@@ -15,6 +15,7 @@ import torch
 
 from .fsdp2_sharded_params import (
     NESTED_BLOCKSIZE,
+    SHARD,
     WeightShard,
     all_gather_rows,
     bnb_functional,
@@ -35,7 +36,7 @@ def gather_with_scales(stock: Callable) -> Callable:
 
     @functools.wraps(stock)
     def _gather_full(param, DTensor):
-        shard = getattr(param, "_fsdp2_weight_shard", None)
+        shard = getattr(param, SHARD, None)
         if shard is None:
             return stock(param, DTensor)
         sharded = getattr(param, "quant_state", None)
