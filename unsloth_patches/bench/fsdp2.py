@@ -28,7 +28,7 @@ from .harness import print_table, save_json
 SHAPE = {**SHAPES["8B"], "vocab_size": 12032}
 LAYERS, LENGTH = 12, 2048
 # Of the cases whose time counts: the first steps compile kernels and fill caches.
-TIMED = {"steps": 7, "warmup": 2}
+TIMED = {"steps": 12, "warmup": 2}
 GIB = 2**30
 # In a table: was not measured, or there is no such figure for this case.
 NOT_THERE = "-"
@@ -37,7 +37,7 @@ LARGEST += ("step_s", "offloaded_blocks", "planned_peak", "shards")
 LARGEST += ("wrap_s", "gather_host_ms", "gather_ms")
 MEDIANS = ("load_s", "step_s", "wrap_s", "gather_host_ms", "gather_ms")
 # The host's speed changes from minute to minute: what is compared takes turns, so many times.
-ROUNDS = 3
+ROUNDS, WHOLE_ROUNDS = 3, 2
 # The whole model of an 8B: its load, its losses beside one GPU's, its speed.
 WHOLE, WHOLE_LAYERS = "8B-128k", 32
 # Of a process's first case, which is not shown: kernels are compiled, workers start, caches fill.
@@ -149,10 +149,9 @@ def _cases(
         ("ours", False, {**case("warm-up"), **WARM_UP}),
         ("upstream", False, {**case("warm-up", **stock), **WARM_UP}),
         *turns * (ROUNDS if gpu else 1),
+        *(_whole_cases(big) if big else ()),
         ("upstream", False, case("stock layout", **TIMED)),
         ("ours", False, case("auto", load = "auto", **TIMED)),
-        ("ours", False, case("sharded, next block prefetched", prefetch = 1, **TIMED)),
-        *(_whole_cases(big) if big else ()),
         ("ours", False, case(f"auto, {on_card}", **auto, **card)),
         ("upstream", False, case(f"stock, {on_card}", **stock, **card)),
         ("ours", True, case("one GPU" if gpu else "one rank", **TIMED)),
@@ -161,17 +160,14 @@ def _cases(
 
 def _whole_cases(checkpoint: Path) -> List[tuple]:
     case = {"checkpoint": str(checkpoint), "shape": SHAPES[WHOLE], "layers": WHOLE_LAYERS}
-    case.update(length = LENGTH, checkpointing = True, steps = 5, warmup = 2)
+    case.update(length = LENGTH, checkpointing = True, **{**TIMED, "steps": 7})
     name = f"all {WHOLE_LAYERS} layers of {WHOLE}"
-    return [
+    stock = {"name": f"{name}, stock, sharded layout", "layout": "sharded"}
+    turns = [
         ("ours", False, {**case, "name": f"{name}, sharded"}),
-        (
-            "upstream",
-            False,
-            {**case, "name": f"{name}, stock, sharded layout", "layout": "sharded"},
-        ),
-        ("ours", True, {**case, "name": f"{name}, one GPU"}),
+        ("upstream", False, {**case, **stock}),
     ]
+    return [*turns * WHOLE_ROUNDS, ("ours", True, {**case, "name": f"{name}, one GPU"})]
 
 
 def load_bound(case: dict, world: int) -> float:

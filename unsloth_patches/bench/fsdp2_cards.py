@@ -4,14 +4,16 @@
 Unsloth's sharded layout and under ours.
 
 A card is a limit of torch's allocator (``set_per_process_memory_fraction``). Each turn tries some
-cards at once, in processes of their own, and narrows the bounds to the two cards between which
-training begins to fit. Without a GPU there is no memory to limit, and nothing runs.
+cards between the bounds, from the largest on until one is too small, which ends its processes, and
+narrows the bounds to the two cards between which training begins to fit. Both sides go at once.
+Without a GPU there is no memory to limit, and nothing runs.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import List, Tuple
 
@@ -22,7 +24,7 @@ from .fsdp2_launch import Group
 from .harness import save_json
 
 COMMAND = "python -m unsloth_patches bench fsdp2-cards"
-# Cards of one side at once, and how often the bounds are narrowed.
+# Cards of one turn, and how often the bounds are narrowed.
 CARDS, TURNS = 5, 2
 OPTIONS = {"ours": {"load": "auto", "offload": "auto"}, "upstream": {"layout": "sharded"}}
 
@@ -72,24 +74,30 @@ def _search(work: Path, world: int) -> List[dict]:
     case = {"checkpoint": str(work / "llama"), "shape": SHAPE, "layers": LAYERS, "steps": 3}
     case.update(length = LENGTH // 8, checkpointing = True)
     start = (round(whole / 4, 3), round(2 * whole, 3))
-    bounds = dict.fromkeys(OPTIONS, start)
     tried: dict = {who: [] for who in OPTIONS}
     why = dict.fromkeys(OPTIONS, "")
-    for _ in range(TURNS):
-        groups = []
+
+    def turn(who: str) -> None:
+        cards = between(*narrowed(*start, tried[who]))[::-1]
+        cases = [
+            {**case, **OPTIONS[who], "name": f"card of {card} GiB", "card_gib": card}
+            for card in cards
+        ]
+        group = Group(cases, who, world, work)
         try:
-            for who, options in OPTIONS.items():
-                for card in between(*bounds[who]):
-                    named = {**case, **options, "name": f"card of {card} GiB", "card_gib": card}
-                    groups.append((card, Group([named], who, world, work)))
-            for card, group in groups:
-                row = merged_row(group, 0, group.run(0))
-                tried[group.mode].append((card, not row["error"]))
-                why[group.mode] = row["error"] or why[group.mode]
+            for index, card in enumerate(cards):
+                row = merged_row(group, index, group.run(index))
+                tried[who].append((card, not row["error"]))
+                if row["error"]:
+                    why[who] = row["error"]
+                    break
         finally:
-            for _, group in groups:
-                group.end()
-        bounds = {who: narrowed(*start, tried[who]) for who in OPTIONS}
+            group.end()
+
+    for _ in range(TURNS):
+        with ThreadPoolExecutor(len(OPTIONS)) as pool:
+            list(pool.map(turn, OPTIONS))
+    bounds = {who: narrowed(*start, tried[who]) for who in OPTIONS}
     return [
         {
             "who": who,
