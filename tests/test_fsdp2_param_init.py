@@ -155,7 +155,7 @@ def _gathered_states():
     first, other = (torch.full((4, 256), value) for value in (1.0, 2.0))
     savable = [bool(state.as_dict(packed = True))]
     shard.to_host(pin = False)
-    own = shard.host[-shard.absmax.nbytes :].view(torch.float32)
+    own = shard.host._buffer[-shard.absmax.nbytes :].view(torch.float32)
     savable.append(state.absmax.data_ptr() == own.data_ptr() and torch.equal(state.absmax, own))
     shard.set_gathered((first,))
     savable.append(bool(state.as_dict(packed = True)))
