@@ -41,22 +41,53 @@ IMPORTS = {
 }
 
 
-@pytest.mark.parametrize("imported", IMPORTS)
-@pytest.mark.parametrize("wanted", ("cpu", "interpreter", "gloo"))
-def test_the_backend_is_chosen_or_the_file_skipped(tmp_path, wanted, imported):
-    (tmp_path / "conftest.py").write_text(IMPORTS[imported], encoding = "utf-8")
-    (tmp_path / "torch.py").write_text(TORCH, encoding = "utf-8")
-    (tmp_path / "test_file.py").write_text(FILE.format(wanted = wanted), encoding = "utf-8")
+CASES = {
+    (wanted, imported): f"{wanted}-{imported}"
+    for wanted in ("cpu", "interpreter", "gloo")
+    for imported in IMPORTS
+}
+# One start of pytest for all cases, and a fork for each.
+FORKS = """
+import os, sys
+import pytest
+for case in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        os.chdir(case)
+        os.dup2(os.open("said", os.O_CREAT | os.O_WRONLY), 1)
+        code = pytest.main(["-q", "-rs", "-p", "no:cacheprovider", "--rootdir=.", "test_file.py"])
+        sys.stdout.flush()
+        os._exit(code)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.fixture(scope = "module")
+def ran(tmp_path_factory):
+    """The folder with a case's output, of all cases."""
+    folder = tmp_path_factory.mktemp("cases")
+    (folder / "torch.py").write_text(TORCH, encoding = "utf-8")
+    for (wanted, imported), case in CASES.items():
+        (folder / case).mkdir()
+        (folder / case / "conftest.py").write_text(IMPORTS[imported], encoding = "utf-8")
+        text = FILE.format(wanted = wanted)
+        (folder / case / "test_file.py").write_text(text, encoding = "utf-8")
     environment = {
         k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "UNSLOTH_ALLOW_CPU")
     }
-    paths = os.pathsep.join([str(SHARED), str(tmp_path)])
+    paths = os.pathsep.join([str(SHARED), str(folder)])
     environment.update(PYTHONPATH = paths, PYTEST_DISABLE_PLUGIN_AUTOLOAD = "1")
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(tmp_path)]
-    done = subprocess.run(command, env = environment, capture_output = True, text = True, cwd = tmp_path)
+    command = [sys.executable, "-c", FORKS, *CASES.values()]
+    subprocess.run(command, env = environment, cwd = folder, check = True)
+    return folder
+
+
+@pytest.mark.parametrize("wanted, imported", CASES)
+def test_the_backend_is_chosen_or_the_file_skipped(ran, wanted, imported):
+    said = (ran / CASES[wanted, imported] / "said").read_text(encoding = "utf-8")
     fits = imported in (None, "interpreter" if wanted == "interpreter" else "cpu")
     if fits:
-        assert "1 passed" in done.stdout, done.stdout
+        assert "1 passed" in said, said
     else:
-        assert f"needs Unsloth's {wanted} backend" in done.stdout
-        assert f"imported unsloth for {imported}" in done.stdout
+        assert f"needs Unsloth's {wanted} backend" in said
+        assert f"imported unsloth for {imported}" in said

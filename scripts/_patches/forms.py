@@ -9,12 +9,15 @@ upstream: the patched Unsloth as in its own CI: one process for all files, no GP
           imports unsloth first, for CUDA. Every file passes, or skips with a reason.
 
 But for the last there is one process per backend (Unsloth chooses it once, when it is imported, and a fork
-after a backward pass hangs), or one per file with ``jobs``.
+after a backward pass hangs), or one per file with ``jobs``. Without a GPU, gloo's is the CPU backend too: both
+processes are forks of one that has imported Unsloth, which takes ten seconds.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
+import json
 import os
 import re
 import shutil
@@ -24,7 +27,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 from xml.etree import ElementTree
 
 from . import PatchesError
@@ -35,6 +38,26 @@ FORMS = ("import", "fork", "stock", "upstream")
 TEST_TIMEOUT_S = 600  # for one test, where pytest-timeout is installed
 SUMMARY = re.compile(r"\d+ (passed|failed|skipped|error|deselected|xfailed).* in [\d.]+s.*")
 CHOOSERS = ("TRITON_INTERPRET", "UNSLOTH_ALLOW_CPU", "UNSLOTH_FORCE_CPU")  # of Unsloth's backend
+ENDED = "pytest ended with code "
+# Runs pytest in a fork for each list of arguments, and says with which code it ended.
+RUNNER = """
+import gc, json, os, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: (child and os.kill(child, signal.SIGKILL), os._exit(1)))
+child = 0
+gc.disable()
+import pytest
+exec(sys.argv[1])
+gc.freeze()
+gc.enable()
+for arguments in json.loads(sys.argv[2]):
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        code = pytest.main(arguments)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    print("\\npytest ended with code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush = True)
+"""
 
 
 @dataclass
@@ -89,26 +112,24 @@ def run_form(
         backends = dict.fromkeys(backends, "all")
     home = project.root if form == "import" else _make_home(project, form, scratch)
     result = FormResult(form, [], [])
-    processes: Dict[str, List[str]] = {}
+    one_each = jobs > 1 and form != "upstream"
+    alike = () if one_each or shutil.which("nvidia-smi") else ("cpu", "gloo")
+    processes: Dict[str, Dict[str, List[str]]] = {}  # name -> backend or file -> files
     for file, backend in backends.items():
-        one_each = jobs > 1 and form != "upstream"
-        processes.setdefault(Path(file).stem if one_each else backend, []).append(file)
+        part = Path(file).stem if one_each else backend
+        name = "cpu" if part in alike else part
+        processes.setdefault(name, {}).setdefault(part, []).append(file)
 
-    def run(part: Tuple[str, List[str]]) -> List[FileResult]:
-        folder = scratch / f"process-{part[0]}"
-        folder.mkdir()
+    def run(parts: Dict[str, List[str]]) -> List[FileResult]:
         began = time.monotonic()
-        quiet = form == "stock" or jobs > 1
-        found = _run_process(
-            form, backends[part[1][0]], part[1], home, folder, result.summaries, quiet
-        )
+        found = _run_process(form, parts, backends, home, scratch, result.summaries, jobs > 1)
         if jobs > 1:  # the table comes when all are done, which may be long after this one
             counts = ", ".join(f"{r.file}: {r.passed} passed, {r.failed} failed" for r in found)
             print(f"{form}: {counts} ({time.monotonic() - began:.0f} s)", flush = True)
         return found
 
     with ThreadPoolExecutor(jobs) as pool:
-        for found in pool.map(run, processes.items()):
+        for found in pool.map(run, processes.values()):
             result.files += found
     return result
 
@@ -168,26 +189,59 @@ def _make_home(project: Project, form: str, scratch: Path) -> Path:
 
 def _run_process(
     form: str,
-    backend: str,
-    files: List[str],
+    parts: Dict[str, List[str]],
+    backends: Dict[str, str],
     home: Path,
     scratch: Path,
     summaries: List[str],
     quiet: bool,
 ) -> List[FileResult]:
-    report = scratch / "report.xml"
-    command = [sys.executable, "-m", "pytest", *files, "-q", "-rs", "--color=no"]
-    command += ["-p", "no:cacheprovider", f"--rootdir={home}", f"--junitxml={report}"]
-    command += ["-o", "junit_family=xunit1", "-o", f"timeout={TEST_TIMEOUT_S}"]
+    """Run each part's files in a fork of one process; where there are several, it imports Unsloth first."""
+    folder = scratch / f"process-{'-'.join(parts)}"
+    folder.mkdir()
+    reports = {part: folder / f"{part}.xml" for part in parts}
+    arguments = [_arguments(form, home, files, reports[part]) for part, files in parts.items()]
+    first = "import unsloth_patches, unsloth" if form == "import" else "import unsloth"
+    command = [sys.executable, "-c", RUNNER, first * (len(parts) > 1), json.dumps(arguments)]
+    gloo = any(backends[file] == "gloo" for files in parts.values() for file in files)
+    quiet = quiet or form == "stock"
+    output = _stream(command, home, _environment(form, gloo, home, folder), quiet)
+    results: List[FileResult] = []
+    for (part, files), (lines, code) in zip(parts.items(), _each_pytest(output)):
+        backend = backends[files[0]]
+        said = [line.strip("= \n") for line in lines]
+        summary = [line for line in said if SUMMARY.fullmatch(line)]
+        summaries += [f"{form} / {backend}: {line}" for line in summary[-1:]]
+        results += _judge(form, code, _read_report(reports[part], files, backend))
+    if quiet and any(result.verdict for result in results):
+        print("".join(output), flush = True)
+    return results
+
+
+def _arguments(form: str, home: Path, files: List[str], report: Path) -> List[str]:
+    """pytest's."""
+    arguments = [*files, "-q", "-rs", "--color=no", "-p", "no:cacheprovider", f"--rootdir={home}"]
+    arguments += [f"--junitxml={report}", "-o", "junit_family=xunit1"]
+    arguments += ["-o", f"timeout={TEST_TIMEOUT_S}"]
     if form == "stock":
-        command += ["--tb=line"]
-    else:  # what makes a run long is shown at its end
-        command += ["--continue-on-collection-errors", "--durations=15", "--durations-min=5"]
-    code, output = _stream(command, home, _environment(form, backend, home, scratch), quiet)
-    lines = [line.strip("= \n") for line in output]
-    summary = [line for line in lines if SUMMARY.fullmatch(line)]
-    summaries += [f"{form} / {backend}: {line}" for line in summary[-1:]]
-    results = _read_report(report, files, backend)
+        return [*arguments, "--tb=line"]
+    # What makes a run long is shown at its end.
+    return [*arguments, "--continue-on-collection-errors", "--durations=15", "--durations-min=5"]
+
+
+def _each_pytest(output: List[str]) -> Iterator[Tuple[List[str], Optional[int]]]:
+    """The lines of each pytest and the code that it ended with; None where it was never told."""
+    lines: List[str] = []
+    for line in output:
+        if line.startswith(ENDED):
+            yield lines, int(line[len(ENDED) :])
+            lines = []
+        else:
+            lines.append(line)
+    yield from itertools.repeat((lines, None))
+
+
+def _judge(form: str, code: Optional[int], results: List[FileResult]) -> List[FileResult]:
     # Codes 1 and 2 are told by the counts and by files that were not collected; anything else (a crash,
     # Ctrl-C, conftest.py stopping the run) is a fault of the whole run. 5: every file was skipped.
     told = {0: True, 1: any(r.failed or not r.collected for r in results)}
@@ -197,17 +251,15 @@ def _run_process(
         result.verdict = _verdict(result, form)
         if not told.get(code, False):
             result.verdict = result.verdict or f"pytest ended with code {code}, see its output"
-    if quiet and any(result.verdict for result in results):
-        print("".join(output), flush = True)
     return results
 
 
-def _environment(form: str, backend: str, home: Path, scratch: Path) -> Dict[str, str]:
+def _environment(form: str, gloo: bool, home: Path, scratch: Path) -> Dict[str, str]:
     environment = {**os.environ, "UNSLOTH_PATCHES_FORM": form}
     # Unsloth writes generated code there; one form must never read what another one wrote.
     environment["UNSLOTH_COMPILE_LOCATION"] = str(scratch / "compiled")
     environment.pop("UNSLOTH_PATCHES_DISABLE", None)
-    if backend == "gloo":  # ranks are forked, from a process without a GPU or other threads
+    if gloo:  # ranks are forked, from a process without a GPU or other threads
         environment["CUDA_VISIBLE_DEVICES"] = ""
         environment["OMP_NUM_THREADS"] = "1"
     if form == "upstream":
@@ -228,8 +280,8 @@ def _environment(form: str, backend: str, home: Path, scratch: Path) -> Dict[str
 
 def _stream(
     command: List[str], folder: Path, environment: Dict[str, str], quiet: bool
-) -> Tuple[int, List[str]]:
-    """Run a command, showing its output as it comes; returns (exit code, lines of output)."""
+) -> List[str]:
+    """Run a command, showing its output as it comes; returns the lines."""
     lines = []
     pipes = dict(
         stdout = subprocess.PIPE, stderr = subprocess.STDOUT, encoding = "utf-8", errors = "replace"
@@ -240,10 +292,11 @@ def _stream(
             lines.append(line)
             if not quiet:
                 print(line, end = "", flush = True)
-        return process.wait(), lines
+        process.wait()
+        return lines
     finally:
         if process.poll() is None:  # Ctrl-C: no test process is left behind
-            process.kill()
+            process.terminate()
             process.wait()
 
 

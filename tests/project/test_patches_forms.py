@@ -92,6 +92,26 @@ def test_forms(root, tmp_path, monkeypatch, cache, form):
     )
 
 
+def test_gloo_and_cpu_share_an_import(root, tmp_path, monkeypatch):
+    """Without a GPU: one process imports Unsloth and is forked for each; a crash of one is not the other's."""
+    monkeypatch.setattr(forms.shutil, "which", lambda name: None if "nvidia" in name else name)
+    shared = (
+        "import os, sys\n\nassert 'unsloth' in sys.modules\nsys.modules['unsloth'].files = "
+        "getattr(sys.modules['unsloth'], 'files', 0) + 1\n\n\n"
+        "def test_alone():\n    assert sys.modules['unsloth'].files == 1\n"
+    )
+    crash = "\n\ndef teardown_module():\n    os._exit(3)\n"
+    write(root, {"tests/test_ranks.py": HEADER + shared, "tests/test_other.py": HEADER + shared})
+    others = '"tests/test_ranks.py": "gloo", "tests/test_other.py": "cpu"'
+    write_registry(root, entry = ENTRY.replace('"cpu"', f'"cpu", {others}'))
+    result = forms.run_form(Project(root), "fork", [], tmp_path / "both")
+    assert result.ok and [each.passed for each in result.files] == [2, 1, 1]
+    assert [line.split(":")[0] for line in result.summaries] == ["fork / cpu", "fork / gloo"]
+    write(root, {"tests/test_ranks.py": HEADER + shared + crash})
+    result = forms.run_form(Project(root), "fork", [], tmp_path / "crash")
+    assert [bool(each.verdict) for each in result.files] == [False, False, True]
+
+
 def test_parallel_processes(root, tmp_path, monkeypatch, cache):
     """--jobs: a process a file, of different backends too, with the results of one process a backend."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(cache / "unsloth-1.0"), str(ROOT)]))
