@@ -107,11 +107,10 @@ def commit_patch(project: Project, patch: Any, git: Git) -> Built:
                 "edit its hunks so that their context is what the pinned Unsloth says at that place",
             )
     wire(patch, git.folder)
-    if not git.text("status", "--porcelain"):
+    if not git.commit_all(project.commit_message(patch)):
         raise PatchesError(f"{patch.name} changes nothing in Unsloth", "give it modules or targets")
-    commit = git.commit_all(project.commit_message(patch))
-    counts = git.text("show", "--format=", "--numstat", "--no-renames", "HEAD").splitlines()
-    rows = [line.split("\t") for line in counts]
+    shown = git.text("show", "--format=%H", "--numstat", "--no-renames", "HEAD").split("\n")
+    rows = [line.split("\t") for line in shown[1:] if line]
     lines = {name: int(added) + int(removed) for added, removed, name in rows}
     outside = [name for name in lines if not name.startswith(("unsloth/", "tests/"))]
     if outside:
@@ -119,7 +118,7 @@ def commit_patch(project: Project, patch: Any, git: Git) -> Built:
             f"{patch.name} touches {', '.join(outside)}",
             "a patch may change unsloth/ and tests/ alone",
         )
-    return Built(patch, git.format_patch(), commit, lines)
+    return Built(patch, git.format_patch(), shown[0], lines)
 
 
 def _copy(patch: Any, source: Path, target: Path) -> None:

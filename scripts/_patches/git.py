@@ -65,11 +65,14 @@ class Git:
         self.folder.mkdir(parents = True, exist_ok = True)
         self.run("init", "--quiet", "--template=", f"--initial-branch={branch}")
 
-    def commit_all(self, message: str) -> str:
-        """Commit everything, ignored files too; returns the commit's id."""
+    def commit_all(self, message: str) -> bool:
+        """Commit everything, ignored files too; False where nothing has changed."""
         self.run("add", "--all", "--force")
-        self.run("commit", "--quiet", "--cleanup=verbatim", "-F", "-", stdin = message.encode())
-        return self.text("rev-parse", "HEAD")
+        commit = ("commit", "--cleanup=verbatim", "-F", "-")
+        done = self.run(*commit, stdin = message.encode(), check = False)
+        if done.returncode and b"nothing to commit" not in done.stdout:
+            raise PatchesError(f"git commit failed in {self.folder}: {said(done)}")
+        return not done.returncode
 
     def checkout(self, commit: str) -> None:
         self.run("checkout", "--quiet", "--force", "--detach", commit)

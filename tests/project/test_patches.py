@@ -12,6 +12,7 @@ import pytest
 from toy_project import (
     ENTRY,
     HEADER,
+    MESSAGE,
     TARGETS,
     UPSTREAM,
     ZOO,
@@ -24,7 +25,7 @@ from toy_project import (
 )
 
 from _patches import PatchesError, rebase, upstream
-from _patches.build import build_base, build_fork
+from _patches.build import build_base, build_fork, build_patches
 from _patches.project import Project
 
 # ------------------------------------------------------------------------- export, check, fork
@@ -359,3 +360,15 @@ def test_two_patches_wrap_an_inherited_method():
         f"        last({'a' * 70}(second(first(B.load))))",
         "    )",
     ]
+
+
+def test_a_patch_that_changes_nothing_is_refused(root, tmp_path):
+    """What a patch before it landed already."""
+    entry = ENTRY.rstrip().removesuffix(")") + (
+        '    Patch(name = "again", title = "Do it again", targets = (), requires = ("double-area",),\n'
+        '        modules = ("sub/double.py",), tests = {{"tests/test_area.py": "cpu"}}),\n)\n'
+    )
+    write_registry(root, entry = entry)
+    write(root, {"patches/messages/again.md": MESSAGE})
+    with pytest.raises(PatchesError, match = "again changes nothing in Unsloth"):
+        build_patches(Project(root), tmp_path / "built")
