@@ -10,7 +10,8 @@ python=.venv/bin/python
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 unset PYTHONDONTWRITEBYTECODE # a fork's modules are compiled once for all processes
 
-# Two at a time, the longest first; each is one process after another, on one core.
+# Three at a time on two cores, the longest first: each is one process after another and waits now and then,
+# for git, for ranks, and the three come to an end together.
 patches="$python scripts/patches.py"
 names=("form: import" "form: fork" "own tests" "form: upstream" "form: stock" "rebase on the other supported releases")
 commands=(
@@ -64,7 +65,7 @@ show() {
 
 for i in "${!names[@]}"; do mkdir "$logs/$i"; done
 # A process group of their own, so that they can be ended as one.
-setsid xargs -0 -P 2 -n 2 bash -c 'work "$@"' _ < <(
+setsid xargs -0 -P 3 -n 2 bash -c 'work "$@"' _ < <(
   for i in "${!commands[@]}"; do printf '%s\0' "$logs/$i" "${commands[$i]}"; done
 ) &
 pid_of_lanes=$!

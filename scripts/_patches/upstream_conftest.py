@@ -5,6 +5,7 @@
 Unsloth is imported before any test file, and takes the machine for one with a CUDA device.
 """
 
+import gc
 import importlib
 import importlib.util
 import sys
@@ -13,6 +14,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).with_name("_shared")))
 
+gc.disable()  # while what stays is imported
 import bitsandbytes  # noqa: E402,F401  (before the spoof: its CUDA half does not load here)
 import torch  # noqa: E402
 
@@ -39,3 +41,5 @@ try:
     import unsloth  # noqa: F401
 except Exception as error:
     print(f"tests/conftest.py: import unsloth: {type(error).__name__}: {error}", file = sys.stderr)
+gc.freeze()
+gc.enable()

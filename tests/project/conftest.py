@@ -69,10 +69,16 @@ def root(tmp_path, cache, monkeypatch):
     return folder
 
 
+@pytest.fixture(scope = "session")
+def _fake(tmp_path_factory):
+    return make_fake(tmp_path_factory.mktemp("fake"))
+
+
 @pytest.fixture
-def fake(tmp_path):
+def fake(_fake, tmp_path):
     """A folder with a fake Unsloth and our package, for processes of ``fake_unsloth.run``."""
-    return make_fake(tmp_path)
+    # With the times of its files, so that what was compiled stays good.
+    return shutil.copytree(_fake, tmp_path, dirs_exist_ok = True)
 
 
 def _imported(first):

@@ -137,9 +137,12 @@ def toy(tmp_path_factory):
 
 # A rank without a GPU: it imports once for all runs and forks for each, at a port of its own.
 RANK = """
-import os, sys, traceback
+import gc, os, sys, traceback
 sys.path[:0] = ["scripts"]
+gc.disable()
 import train_fsdp2
+gc.freeze()
+gc.enable()
 for (load, arguments), port in zip({runs!r}, {ports!r}):
     child = os.fork()
     if not child:
