@@ -384,8 +384,8 @@ def test_fullgraph(fast_lora, kind):
 # Each kind, and ranks that fuse and do not fuse.
 @pytest.mark.parametrize("kind, rank", (("LoRA_W", 3), ("LoRA_QKV", 8), ("LoRA_MLP", 3)))
 def test_graphs_show_no_product_that_padding_could_change(fast_lora, kind, rank):
-    """Inductor guards on the number of rows where it considers to pad a product: one whose width is
-    no multiple of 8. Of other ranks it sees the products, and may fuse."""
+    """Inductor guards on the number of rows, of which there may be any, where it considers to pad a product:
+    one whose width is no multiple of 8. Of other ranks it sees the products, and may fuse."""
     if not fast_lora.TRACE_LORA_FUNCTIONS:
         pytest.skip("this torch does not trace fused LoRA")
     from functorch.compile import make_boxed_func
@@ -405,11 +405,15 @@ def test_graphs_show_no_product_that_padding_could_change(fast_lora, kind, rank)
         lambda x: call(fast_lora, kind, x, projections),
         backend = aot_autograd(fw_compiler = seen, bw_compiler = seen),
         fullgraph = True,
-        dynamic = True,
     )
+
+    def run(X):
+        torch._dynamo.mark_dynamic(X, 1)
+        return compiled(X)
+
     X = make_X(torch.float32)
     with memory_of_nan():
-        result = backward(compiled, X, projections)
+        result = backward(run, X, projections)
     assert all(width % 8 == 0 for width in widths) and bool(widths) == (rank == 8)
     eager = backward(lambda x: call(fast_lora, kind, x, projections), X, projections)
     torch.testing.assert_close(result, eager, rtol = 1e-4, atol = 1e-4)
