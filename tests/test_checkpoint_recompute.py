@@ -295,7 +295,7 @@ def test_needed_is_true_outside_a_recompute(recompute):
     """Also after an error, and for a graph that somebody traces around the block."""
     blocks = make_blocks(count = 1)
     mlp = blocks[0].mlp
-    with compiled(blocks):
+    with compiled(blocks, "eager"):
         expected, _ = train_step(blocks, counting = False)
         needed = mlp.__dict__[recompute.DOWN_PROJ_NEEDED]
         assert needed.item() and needed.device.type == "cpu"
