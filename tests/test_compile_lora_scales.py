@@ -69,12 +69,15 @@ def test_a_scale_that_is_no_power_of_two_is_as_exact_as_eager(build):
     model = build(alpha_pattern = patterns, backend = "eager")
     twin = _in_float64(model)
     off, eager_off = [0.0, 0.0], [0.0, 0.0]  # of the loss and of the gradients
-    for seed in range(48):
-        ours = step(model, 2, 24, seed)
+    for seed in range(8):
+        ours = step(model, 12, 24, seed)
         assert graphs() == 1
-        reference = eager(model, 2, 24, seed)
-        exact = step(twin, 2, 24, seed)
-        for kind, of in enumerate((lambda found: [found[0]], lambda found: found[1])):
+        reference = eager(model, 12, 24, seed)
+        exact = step(twin, 12, 24, seed)
+        # Six losses a step, of two rows each.
+        for kind, of in enumerate(
+            (lambda found: found[0].view(6, -1).mean(1), lambda found: found[1])
+        ):
             off[kind] += sum(_distance(a, c) for a, c in zip(of(ours), of(exact)))
             eager_off[kind] += sum(_distance(b, c) for b, c in zip(of(reference), of(exact)))
     # The gradients are thousands of samples of the error. The losses are 48, and the ratio of two
@@ -103,16 +106,6 @@ def _in_float64(model):
     return twin
 
 
-def test_disabled_adapters_add_one_graph_a_kind(build):
-    """A reference pass with adapters off, as in DPO: twice the graphs, however often it comes."""
-    model = build(alpha_pattern = SCALES, backend = "eager")
-    for index in range(4):
-        step(model, 2, 20 + index)
-        with model.disable_adapter(), torch.no_grad():
-            step(model, 2, 30 + index)
-        assert graphs() <= 3
-
-
 # Scales belong to the layers, which families share; Qwen2's have biases. Without a GPU, the others'
 # blocks are run with such scales in the tests of packed rows.
 FAMILIES = [("llama", 4, False), ("qwen2", 16, True)]
@@ -121,8 +114,15 @@ FAMILIES += [("mistral", 4, True), ("qwen3", 4, True)] if DEVICE == "cuda" else 
 
 @pytest.mark.parametrize("family, bits, checkpointing", FAMILIES)
 def test_many_steps_with_an_evaluation_need_few_graphs(build, family, bits, checkpointing):
-    """Padded batches, four LoRA scales."""
-    many_steps(build, family, bits, checkpointing, packing = False)
+    """Padded batches, four LoRA scales. A reference pass with adapters off, as in DPO: one graph more for
+    each kind, however often it comes."""
+    model = many_steps(build, family, bits, checkpointing, packing = False)
+    before = graphs()
+    for index in range(4 if family == "llama" else 0):
+        step(model, 2, 20 + index)
+        with model.disable_adapter(), torch.no_grad():
+            step(model, 2, 30 + index)
+        assert graphs() <= before + 2
 
 
 def test_a_set_up_that_raises_costs_no_model(build, monkeypatch):

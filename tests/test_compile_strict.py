@@ -226,13 +226,13 @@ MODELS = [
 @pytest.mark.parametrize("family, bits", MODELS)
 def test_lora_blocks_of_a_family_are_whole_graphs(build, monkeypatch, family, bits):
     """No break, no demotion, no call around the region over two lengths, and losses as eager's: bit
-    for bit without Inductor (AOTAutograd, which takes as long again, goes on with one family); on a GPU,
-    by Inductor under a checkpoint, within bfloat16's noise."""
+    for bit by Dynamo alone (AOTAutograd takes as long again, and is tested with LoRA's scales); on a
+    GPU, by Inductor under a checkpoint, within bfloat16's noise."""
     from unsloth.models.compile_modes import watched_regions
 
     gpu = DEVICE == "cuda"
     monkeypatch.setenv(MODE, "strict")
-    backend = "inductor" if gpu else "aot_eager" if family == "qwen3" else "eager"
+    backend = "inductor" if gpu else "eager"
     model = build(family, bits = bits, checkpointing = gpu, backend = backend)
     losses = [step(model, 2, length)[0] for length in (33, 57)]
     (region,) = watched_regions(model)
@@ -245,7 +245,10 @@ def test_lora_blocks_of_a_family_are_whole_graphs(build, monkeypatch, family, bi
     region.mode = "auto"  # strict mode would refuse the eager blocks that this is compared with
     with eager_blocks(model):
         expected, gradients = step(model, 2, 57)
-    assert (losses[1] - expected).abs() <= (2**-8 * expected.abs() if gpu else 0)
+    if gpu:
+        torch.testing.assert_close(losses[1].mean(), expected.mean(), rtol = 2**-8, atol = 0)
+    else:
+        assert torch.equal(losses[1], expected)
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
 
 
