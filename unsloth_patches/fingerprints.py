@@ -127,9 +127,17 @@ def binds(
 
 
 def binds_field(module: str, name: str, find_file: FindFile) -> bool:
-    """Whether a class of the module binds a name in its body: ``Class.field``."""
+    """Whether a class of the module binds a name in its body, or its methods do on ``self``: ``Class.field``."""
     owner, _, field = name.partition(".")
-    return any(field in _bound_names(node) for node in find_definitions(module, owner, find_file))
+    classes = find_definitions(module, owner, find_file)
+    return any(field in _bound_names(node) or field in _set_on_self(node) for node in classes)
+
+
+def _set_on_self(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            if isinstance(node.value, ast.Name) and node.value.id == "self":
+                yield node.attr
 
 
 def _bound_names(tree: ast.AST) -> Iterator[str]:

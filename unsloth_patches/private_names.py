@@ -34,16 +34,16 @@ class PrivateName(NamedTuple):
 
     @property
     def package(self) -> str:
-        return self.place.partition(".")[0]
+        return self.place.replace(":", ".").partition(".")[0]
 
     def is_there(self, find_file: FindFile) -> bool:
         """Read from the sources, so that nothing is imported for it; what torch compiled in is asked of torch,
         once that is imported."""
         module, _, name = self.place.partition(":")
-        if module != "torch._C":
+        if module not in ("torch", "torch._C"):
             return (binds_field if "." in name else binds)(module, name, find_file)
-        found = getattr(sys.modules.get("torch"), "_C", None)
-        for part in name.split(".") if found is not None else ():
+        found = sys.modules.get("torch")
+        for part in self.place.replace(":", ".").split(".")[1:] if found is not None else ():
             found = getattr(found, part, None)
         return found is not None or "torch" not in sys.modules
 
@@ -51,6 +51,8 @@ class PrivateName(NamedTuple):
 _GRAPHS = ("step-graphs",)
 _CACHE = ("compile-cache",)
 _WORKERS = "the workers start when something compiles, as in stock"
+_LOGS = "graph breaks are counted, and recompilations have one reason each"
+_PARAM = "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam"
 _TRITON = "kernels outside of compiled graphs are compiled again in each process"
 PRIVATE_NAMES = (
     PrivateName("torch._C:_cuda_getCurrentRawStream", ("nf4-dequantize",), "slower launches", True),
@@ -64,6 +66,13 @@ PRIVATE_NAMES = (
     PrivateName("torch._C:DisableTorchFunctionSubclass", _GRAPHS),
     PrivateName("torch._C:_any_requires_grad", _GRAPHS),
     PrivateName("torch._utils:_unflatten_dense_tensors", ("step-graphs-capture",)),
+    PrivateName("torch.utils._pytree:tree_map", ("checkpoint-shared-graph",)),
+    PrivateName("torch:_foreach_copy_", ("step-graphs-capture",)),
+    PrivateName("torch.nn.modules.module:_global_forward_hooks", ("checkpoint-recompute",)),
+    PrivateName(
+        "torch.nn.modules.module:Module._forward_hooks", ("checkpoint-recompute", *_GRAPHS)
+    ),
+    PrivateName("torch:ops.aten._flash_attention_forward", ("packed-attention",)),
     PrivateName("torch._dynamo:maybe_mark_dynamic", ("packed-attention",)),
     PrivateName("torch._dynamo.exc:TorchDynamoException", ("compile-strict",)),
     PrivateName("torch._dynamo.utils:counters", ("compile-events",)),
@@ -74,7 +83,9 @@ PRIVATE_NAMES = (
         ("compile-report",),
         "the report does not tell what came from a cache",
     ),
-    PrivateName("torch._logging._internal:log_state", ("compile-events",)),
+    PrivateName("torch._dynamo.symbolic_convert:graph_break_log", ("compile-events",), _LOGS),
+    PrivateName("torch._dynamo.guards:recompiles_log", ("compile-events",), _LOGS),
+    PrivateName("torch._logging._internal:log_state", ("compile-events",), _LOGS),
     PrivateName("torch._inductor.async_compile:maybe_warm_pool", ("compile-workers",), _WORKERS),
     PrivateName(
         "torch._inductor.async_compile:get_compile_threads", ("compile-workers",), _WORKERS
@@ -88,7 +99,14 @@ PRIVATE_NAMES = (
         "torch._inductor.runtime.runtime_utils:triton_cache_dir", ("compile-cache-files",), _TRITON
     ),
     PrivateName("triton.runtime.cache:FileCacheManager", ("compile-cache-files",), _TRITON),
-    PrivateName("torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam", ("fsdp2-param-init",)),
+    PrivateName(f"{_PARAM}._init_extensions", ("fsdp2-param-init",)),
+    PrivateName(f"{_PARAM}._init_sharded_param", ("fsdp2-param-init",)),
+    PrivateName(f"{_PARAM}._module_info", ("fsdp2-param-init",)),
+    PrivateName(f"{_PARAM}._orig_size", ("fsdp2-param-init",)),
+    PrivateName(f"{_PARAM}._contiguous_orig_stride", ("fsdp2-param-init",)),
+    PrivateName(f"{_PARAM}._setattr_on_modules", ("fsdp2-param-init",)),
+    PrivateName(f"{_PARAM}._sharded_param_data", ("fsdp2-offload-apply",)),
+    PrivateName(f"{_PARAM}._unsharded_param", ("fsdp2-param-init",)),
 )
 
 
