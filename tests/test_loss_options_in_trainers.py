@@ -71,6 +71,24 @@ def test_columns_of_the_loss_are_collated_with_their_tokens(padding_free):
         collator(rows)
 
 
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_columns_of_the_loss_are_cut_where_a_collator_cuts_the_rows(mode):
+    """TRL 1.0 shortens rows as it makes a batch of them; others' ``max_length`` is what they pad to."""
+    from unsloth.loss_in_trainers import ColumnCollator
+
+    def stock(rows):
+        return {"labels": torch.zeros(2, 2 if hasattr(stock, "truncation_mode") else 3)}
+
+    rows = [{"input_ids": [5, 6, 7], "loss_weights": [1.0, 2.0, 3.0]}]
+    rows += [{"input_ids": [8], "loss_weights": 4}]
+    collator = ColumnCollator(stock, ["loss_weights"])
+    stock.max_length = 2
+    assert collator(rows)["loss_weights"].tolist() == [[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]]
+    stock.truncation_mode = mode
+    kept = [1.0, 2.0] if mode == "keep_start" else [2.0, 3.0]
+    assert collator(rows)["loss_weights"].tolist() == [kept, [4.0, 0.0]]
+
+
 def test_a_trainer_with_a_loss_of_its_own_is_named():
     """TRL's other trainers, Unsloth's over them, and compute_loss_func; a trainer of the user's is not."""
     from unsloth import loss_in_trainers

@@ -261,10 +261,14 @@ class Scripted:
 @cpu_backend
 def test_grpo_calls_several_tools_at_once(tiny_model, tmp_path):
     """TRL's GRPO executes both calls of a joined turn, and shows the model both results."""
+    import transformers
+
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     if "tools" not in inspect.signature(trl.GRPOTrainer.__init__).parameters:
         pytest.skip("the installed TRL's GRPOTrainer has no tools")
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 13):
+        pytest.skip("TRL reads calls of its own templates alone, with transformers below 5.13")
     tokenizer = tokenizer_with("join")
     both = (
         '{"name": "get_weather", "parameters": {"city": "Rome"}}; '

@@ -237,7 +237,7 @@ class ColumnCollator:
         for name in self.names:
             if name not in batch:
                 rows = [self._row(name, e[name], n) for e, n in zip(examples, lengths)]
-                batch[name] = _lay_out(rows, batch)
+                batch[name] = _lay_out([row[_kept(self.collator)] for row in rows], batch)
         return batch
 
     def _row(self, name: str, value: Any, length: int) -> torch.Tensor:
@@ -247,6 +247,14 @@ class ColumnCollator:
             return row.expand(length)
         _check_length(name, row.shape[0], length)
         return row
+
+
+def _kept(collator: Callable) -> slice:
+    """The part of a row that TRL 1.0's collator keeps; others' rows are cut before."""
+    mode, most = getattr(collator, "truncation_mode", None), getattr(collator, "max_length", None)
+    if mode is None or most is None or getattr(collator, "padding_free", False):
+        return slice(None)
+    return slice(-most, None) if mode == "keep_end" else slice(most)
 
 
 def _lay_out(rows: List[torch.Tensor], batch: dict) -> torch.Tensor:
