@@ -54,6 +54,8 @@ def rendered_by_plain(name, messages):
 def test_calls_are_rendered_as_objects(name):
     """Arguments that were stored as JSON text render as those of OpenAI messages with a dict."""
     tokenizer = made_for(name)
+    if "tool_calls" not in tokenizer.chat_template:  # Gemma 4's before Unsloth 2026.10.7
+        pytest.skip(f"this Unsloth's template {name} has no place for calls")
     conversation = standardized()[0]["conversations"]
     clean = [dict(message) for message in OPENAI]
     clean[1] = {**clean[1], "content": ""}
