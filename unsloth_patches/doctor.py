@@ -17,7 +17,7 @@ from .private_names import missing
 from .registry import PATCHES, SUPPORTED_UPSTREAM
 from .reporting import FOR_GPUS, LATE_MEANS, WILL_APPLY, serves_cpu, status
 from .settings import set_values
-from .stacks import newest_date, numbers, outside, tested_pythons, tested_range
+from .stacks import newest_date, numbers, outside, tested_pythons, tested_range, tested_text
 from .states import FAILED, LATE, OFF, PENDING, SKIPPED, disabled_names, patch_names
 from .upstream_source import source_file
 
@@ -83,7 +83,7 @@ def _packages() -> Iterator[Finding]:
             oldest, newest = tested_range(package)
             bound = newest if numbers(version) > numbers(newest) else oldest
             remedy = (
-                f"tested with {oldest} to {newest}; if something fails: "
+                f"tested with {tested_text(package)}; if something fails: "
                 f"pip install '{package}=={bound}'"
             )
             yield Finding(package, version, "note", remedy)
@@ -101,10 +101,7 @@ def _packages() -> Iterator[Finding]:
 def _tested() -> Finding:
     """What the tests ran on, so that a reader can tell how far an installation is from it."""
     ranges = [f"unsloth {SUPPORTED_UPSTREAM[0]} to {SUPPORTED_UPSTREAM[-1]}"]
-    for package in NEEDED:
-        oldest, newest = tested_range(package)
-        if oldest:
-            ranges.append(f"{package} {oldest}" + (f" to {newest}" if newest != oldest else ""))
+    ranges += [f"{package} {tested_text(package)}" for package in NEEDED if tested_text(package)]
     pythons = tested_pythons()
     found = f"{newest_date()}: Python {pythons[0]} to {pythons[-1]}, {', '.join(ranges)}"
     return Finding("tested", found, "ok")
@@ -114,8 +111,7 @@ def _private_names() -> Iterator[Finding]:
     """Undocumented names that the installed PyTorch and Triton lack, and what goes without them."""
     for name in missing(source_file, _has_cuda()):
         if name.without != NAME_SKIPS_PATCH:  # the row of a patch that is skipped says so
-            oldest, newest = tested_range(name.package)
-            remedy = f"{name.without}; tested with {name.package} {oldest} to {newest}"
+            remedy = f"{name.without}; tested with {name.package} {tested_text(name.package)}"
             yield Finding(", ".join(name.patches), str(name), "note", remedy)
 
 

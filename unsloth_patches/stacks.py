@@ -78,6 +78,11 @@ def tested_range(package: str) -> Tuple[str, str]:
     return (known[0], known[-1]) if known else ("", "")
 
 
+def tested_text(package: str) -> str:
+    """``2.11.0 to 2.14.1``, or the one version; empty as above."""
+    return " to ".join(dict.fromkeys(filter(None, tested_range(package))))
+
+
 def tested_pythons() -> List[str]:
     return sorted({stack.python for stack in STACKS}, key = numbers)
 

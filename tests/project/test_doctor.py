@@ -133,6 +133,7 @@ def test_a_bitsandbytes_without_kernels_for_the_cpu(machine, monkeypatch):
     assert "4 bits" not in {finding.check for finding in doctor.examine()}
     monkeypatch.setattr(functional, "quantize_4bit", refuse)
     machine["bitsandbytes"] = "0.45.5"
+    assert found("bitsandbytes", "note").remedy.startswith("tested with 0.50.2; if something fails")
     finding = found("4 bits", "note")
     assert finding.found.endswith("Device type not supported: cpu") and "0.45.5" in finding.found
     newest = doctor.tested_range("bitsandbytes")[1]
