@@ -2,6 +2,8 @@
 # Copyright 2026 the contributors
 """What step graphs are made of: lengths, layouts, and blocks that run forward and backward by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from backend import DEVICE, GPU, require
@@ -116,9 +118,9 @@ def test_buckets_of_a_pool_share_their_buffers(blocks, compiled):
         buckets.append(bucket)
         layouts.append(PaddedRows(2, length - 3, length))
     assert buckets[0].gradients is buckets[1].gradients
+    state = SimpleNamespace(readable = lambda: True, moved = lambda: False)
     passes = [
-        replay_blocks(b, layout, x, None, lambda: True)
-        for b, layout, x in zip(buckets, layouts, inputs)
+        replay_blocks(b, layout, x, None, state) for b, layout, x in zip(buckets, layouts, inputs)
     ]
     trained = [p for p in blocks.parameters() if p.requires_grad]
     for x, y in zip(inputs, passes):

@@ -251,8 +251,8 @@ class _Replay(torch.autograd.Function):
     """hidden states -> hidden states, by a bucket's graphs."""
 
     @staticmethod
-    def forward(ctx, bucket, layout, still_there, positions, hidden, *parameters):
-        ctx.bucket, ctx.layout, ctx.still_there = bucket, layout, still_there
+    def forward(ctx, bucket, layout, state, positions, hidden, *parameters):
+        ctx.bucket, ctx.layout, ctx.state = bucket, layout, state
         ctx.owner = bucket.run_forward(layout, hidden, positions)
         bucket.frozen = not all(ctx.needs_input_grad[5:])
         ctx.save_for_backward(hidden, positions)
@@ -263,26 +263,27 @@ class _Replay(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, positions = ctx.saved_tensors
         bucket, layout = ctx.bucket, ctx.layout
-        if not ctx.still_there():
+        held = ctx.state.readable()
+        if held:
+            if (
+                bucket.pool.owner is not ctx.owner
+            ):  # another pass came between, or this is the second
+                bucket.run_forward(layout, hidden, positions)
+            bucket.pool.owner = None
+            layout.write(grad, bucket.output)
+            bucket.backward()
+        if not held or ctx.state.moved():  # asked while the GPU is at work
             raise RuntimeError(
                 "Unsloth: weights of the decoder blocks were moved or replaced between a forward "
                 "pass and its backward pass. Run the backward pass first, or set "
                 "UNSLOTH_STEP_GRAPHS=0."
             )
-        if bucket.pool.owner is not ctx.owner:  # another pass came between, or this is the second
-            bucket.run_forward(layout, hidden, positions)
-        bucket.pool.owner = None
-        layout.write(grad, bucket.output)
-        bucket.backward()
         input_grad = layout.read(bucket.output) if ctx.needs_input_grad[4] else None
         return (None, None, None, None, input_grad, *bucket.gradients.read())
 
 
 def replay_blocks(
-    bucket: Bucket,
-    layout: Any,
-    hidden: torch.Tensor,
-    positions: Optional[torch.Tensor],
-    still_there: Callable[[], bool],
+    bucket: Bucket, layout: Any, hidden: torch.Tensor, positions: Optional[torch.Tensor], state: Any
 ) -> torch.Tensor:
-    return _Replay.apply(bucket, layout, still_there, positions, hidden, *bucket.parameters)
+    """state: a BlockState, or what answers as one."""
+    return _Replay.apply(bucket, layout, state, positions, hidden, *bucket.parameters)

@@ -135,9 +135,7 @@ class Stack:
         if bucket is None:
             self.reasons[reason] += 1
             return self.ordinary(hidden, self._uncompiled(kwargs) if reason == FIRST else kwargs)
-        out = replay_blocks(
-            bucket, layout, hidden, kwargs.get("position_ids"), self.state.still_there
-        )
+        out = replay_blocks(bucket, layout, hidden, kwargs.get("position_ids"), self.state)
         # Asked while the GPU is at work.
         change = "requires_grad changed" if bucket.frozen else self.state.changed(wholly = False)
         if change:
@@ -217,7 +215,7 @@ class Stack:
 
     def _stale_or_blocked(self) -> str:
         if self.state is not None:
-            if self.state.still_there() and not (self.blocked and self.state.changed()):
+            if self.state.readable() and not (self.blocked and self.state.changed()):
                 return self.blocked or ""
             self.drop("weights moved")
         self.state, self.blocked = BlockState(self.layers), why_not_capturable(self.layers)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import operator
+import weakref
 from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -85,17 +86,20 @@ def _quantization(weight: torch.Tensor) -> Iterator[Tuple[dict, str]]:
 class BlockState:
     """The state of ``layers`` when it was made.
 
-    ``still_there()`` is asked before a replay: whether the weights that the graphs read have moved. One
-    that was replaced is held here, and can be read. ``changed()`` names anything else that differs. It
-    is asked while the GPU is at work, before anything of what the replay has written is used.
-    Together they take the host some tens of microseconds: ``gc.get_referents`` reads what thousands
-    of dictionaries hold by one call, and lists of the same objects are compared in C.
+    ``readable()`` is asked before a replay and takes no time: whether all memory that the graphs read
+    is still theirs. Whatever of it is freed says so itself; a weight that was replaced is held here.
+    ``changed()`` names anything that differs. It is asked while the GPU is at work, before anything of
+    what the replay has written is used. It takes the host some tens of microseconds:
+    ``gc.get_referents`` reads what thousands of dictionaries hold by one call, and lists of the same
+    objects are compared in C.
     """
 
     def __init__(self, layers: torch.nn.ModuleList):
         modules = list(layers.modules())
         self._weights = [p for m in modules for p in m._parameters.values() if p is not None]
-        self._were_at = self._addresses()
+        self._were_at, self._freed = self._addresses(), []
+        # A storage's Python object lives as long as its memory, whoever holds that.
+        self._memory = [weakref.ref(w.untyped_storage(), self._freed.append) for w in self._weights]
         self._frozen = [w for w in self._weights if w.is_floating_point() and not w.requires_grad]
         adapters = [m for m in modules if hasattr(m, "lora_A") and hasattr(m, "scaling")]
         tables = [t for m in modules for t in (m._modules, m._parameters, m._buffers) if t]
@@ -125,22 +129,28 @@ class BlockState:
     def _in_places(self) -> List[Any]:
         return list(map(operator.getitem, *self._places)) if self._places else []
 
-    def still_there(self) -> bool:
-        """True if every address that a graph may read is a weight's still.
+    def readable(self) -> bool:
+        """True unless memory of a weight has been freed.
 
-        What a 4-bit weight is decoded with is moved with it, or replaced, and then held here.
+        What a 4-bit weight is decoded with is held here, or moved with the weight.
         """
+        return not self._freed
+
+    def moved(self) -> bool:
+        """True if an address that a graph reads is no weight's any more."""
         try:
-            return self._addresses() == self._were_at
+            return self._addresses() != self._were_at
         except (AttributeError, RuntimeError, TypeError):
-            return False
+            return True
 
     def changed(self, wholly: bool = True) -> str:
-        """What differs beside addresses, or ''.
+        """What differs, or ''.
 
         wholly: also what a replay sees by itself, trained weights that want no gradient any more, and
         hooks that were taken away.
         """
+        if self.moved():
+            return "weights moved"
         try:
             found, were, n = self._in_places(), self._were_in_places, self._attributes
             if found[:n] != were[:n]:
