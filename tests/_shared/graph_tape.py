@@ -16,7 +16,7 @@ FRESH_MEMORY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_
 class _Tape(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.calls, self.fresh = [], []
+        self.calls, self.fresh, self.spoiled = [], [], False
 
     def __torch_dispatch__(
         self,
@@ -39,6 +39,7 @@ class _Tape(TorchDispatchMode):
         return out
 
     def replay(self):
+        self.spoiled = False
         with torch.no_grad():
             for func, args, kwargs, outs, views in self.calls:
                 if func.overloadpacket.__name__ in FRESH_MEMORY:
@@ -51,9 +52,11 @@ class _Tape(TorchDispatchMode):
                         old.copy_(value)
 
     def poison(self):
-        for tensor in self.fresh:
-            if tensor.is_floating_point():
-                tensor.detach().fill_(float("nan"))
+        """Unless nothing was written since."""
+        fresh = [t.detach() for t in self.fresh if t.is_floating_point()]
+        if fresh and not self.spoiled:
+            torch._foreach_mul_(fresh, float("nan"))
+        self.spoiled = True
 
 
 class TapeRecorder:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the contributors
-"""Small random-weight Llama, Mistral, Qwen2 and Qwen3 models with LoRA, on Unsloth's fast path."""
+"""Small random-weight Llama, Mistral, Qwen2, Qwen3 and Gemma models with LoRA, on Unsloth's fast path."""
 
 import torch
 import torch.utils.checkpoint
@@ -12,12 +12,13 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 def fast_classes():
     """Family -> Unsloth's class of it."""
-    from unsloth.models import llama, mistral, qwen2, qwen3
+    from unsloth.models import gemma, llama, mistral, qwen2, qwen3
     return {
         "llama": llama.FastLlamaModel,
         "mistral": mistral.FastMistralModel,
         "qwen2": qwen2.FastQwen2Model,
         "qwen3": qwen3.FastQwen3Model,
+        "gemma": gemma.FastGemmaModel,
     }
 
 

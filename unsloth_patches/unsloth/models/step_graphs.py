@@ -46,7 +46,7 @@ def _why_not_here(model: torch.nn.Module) -> str:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         if torch.distributed.get_world_size() > 1:
             return "several processes"
-    if model.layers[0].__class__.__mro__.count(checkpointing_layer()) == 0:
+    if not isinstance(model.layers[0], checkpointing_layer()):
         return "blocks that are no GradientCheckpointingLayer"
     if getattr(model.layers, "_unsloth_block_swap", None) is not None:
         return "swapped blocks"

@@ -74,16 +74,21 @@ class BlockRuns:
         wants_input: bool,
         compiled: bool = True,
     ):
-        self.layers, self.arguments, self.keep = layers, arguments, list(keep)
+        self.layers, self.arguments, self.keep = layers, arguments, list(map(bool, keep))
         self.wants_input = wants_input
         # In a graph uncompiled blocks are nearly as fast, and cost no compilation of another form.
         self._forwards = [x.forward if compiled else _uncompiled(x) for x in layers]
         self._marker = _recompute_marker()
         self._saved: List[Tuple[torch.Tensor, Optional[torch.Tensor]]] = []
 
-    def _run(self, number: int, x: torch.Tensor) -> torch.Tensor:
+    def _run(
+        self,
+        number: int,
+        x: torch.Tensor,
+        kept: bool = True,
+    ) -> torch.Tensor:
         # forward, not the call: the layer's own checkpoint stays out, and hooks were asked for before.
-        with torch.enable_grad():
+        with torch.set_grad_enabled(kept):  # else activations stay until the next block has its own
             out = self._forwards[number](x, **self.arguments)
         return out[0] if isinstance(out, tuple) else out
 
@@ -91,7 +96,7 @@ class BlockRuns:
         self._saved = []
         for number in range(len(self.layers)):
             x = hidden.detach().requires_grad_(number > 0 or self.wants_input)
-            y = self._run(number, x)
+            y = self._run(number, x, self.keep[number])
             self._saved.append((x, y if self.keep[number] else None))
             hidden = y.detach()
         return hidden
@@ -100,6 +105,7 @@ class BlockRuns:
         self, grad: torch.Tensor
     ) -> Tuple[Optional[torch.Tensor], List[Optional[torch.Tensor]]]:
         """(the input's gradient or None, one gradient or None a trainable parameter, in order)"""
+        torch.clear_autocast_cache()  # casts of weights that were made without gradients
         grads: List[List[Optional[torch.Tensor]]] = []
         for number in reversed(range(len(self.layers))):
             x, y = self._saved.pop()

@@ -95,6 +95,7 @@ def split_documents(lengths: torch.Tensor, tokens: int) -> Optional[Tuple[int, .
 
 
 def unknown_argument(kwargs: dict) -> str:
+    """A reason why a block's arguments are not those of causal attention alone, or ''."""
     for name, value in kwargs.items():
         if name in _IGNORED or name in _KNOWN or value is None or value is False:
             continue
@@ -110,7 +111,10 @@ def lay_out(
     kwargs: dict,
     longer: int = 0,
 ) -> Tuple[str, Any]:
-    """('', layout), or (reason, None). longer: the length of a row, if not the next of the grid."""
+    """('', layout), or (reason, None). hidden: [rows, tokens, width]; kwargs: a block's.
+
+    longer: the length of a row, if not the next of the grid.
+    """
     batch, tokens = hidden.shape[:2]
     lengths, rope = kwargs.get("packed_seq_lengths"), kwargs.get("position_embeddings")
     longest, documents = tokens, ()

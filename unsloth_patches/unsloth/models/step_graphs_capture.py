@@ -139,7 +139,11 @@ class _Gradients:
 
 
 class Bucket:
-    """The graphs of one shape and their buffers: input, positions, output and gradients."""
+    """The graphs of one shape and their buffers: input, positions, output and gradients.
+
+    shape: [rows, length, width] of the blocks' input; like: hidden states of its dtype and device.
+    arguments: a block's, but for the positions, which are the bucket's own [rows, length].
+    """
 
     def __init__(
         self,
@@ -219,11 +223,16 @@ class Bucket:
         try:
             with own_leaves(self._layers):
                 torch.clear_autocast_cache()
-                self._warm_up()
-                if bound is not None:
-                    host, gpu = self.pool.recorder.timed(lambda: self._runs.warm_up(self.input))
+                if bound is not None:  # asked of one block of a kind: it takes little memory
+
+                    def one_of_each():
+                        self._runs.warm_up(self.input)
+
+                    one_of_each()  # compiles
+                    host, gpu = self.pool.recorder.timed(one_of_each)
                     if gpu > bound * host:
                         return False
+                self._warm_up()
             with own_leaves(self._layers):  # others: those have met the stream of the first run
                 torch.clear_autocast_cache()  # casts made here would be read by the graphs, grow old
                 before = self.pool.recorder.reserved()
@@ -285,5 +294,5 @@ class _Replay(torch.autograd.Function):
 def replay_blocks(
     bucket: Bucket, layout: Any, hidden: torch.Tensor, positions: Optional[torch.Tensor], state: Any
 ) -> torch.Tensor:
-    """state: a BlockState, or what answers as one."""
+    """What the blocks make of ``hidden`` [rows, tokens, width]. state: their BlockState."""
     return _Replay.apply(bucket, layout, state, positions, hidden, *bucket.parameters)

@@ -57,7 +57,8 @@ def checkpointing_layer() -> type:
 
 
 class _Layers:
-    """Stands for ``model.layers`` in one forward pass: one layer that is all of them."""
+    """Stands for ``model.layers`` in one forward pass: one layer that is all of them, whatever its
+    number: stock iterates over the layers, or asks the first for its attention."""
 
     def __init__(self, stack: "Stack", layers: torch.nn.ModuleList):
         class Blocks(checkpointing_layer()):
@@ -172,27 +173,32 @@ class Stack:
         key = self._key(hidden, kwargs, layout)
         if key in self.refused:
             return self.refused[key], None, None
-        bucket = self.buckets.get(key)
+        if key in self.buckets:
+            self.buckets.move_to_end(key)
+            return "", self.buckets[key], layout
+        return self._not_captured_yet(key, hidden, kwargs, layout)
+
+    def _not_captured_yet(
+        self, key: tuple, hidden: torch.Tensor, kwargs: dict, layout: Any
+    ) -> Tuple[str, Any, Any]:
+        """What ``_bucket_for`` answers: a longer bucket, one that is captured now, or none yet."""
+        self.seen[key] += 1
+        # What cannot be captured is asked once a length, and what changed since, too.
+        change = self.state.changed()
+        if change:
+            self.drop(change)
+            return self._bucket_for(hidden, kwargs)
+        if self.seen[key] < BORROWS:
+            longer = self._longer(key)
+            longer_layout = longer and lay_out(hidden, kwargs, longer[1])[1]
+            if longer_layout:
+                self.buckets.move_to_end(longer)
+                return "", self.buckets[longer], longer_layout
+        if self.seen[key] < 2:
+            return FIRST, None, None
+        bucket = self._capture(key, hidden, kwargs, layout)
         if bucket is None:
-            self.seen[key] += 1
-            # What cannot be captured is asked once a length, and what changed since, too.
-            change = self.state.changed()
-            if change:
-                self.drop(change)
-                return self._bucket_for(hidden, kwargs)
-            if self.seen[key] < BORROWS:
-                longer = self._longer(key)
-                longer_layout = longer and lay_out(hidden, kwargs, longer[1])[1]
-                if longer_layout:
-                    self.buckets.move_to_end(longer)
-                    return "", self.buckets[longer], longer_layout
-            if self.seen[key] < 2:
-                return FIRST, None, None
-            bucket = self._capture(key, hidden, kwargs, layout)
-            if bucket is None:
-                return self.off or self.refused[key], None, None
-            return "", bucket, layout
-        self.buckets.move_to_end(key)
+            return self.off or self.refused[key], None, None
         return "", bucket, layout
 
     def _recorder(self, device: torch.device) -> Any:

@@ -173,4 +173,5 @@ class BlockState:
 
 
 def global_hooks() -> bool:
+    """Whether hooks are registered for every module."""
     return any(getattr(torch_module, name, None) for name in _GLOBAL_HOOKS)
