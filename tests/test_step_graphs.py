@@ -509,6 +509,35 @@ def test_anomaly_mode_and_saved_tensor_hooks(llama):
     assert reasons(llama) == {"anomaly mode", "saved-tensor hooks"}
 
 
+def test_several_processes_swapped_blocks_and_dispatch_modes_run_as_before(llama, monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counts(TorchDispatchMode):
+        def __torch_dispatch__(
+            self,
+            func,
+            types,
+            args = (),
+            kwargs = None,
+        ):
+            return func(*args, **(kwargs or {}))
+
+    captured(llama)
+    with Counts():
+        bit_equal(llama, batch(2, 40))
+    backbone(llama).layers._unsloth_block_swap = object()
+    bit_equal(llama, batch(2, 40))
+    del backbone(llama).layers._unsloth_block_swap
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.distributed, "is_initialized", lambda: True)
+        patched.setattr(torch.distributed, "get_world_size", lambda *arguments: 2)
+        bit_equal(llama, batch(2, 40))
+    assert reasons(llama) == {"a dispatch mode", "swapped blocks", "several processes"}
+    count = summary(llama)["replayed"]
+    step(llama, batch(2, 40))
+    assert summary(llama)["replayed"] == count + 1
+
+
 def test_dropout_runs_as_before(made):
     model = copy.deepcopy(made(lora_dropout = 0.1))
     step(model, batch(2, 40))
