@@ -228,6 +228,13 @@ def test_ignored_rows_never_reach_a_product(linear_cross_entropy, monkeypatch, t
     assert torch.isfinite(hidden.grad).all()
 
 
+def test_the_index_of_the_labelled_rows_is_let_go_before_the_backward(linear_cross_entropy):
+    """8 bytes a label, which a whole step would hold at its peak, in the model's own backward."""
+    hidden, weight, bias, labels = problem()
+    loss = linear_cross_entropy(hidden, weight, labels, bias)
+    assert loss.grad_fn.job.plan.index is None
+
+
 def test_a_batch_with_every_label_ignored(linear_cross_entropy, monkeypatch):
     """NaN as in PyTorch, or 0 where training wants it; zero gradients and no product either way."""
     hidden, weight, _, labels = problem()
