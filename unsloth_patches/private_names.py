@@ -52,7 +52,9 @@ _GRAPHS = ("step-graphs",)
 _CACHE = ("compile-cache",)
 _WORKERS = "the workers start when something compiles, as in stock"
 _LOGS = "graph breaks are counted, and recompilations have one reason each"
-_PARAM = "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam"
+_FSDP2 = "torch.distributed.fsdp._fully_shard"
+_PARAM = f"{_FSDP2}._fsdp_param:FSDPParam"
+_GROUP = f"{_FSDP2}._fsdp_param_group:FSDPParamGroup"
 _TRITON = "kernels outside of compiled graphs are compiled again in each process"
 PRIVATE_NAMES = (
     PrivateName("torch._C:_cuda_getCurrentRawStream", ("nf4-dequantize",), "slower launches", True),
@@ -107,6 +109,8 @@ PRIVATE_NAMES = (
     PrivateName(f"{_PARAM}._setattr_on_modules", ("fsdp2-param-init",)),
     PrivateName(f"{_PARAM}._sharded_param_data", ("fsdp2-offload-apply",)),
     PrivateName(f"{_PARAM}._unsharded_param", ("fsdp2-param-init",)),
+    PrivateName("torch._C:_current_graph_task_id", ("fsdp2-offload-apply",)),
+    PrivateName(f"{_GROUP}._all_gather_result", ("fsdp2-offload-apply",)),
 )
 
 
