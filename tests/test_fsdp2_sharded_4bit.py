@@ -390,13 +390,35 @@ def _read_error(folder):
     return load(folder) is not None
 
 
-@pytest.mark.parametrize("kind", ["bf16", "packed"])
-def test_a_read_error_in_the_middle_fails_all(checkpoints, kind):
-    """A rank whose read fails still takes part in the collectives of the others, which then fail
-    too.
-    """
-    for error, _ in run_ranks(_read_error, 2, checkpoints(kind), check = False):
-        assert "rank 1: OSError: the disk is gone" in error
+def _memory_error(folder):
+    """Rank 1 has no memory left to quantize one of its weights."""
+    from unsloth.models import fsdp2_sharded_params as params
+
+    if os.environ["RANK"] == "1":
+        original, calls = params.bnb_functional.quantize_4bit, []
+
+        def quantize_4bit(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == 3:
+                raise MemoryError("there is none left")
+            return original(*args, **kwargs)
+
+        params.bnb_functional.quantize_4bit = quantize_4bit
+    return load(folder) is not None
+
+
+@pytest.mark.parametrize(
+    "failing, kind, words",
+    [
+        (_read_error, "bf16", "OSError: the disk is gone"),
+        (_read_error, "packed", "OSError: the disk is gone"),
+        (_memory_error, "bf16", "MemoryError: there is none left"),
+    ],
+)
+def test_an_error_in_the_middle_fails_all(checkpoints, failing, kind, words):
+    """A rank that fails still takes part in the collectives of the others, which then fail too."""
+    for error, _ in run_ranks(failing, 2, checkpoints(kind), check = False):
+        assert f"rank 1: {words}" in error
 
 
 def _reads_until_failure(folder):

@@ -57,10 +57,6 @@ def _environment(case: dict, mode: str) -> None:
     os.environ["UNSLOTH_FSDP2_LAYOUT"] = layout
     whole = case.get("whole") or mode == "upstream" or os.environ["WORLD_SIZE"] == "1"
     os.environ["UNSLOTH_FSDP2_SHARDED_LOAD"] = case.get("load", "0" if whole else "1")
-    prefetch = str(case.get("prefetch", 0))
-    os.environ.update(
-        UNSLOTH_FSDP2_FORWARD_PREFETCH = prefetch, UNSLOTH_FSDP2_BACKWARD_PREFETCH = prefetch
-    )
     os.environ["UNSLOTH_FSDP2_OFFLOAD"] = case.get("offload", "never")
 
 

@@ -29,9 +29,7 @@ _ITEMSIZE = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
 
 
 class ShardReader:
-    """Slices of safetensors files by tensor name. ``read_bytes`` counts what was read; threads may read
-    at once.
-    """
+    """Slices of safetensors files by tensor name, for several threads at once."""
 
     def __init__(self, files: Sequence[str]):
         if not files or any(not str(file).endswith(".safetensors") for file in files):
@@ -48,6 +46,7 @@ class ShardReader:
 
     @property
     def read_bytes(self) -> int:
+        """Read by ``rows`` so far."""
         return sum(self._read)
 
     def __contains__(self, key: str) -> bool:
@@ -129,11 +128,7 @@ class StoredWeight:
         return torch.empty(flat.shape, dtype = flat.dtype, pin_memory = True).copy_(flat)
 
     def quantize(self, part: Optional[torch.Tensor]) -> WeightShard:
-        """The shard of what ``read`` gave, None on a rank that failed: collective over the shard
-        ranks.
-        """
-        if part is not None:
-            part = part.to(device = self.device, dtype = self.dtype, non_blocking = True)
+        """The shard of what ``read`` gave, None on a rank that failed. Collective, as ``load`` is."""
         return quantize_rows(part, self.layout, self.format, self.device, shard_group(self.mesh))
 
     def load(self) -> WeightShard:

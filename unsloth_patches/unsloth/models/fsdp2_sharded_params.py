@@ -41,7 +41,9 @@ _ADDRESS_CACHES = ("_unsloth_nf4_plan", "_unsloth_gemv_plan")
 
 @dataclass(frozen = True)
 class RowLayout:
-    """Which weights of a flattened weight of ``numel`` elements belong to ``rank`` of ``world``."""
+    """Which weights of a flattened weight of ``numel`` elements belong to ``rank`` of ``world``.
+    blocks, nested_blocks, packed_bytes: of the whole weight.
+    """
 
     numel: int
     world: int
@@ -70,23 +72,18 @@ class RowLayout:
 
     @property
     def blocks(self) -> int:
-        """Quantization blocks of the whole weight."""
         return -(-self.numel // self.blocksize)
 
     @property
     def nested_blocks(self) -> int:
-        """Blocks of the quantization of the whole weight's absmax."""
         return -(-self.blocks // NESTED_BLOCKSIZE)
 
     @property
     def packed_bytes(self) -> int:
-        """Packed bytes of the whole weight."""
         return -(-self.numel // 2)
 
     def placeholder(self) -> torch.nn.Parameter:
-        """Full-size uint8 ``(rows, row / 2)`` on meta: what ``fully_shard`` cuts into equal row
-        chunks.
-        """
+        """Full-size uint8 ``(rows, row / 2)`` on meta: ``fully_shard`` cuts it into equal rows."""
         shape = (self.rows, self.row // 2)
         return torch.nn.Parameter(
             torch.empty(shape, dtype = torch.uint8, device = "meta"), requires_grad = False
@@ -238,9 +235,7 @@ class WeightShard:
         fsdp_param.__class__ = lean_class(type(fsdp_param))
 
     def _keep_class_and_state(self, fsdp_param: Any, module: Linear4bit) -> None:
-        """What Unsloth's FSDP2 hooks put back onto the gathered parameter, which torch makes a
-        plain one.
-        """
+        # What Unsloth's FSDP2 hooks put back onto the gathered parameter, which is torch's plain one.
         meta = {
             "quant_state": self.state,
             "blocksize": self.layout.blocksize,
@@ -347,9 +342,7 @@ def _shard_of(fsdp_param: Any) -> Any:
 
 @functools.lru_cache(maxsize = None)
 def lean_class(stock: type) -> type:
-    """``stock`` (torch's FSDPParam) with ``_LeanGather``; ``stock`` itself where it is not as known
-    here.
-    """
+    """``stock`` (torch's FSDPParam) with ``_LeanGather``, or alone where it is not as known here."""
     names = [name for name in vars(_LeanGather) if not name.startswith("_")]
     if issubclass(stock, _LeanGather) or not all(hasattr(stock, name) for name in names):
         return stock
@@ -441,25 +434,36 @@ def quantize_rows(
     device: torch.device,
     group: Any,
 ) -> WeightShard:
-    """Quantize this rank's weights: flat ``[stop - start]`` on ``device``, None where it has none.
+    """Quantize this rank's weights, flat ``[stop - start]``; None where it has none. Collective over
+    ``group`` with nested quantization; an error is raised behind that, where no rank waits.
 
-    Collective over ``group`` with nested quantization. The result is bit-identical to the same
-    slice of ``bitsandbytes.functional.quantize_4bit(whole, compress_statistics = nested)``.
+    The result is bit-identical to the same slice of
+    ``bitsandbytes.functional.quantize_4bit(whole, compress_statistics = nested)``.
     """
     rows, quant_type = layout.local_rows, weight_format.quant_type
-    packed = torch.zeros(rows, layout.row // 2, dtype = torch.uint8, device = device)
     absmax = torch.zeros(rows, NESTED_BLOCKSIZE, device = device)
-    if weights is not None and weights.numel():
-        data, state = bnb_functional.quantize_4bit(
-            weights, blocksize = layout.blocksize, compress_statistics = False, quant_type = quant_type
-        )
-        copy_front(packed, data)
-        copy_front(absmax, state.absmax)
+    packed, error = None, None
+    try:
+        packed = torch.zeros(rows, layout.row // 2, dtype = torch.uint8, device = device)
+        if weights is not None and weights.numel():
+            data, state = bnb_functional.quantize_4bit(
+                weights.to(device = device, dtype = weight_format.dtype, non_blocking = True),
+                blocksize = layout.blocksize,
+                compress_statistics = False,
+                quant_type = quant_type,
+            )
+            copy_front(packed, data)
+            copy_front(absmax, state.absmax)
+    except Exception as problem:
+        error = problem
+    if weight_format.nested:
+        # The mean of the whole absmax: a mean of means adds up in another order, and has other bits.
+        offset = all_gather_rows(absmax, group).view(-1)[: layout.blocks].mean()
+    if error is not None:
+        raise error
     code = bnb_functional.get_4bit_type(quant_type, device = device)
     if not weight_format.nested:
         return make_shard(layout, weight_format, packed, absmax, code)
-    # The mean of the whole absmax: a mean of means adds up in another order, and has other bits.
-    offset = all_gather_rows(absmax, group).view(-1)[: layout.blocks].mean()
     scales = torch.zeros(rows, NESTED_BLOCKSIZE, dtype = torch.uint8, device = device)
     outer = torch.zeros(rows, 1, device = device)
     count = -(-(layout.stop - layout.start) // layout.blocksize)
