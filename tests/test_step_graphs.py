@@ -15,6 +15,7 @@ from backend import DEVICE, GPU, require
 
 require("interpreter")
 import unsloth  # noqa: F401, E402
+from replay_walk import Walk, move  # noqa: E402
 from replayed_models import (  # noqa: E402, F401
     backbone,
     batch,
@@ -245,11 +246,6 @@ def test_optimizer_steps_are_seen(llama):
 # ----------------------------------------------------------------------------------- staleness
 
 
-def _move(model):
-    for parameter in backbone(model).layers[1].self_attn.parameters():
-        parameter.data = parameter.data.clone()
-
-
 def _move_and_hold(model):
     """Nothing is freed: somebody keeps the memory that the weights had."""
     parameters = list(backbone(model).layers[1].self_attn.parameters())
@@ -323,7 +319,7 @@ def _rank(model):
 
 
 CHANGES = (
-    _move, _move_and_hold, _replace, _replace_parameter, _scale, _freeze, _disable, _checkpoint,
+    move, _move_and_hold, _replace, _replace_parameter, _scale, _freeze, _disable, _checkpoint,
     _shorten, _new_layers, _merge, _thaw, _resize, _rank,
 )  # fmt: skip
 
@@ -414,11 +410,11 @@ def test_another_adapter(made):
     assert summary(model)["captures"] == 3
 
 
-@pytest.mark.parametrize("move", [_move, _move_and_hold])
-def test_weights_that_move_between_the_passes_are_an_error(llama, move):
+@pytest.mark.parametrize("moved", [move, _move_and_hold])
+def test_weights_that_move_between_the_passes_are_an_error(llama, moved):
     captured(llama)
     loss = forward(llama, batch(2, 40))
-    move(llama)
+    moved(llama)
     with pytest.raises(RuntimeError, match = "UNSLOTH_STEP_GRAPHS=0"):
         loss.backward()
     llama.zero_grad()
@@ -694,127 +690,6 @@ def test_the_compile_report_tells_what_was_replayed(llama):
 
 
 # ------------------------------------------------------------------------------- a random walk
-
-
-class Walk:
-    """A model and its uncaptured twin, through the same events; compares after each."""
-
-    def __init__(self, model, seed):
-        import random
-
-        self.models = {"1": model, "0": copy.deepcopy(model)}
-        self.random = random.Random(seed)
-        self.optimizers = {
-            value: torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr = 1e-2)
-            for value, m in self.models.items()
-        }
-        self.lengths = [33, 40, 60, 64, 65, 100]
-
-    def both(self, event):
-        found = {}
-        for value, model in self.models.items():
-            with graphs(value):
-                found[value] = event(model)
-        return found
-
-    def compare(self, losses):
-        close(*(
-            (torch.as_tensor(losses[value]).detach(), gradients(self.models[value]))
-            for value in ("1", "0")
-        ))  # fmt: skip
-
-    def micro_batch(self):
-        rows, length = self.random.choice([1, 2, 2, 2]), self.random.choice(self.lengths)
-        inputs = batch(rows, length, self.random.randrange(99), pads = self.random.randrange(5))
-        if self.random.random() < 0.3:
-            documents = [self.random.choice(self.lengths) for _ in range(2)]
-            inputs = packed(documents, self.random.randrange(99))
-
-        def event(model):
-            loss = forward(model, inputs)
-            loss.backward()
-            return loss
-
-        self.compare(self.both(event))
-
-    def zero_grad(self):
-        set_to_none = self.random.random() < 0.5
-        self.both(lambda model: model.zero_grad(set_to_none = set_to_none))
-
-    def optimizer_step(self):
-        for optimizer in self.optimizers.values():
-            optimizer.step()
-
-    def evaluate(self):
-        inputs = batch(2, self.random.choice(self.lengths), self.random.randrange(99))
-
-        def event(model):
-            model.eval()
-            with torch.no_grad():
-                loss = forward(model, inputs)
-            model.train()
-            return loss
-
-        losses = self.both(event)
-        assert torch.allclose(losses["1"], losses["0"], rtol = 1e-5)
-
-    def without_adapters(self):
-        inputs = batch(2, 40, self.random.randrange(99))
-
-        def event(model):
-            with torch.no_grad(), model.disable_adapter():
-                return forward(model, inputs)
-
-        losses = self.both(event)
-        assert torch.allclose(losses["1"], losses["0"], rtol = 1e-5)
-
-    def scale(self):
-        scale = self.random.choice([0.5, 1.0, 2.0])
-
-        def event(model):
-            for layer in backbone(model).layers:
-                layer.mlp.down_proj.set_scale("default", scale)
-
-        self.both(event)
-
-    def load(self):
-        seed = self.random.randrange(99)
-
-        def event(model):
-            make = torch.Generator().manual_seed(seed)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.requires_grad:
-                        new = torch.randn(parameter.shape, generator = make) * 0.1
-                        parameter.copy_(new.to(parameter.device))
-
-        self.both(event)
-
-    def move(self):
-        self.both(lambda model: _move(model))
-
-    def checkpointing(self):
-        on = self.random.random() < 0.5
-
-        def event(model):
-            for layer in backbone(model).layers:
-                layer.gradient_checkpointing = on
-
-        self.both(event)
-
-    def two_passes(self):
-        inputs = [batch(2, self.random.choice(self.lengths), n) for n in range(2)]
-
-        def event(model):
-            losses = [forward(model, one) for one in inputs]
-            sum(losses).backward()
-            return losses[1]
-
-        self.compare(self.both(event))
-
-    def dropped_pass(self):
-        inputs = batch(2, 40, 1)
-        self.both(lambda model: forward(model, inputs))
 
 
 def test_a_random_walk_beside_an_uncaptured_twin(made):

@@ -18,7 +18,7 @@ PATCHES: Tuple[Patch, ...] = (
             "models/step_graphs_buckets.py",
             "models/step_graphs_capture.py",
         ),
-        shared = ("graph_tape.py", "replayed_models.py"),
+        shared = ("graph_tape.py", "replay_walk.py", "replayed_models.py"),
         tests = {"tests/test_step_graphs_capture.py": "interpreter"},
         requires = ("test-backends",),
     ),
