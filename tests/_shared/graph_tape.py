@@ -53,10 +53,12 @@ class _Tape(TorchDispatchMode):
 
     def poison(self):
         """Unless nothing was written since."""
-        fresh = [t.detach() for t in self.fresh if t.is_floating_point()]
-        if fresh and not self.spoiled:
-            torch._foreach_mul_(fresh, float("nan"))
+        if self.spoiled:
+            return
         self.spoiled = True
+        fresh = [t.detach() for t in self.fresh if t.is_floating_point()]
+        if fresh:
+            torch._foreach_mul_(fresh, float("nan"))
 
 
 class TapeRecorder:
