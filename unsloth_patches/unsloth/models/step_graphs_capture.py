@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import math
 import time
+import weakref
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -26,20 +27,24 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.handle = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
+        self._handle: Any = None
+        self._graphs: weakref.WeakSet = weakref.WeakSet()
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
         graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
         gc.disable()  # what a collection frees, other graphs say, may call what no capture allows
         try:
+            if not self._graphs:  # the allocator takes no handle again whose graphs are all gone
+                self._handle = torch.cuda.graph_pool_handle()
             with torch.cuda.graph(
-                graph, pool = self.handle, stream = self.stream, capture_error_mode = "thread_local"
+                graph, pool = self._handle, stream = self.stream, capture_error_mode = "thread_local"
             ):
                 function()
         finally:
             if collects:
                 gc.enable()
+        self._graphs.add(graph)
         return graph.replay
 
     def memory(self) -> Tuple[int, int]:
