@@ -38,7 +38,7 @@ def test_config_from_a_file_an_object_and_a_nested_dict(read_shape, tmp_path):
     assert all(read_shape(source) == shape for source in sources)
 
 
-def test_models_it_does_not_know_are_refused(read_shape):
+def test_models_it_does_not_know_are_refused(read_shape, tmp_path):
     """A mixture of experts or a config without sizes is an error, not a wrong count."""
     with pytest.raises(ValueError, match = "num_local_experts"):
         read_shape({**LLAMA_8B, "num_local_experts": 8})
@@ -46,6 +46,11 @@ def test_models_it_does_not_know_are_refused(read_shape):
         read_shape({"vocab_size": 5})
     with pytest.raises(ValueError, match = "no config at"):
         read_shape("/nowhere/at/all")
+    (tmp_path / "config.json").write_text('{"hidden_size": 64', encoding = "utf-8")
+    with pytest.raises(ValueError, match = "config.json is not JSON"):
+        read_shape(tmp_path)
+    with pytest.raises(ValueError, match = "cannot read a config from int; give a model"):
+        read_shape(8)
 
 
 @pytest.mark.parametrize("source", ["dict", "object"])
