@@ -193,6 +193,24 @@ def test_tools_are_read_from_json_text(tool_calls):
             tool_calls.parse_tool_calls(reply, tools = tools)
 
 
+def test_tools_of_anthropic_and_filled_ones_are_as_transformers_has_them(tool_calls):
+    """``input_schema`` becomes ``parameters``; keywords that Arrow filled with null go, a null default of
+    a schema without such keywords stays."""
+    from unsloth.tool_calls.schemas import prepare_tools
+
+    parameters = {"type": "object", "properties": {"a": {"type": "string"}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    assert prepare_tools([{"name": "f", "input_schema": parameters}]) == [tool]
+    described = {"type": "function", "function": {**tool["function"], "description": "d"}}
+    given = {"name": "f", "description": "d", "input_schema": parameters}
+    assert prepare_tools([given]) == [described]
+    assert prepare_tools([{**tool, "function": {**tool["function"], "description": None}}]) == [
+        tool
+    ]
+    parameters["properties"]["a"]["default"] = None
+    assert prepare_tools([tool]) == [tool]
+
+
 @pytest.mark.parametrize("union", [None, "allOf", "anyOf", "oneOf"])
 def test_nulls_in_objects_that_a_schema_refers_to(tool_calls, union):
     """Filling goes and a meant null stays, however deep the schema's definition lies."""
