@@ -114,7 +114,7 @@ def table(session):
         for item, result in done.completed_work_items:
             file = str(item.mutations[0].module_path).replace("unsloth_patches/", "")
             survived = result.test_outcome == TestOutcome.SURVIVED
-            counts[file].update(of = 1, noticed = not survived)
+            counts[file].update(of = 1, noticed = int(not survived))
             if survived:
                 lines = [line for line in result.diff.splitlines() if line[:1] in "+-"]
                 old, new = (line[1:].strip() for line in lines[3:5])

@@ -148,6 +148,11 @@ def test_ids_in_every_shape(ids, tool_calls):
     assert tool_calls.parse_tool_calls(shaped, tokenizer) == parallel_calls(ROME, OSLO)
 
 
+def test_no_ids_are_an_empty_answer(tool_calls):
+    expected = {"role": "assistant", "content": ""}
+    assert tool_calls.parse_tool_calls([], make_llama_tokenizer()) == expected
+
+
 def test_misuse_is_named(tool_calls):
     """Ids without a tokenizer, several rows and other types say what to pass."""
     with pytest.raises(TypeError, match = "needs the tokenizer"):
