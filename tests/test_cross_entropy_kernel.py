@@ -97,7 +97,7 @@ def test_class_weights_that_do_not_fit_are_named(kernel, class_weight, error, wo
 
 
 _BARRIERS = """
-from kernels.cross_entropy_kernel import _cross_entropy_kernel as kernel
+from bare.kernels.cross_entropy_kernel import _cross_entropy_kernel as kernel
 
 options = {each.name: False for each in kernel.params if each.is_constexpr}
 options.update(HAS_GRADS = True, FROM_END = True, LANES = 128, WIDTH = 8)

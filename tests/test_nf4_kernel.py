@@ -242,7 +242,7 @@ def test_out_of_memory_is_the_callers_and_the_next_launch_is_as_before(
 
 
 _COMPILES = """
-from kernels.nf4_dequantize_kernel import WARPS, dequantize_kernel as kernel
+from bare.kernels.nf4_dequantize_kernel import WARPS, dequantize_kernel as kernel
 
 types = dict.fromkeys(kernel.arg_names, "constexpr")
 types.update(W = "*u8", absmax = "*u8", n_elements = "i64")

@@ -85,8 +85,9 @@ def _patch_language_once_a_launch() -> None:
 
 _AS_PACKAGE = """
 import sys, types
-sys.modules["kernels"] = types.ModuleType("kernels")
-sys.modules["kernels"].__path__ = [sys.argv[1]]
+for name, folder in zip(("bare", "bare.kernels"), sys.argv[1:]):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [folder]
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -95,9 +96,10 @@ from triton.compiler import ASTSource
 
 def check_compiled(module, code, folder):
     """Run ``code`` without Triton's interpreter: it compiles kernels of ``module`` for GPUs that need not be
-    there, by ASTSource, compile and GPUTarget. ``module``'s folder is imported as the package ``kernels``."""
+    there, by ASTSource, compile and GPUTarget. ``bare.kernels`` is its folder, without Unsloth's imports."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", _AS_PACKAGE + code, str(Path(module.__file__).parent)]
+    kernels = Path(module.__file__).parent
+    command = [sys.executable, "-c", _AS_PACKAGE + code, str(kernels.parent), str(kernels)]
     done = subprocess.run(command, env = environment, capture_output = True, text = True)
     assert done.returncode == 0, done.stderr
