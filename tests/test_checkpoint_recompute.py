@@ -200,6 +200,8 @@ def test_other_adapters_take_the_stock_path(lora):
 
 def test_disabled_and_merged_adapters():
     """Without an active adapter: as in stock, fused without grad, PEFT's in the recompute."""
+    if tuple(map(int, unsloth.__version__.split(".")[:3])) < (2026, 10, 8):
+        pytest.skip("stock's own backward pass wants LoRA weights there")
     blocks = make_blocks(count = 1)
     adapters = [getattr(blocks[0].mlp, name) for name in PROJECTIONS]
 
@@ -366,6 +368,28 @@ def test_swiglu_down_operator(dtype):
             torch.library.opcheck(
                 torch.ops.unsloth.swiglu_down_.default, (out, e, g, flag, W, A, B, S)
             )
+
+
+def test_a_dequantize_that_takes_no_dtype(recompute, monkeypatch):
+    """As Unsloth's before 2026.10.8."""
+
+    def fast_dequantize(
+        W,
+        quant_state = None,
+        out = None,
+        use_global_buffer = False,
+    ):
+        return W
+
+    monkeypatch.setattr(fast_lora, "fast_dequantize", fast_dequantize)
+    for name in ("_fast_lora", "function", "_takes_dtype"):
+        monkeypatch.setattr(recompute, name, getattr(recompute, name))
+    names = {"__module__": fast_lora.__name__}
+    recompute.with_recompute_variant(type("LoRA_MLP", (torch.autograd.Function,), names))
+    e, g, W, A = (torch.randn(rows, 8, device = DEVICE) for rows in (3, 3, 4, 2))
+    down = recompute.Projection(W, None, A, W.new_zeros(4, 2), 1.0)
+    found = recompute.down_proj_if_needed(e, g, torch.tensor(True), down)
+    torch.testing.assert_close(found, (torch.nn.functional.silu(e) * g) @ W.t())
 
 
 @pytest.mark.skipif(not GPU, reason = "loads a model the way a GPU does")

@@ -14,6 +14,7 @@ attribute is a tensor, an input of the graph, and the product stands in an opera
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from typing import Any, Callable, List, NamedTuple, Sequence
 
@@ -38,6 +39,7 @@ DOWN_PROJ_NEEDED = "_unsloth_down_proj_needed"
 # Set by the decorators below. Globals, because Dynamo traces what reads them.
 _fast_lora: Any = None  # unsloth.kernels.fast_lora
 function: Any = None  # LoRA_MLP with _forward; lora_functions.py puts its own in front of it
+_takes_dtype: bool = True  # fast_dequantize does: not before Unsloth 2026.10.8
 
 
 class Projection(NamedTuple):
@@ -113,7 +115,8 @@ def down_proj_if_needed(
     is (r, N), B (H, r), S LoRA's scale.
     """
     dtype = e.dtype
-    W = _fast_lora.fast_dequantize(down.W, down.W_quant, use_global_buffer = True, dtype = dtype)
+    as_dtype = {"dtype": dtype} if _takes_dtype else {}
+    W = _fast_lora.fast_dequantize(down.W, down.W_quant, use_global_buffer = True, **as_dtype)
     out = e.new_empty(e.shape[0], down.B.shape[0])
     _swiglu_down(out, e, g, needed, W, down.A.to(dtype), down.B.to(dtype), down.S)
     return out
@@ -153,8 +156,9 @@ def with_recompute_variant(stock: type) -> type:
     It is a target so that its fingerprint is checked: the subclass fills the context that
     ``LoRA_MLP.backward`` reads.
     """
-    global _fast_lora, function
+    global _fast_lora, function, _takes_dtype
     _fast_lora = sys.modules[stock.__module__]
+    _takes_dtype = "dtype" in inspect.signature(_fast_lora.fast_dequantize).parameters
     forward = staticmethod(_fast_lora.torch_amp_custom_fwd(_forward))
     function = type("LoRA_MLP_recompute", (stock,), {"forward": forward})
     return stock
