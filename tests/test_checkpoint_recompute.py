@@ -34,6 +34,7 @@ from unsloth.kernels import fast_lora  # noqa: E402
 
 # Products with a base weight in one block: three in each forward pass, three in the backward pass.
 WHOLE, WITHOUT_DOWN = 9, 8
+BEFORE_10_8 = tuple(map(int, unsloth.__version__.split(".")[:3])) < (2026, 10, 8)
 traced = pytest.mark.skipif(
     not fast_lora.TRACE_LORA_FUNCTIONS, reason = "this torch does not trace fused LoRA"
 )
@@ -200,7 +201,7 @@ def test_other_adapters_take_the_stock_path(lora):
 
 def test_disabled_and_merged_adapters():
     """Without an active adapter: as in stock, fused without grad, PEFT's in the recompute."""
-    if tuple(map(int, unsloth.__version__.split(".")[:3])) < (2026, 10, 8):
+    if BEFORE_10_8:
         pytest.skip("stock's own backward pass wants LoRA weights there")
     blocks = make_blocks(count = 1)
     adapters = [getattr(blocks[0].mlp, name) for name in PROJECTIONS]
@@ -305,6 +306,8 @@ def test_needed_is_true_outside_a_recompute(recompute):
             blocks[0](torch.randn(2, 3, HIDDEN + 1, device = DEVICE, requires_grad = True))
         assert needed.item()
         blocks[0].gradient_checkpointing = False
+        if BEFORE_10_8:
+            pytest.skip("nobody can trace around stock's compiled blocks there; the rest passed")
         outer = torch.compile(lambda x: blocks[0](x)[0], backend = "aot_eager", fullgraph = True)
         torch.testing.assert_close(train_step(blocks, outer, counting = False)[0], expected)
 

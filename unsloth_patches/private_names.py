@@ -67,6 +67,7 @@ PRIVATE_NAMES = (
     PrivateName("torch._C:_len_torch_function_stack", _GRAPHS),
     PrivateName("torch._C:DisableTorchFunctionSubclass", _GRAPHS),
     PrivateName("torch._C:_any_requires_grad", _GRAPHS),
+    PrivateName("torch._C:_current_graph_task_id", ("fsdp2-offload-apply",)),
     PrivateName("torch._utils:_unflatten_dense_tensors", ("step-graphs-capture",)),
     PrivateName("torch.utils._pytree:tree_map", ("checkpoint-shared-graph",)),
     PrivateName("torch:_foreach_copy_", ("step-graphs-capture",)),
