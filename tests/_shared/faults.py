@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the contributors
-"""A fault at a chosen point of a training step: an error in an operation, Ctrl-C before a line, a full GPU."""
+"""A fault at a chosen point of a training step: an error in an operation, Ctrl-C before a line."""
 
 import contextlib
-import gc
 import random
 import sys
 
@@ -58,29 +57,6 @@ class Lines(contextlib.AbstractContextManager):
         return self._line
 
 
-class Memory(contextlib.AbstractContextManager):
-    """Counts MiB that a step takes of a GPU; leaves it fewer than ``failing``. A step has to take many, as
-    what the allocator holds in part is there, too."""
-
-    def __init__(self, failing = None):
-        self.count, self.failing = 0, failing
-
-    def __enter__(self):
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        self.before = torch.cuda.memory_allocated()
-        if self.failing is not None:
-            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-            room = self.before + (self.failing - 1) * 2**20
-            torch.cuda.set_per_process_memory_fraction(room / total)
-        return self
-
-    def __exit__(self, *error):
-        torch.cuda.set_per_process_memory_fraction(1.0)
-        self.count = (torch.cuda.max_memory_allocated() - self.before) >> 20
-
-
 def check_steps_after_faults(
     step,
     expected,
@@ -89,7 +65,7 @@ def check_steps_after_faults(
 ):
     """``step()`` raises at ``points`` seeded points of it; each next one is, bit for bit, ``expected``.
 
-    step: returns tensors. fault: Operations, Lines or Memory.
+    step: returns tensors. fault: Operations, Lines, or another such counter of what it takes away.
     """
     with fault() as counted:
         step()

@@ -219,8 +219,7 @@ def _sharded_step(stock: Callable, mesh: Any) -> Callable:
         dtypes = load_config.dtype_plan
         fill_sharded(model, checkpoint_files, mesh, device, renamings, dtypes, on_host)
         if device.type == "cuda":
-            # Embedding and head wait in host memory for the wrap; no loader may take that for an
-            # offload.
+            # Embedding and head wait on the host for the wrap; no loader may call that an offload.
             model.hf_device_map = {"": device.index}
         _guard_forward(model)
         model.__dict__[LOADED_OVER] = mesh_ranks(mesh)

@@ -108,9 +108,8 @@ def fill_sharded(
     except Exception as problem:
         error = problem
     fail_together(error, group)
-    together: Dict[
-        int, Tuple[List[tuple], int]
-    ] = {}  # layer -> what its block has read, of how many
+    # layer -> what its block has read, of how many
+    together: Dict[int, Tuple[List[tuple], int]] = {}
     for module in on_host:
         layers = [id(layer) for layer in module.modules() if isinstance(layer, Linear4bit)]
         together.update(dict.fromkeys(layers, ([], len(layers))))
