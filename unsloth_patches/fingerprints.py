@@ -79,17 +79,12 @@ def fingerprint_file(path: str, name: str) -> Set[str]:
     return {fingerprint_node(node) for node in _definitions(_parsed(path), name)}
 
 
-def fingerprint_module(
-    module: str,
-    name: str,
-    find_file: FindFile,
-    hops: int = 5,
-) -> Set[str]:
+def fingerprint_module(module: str, name: str, find_file: FindFile) -> Set[str]:
     """``fingerprint_file`` for a dotted module; a name that it only imports is sought where it comes from.
 
-    find_file: file of a dotted module, or None. hops: how many imports are followed.
+    find_file: file of a dotted module, or None.
     """
-    return {fingerprint_node(node) for node in find_definitions(module, name, find_file, hops)}
+    return {fingerprint_node(node) for node in find_definitions(module, name, find_file)}
 
 
 def find_definitions(
@@ -98,7 +93,7 @@ def find_definitions(
     find_file: FindFile,
     hops: int = 5,
 ) -> List[ast.AST]:
-    """Definitions of ``name`` in a dotted module, or where it imports the name from."""
+    """Definitions of ``name`` in a dotted module, or where it imports the name from, ``hops`` imports away."""
     path = find_file(module)
     if path is None or hops < 0:
         return []
