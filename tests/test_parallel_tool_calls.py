@@ -66,8 +66,7 @@ OSLO_TEXT = '{"name": "search.web", "parameters": {"query": "Oslo"}}'
 
 @pytest.mark.parametrize("name", REFERENCE_FILE)
 def test_what_each_mode_renders(name, tokenizers):
-    """The table of the documentation: several calls are refused, split into turns, or joined in
-    one."""
+    """The table of the documentation: several calls are refused, split into turns, or joined in one."""
     messages = [user("q"), calls(ROME, OSLO), result("20"), result({"hits": 1}), assistant("Done.")]
     ask, done = turn("user", "q"), turn("assistant", "Done.")
     first, second = turn("ipython", '"20"'), turn("ipython", '{"hits": 1}')

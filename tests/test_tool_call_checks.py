@@ -627,8 +627,7 @@ def test_copies_and_pickles_keep_the_checks(tokenizer):
 
 
 def test_positional_arguments(tokenizer):
-    """tools and chat_template may be given by position; a template of the caller's own is not
-    checked."""
+    """tools and chat_template may be given by position; a template of the caller's own is not checked."""
     message = calls(made("get_weather", {"city": "Rome", "query": None}))
     named = tokenizer.apply_chat_template([user("q"), message], tools = TOOLS, tokenize = False)
     assert ROME_TEXT in named

@@ -145,8 +145,7 @@ def test_calls_behind_plain_rows_of_a_stream_are_found():
 
 
 def test_plain_datasets_are_standardized_as_before():
-    """Without tools it is the stock function: same messages and columns. Tool roles are what
-    differs."""
+    """Without tools it is the stock function: same messages and columns. Tool roles are what differs."""
     datasets = pytest.importorskip("datasets")
     module = importlib.import_module("unsloth.chat_templates")
     plain = [[{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]]

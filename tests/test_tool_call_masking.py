@@ -92,8 +92,7 @@ PIECES = [ROME_TEXT + EOT, OSLO_TEXT + EOT]
     ],
 )
 def test_exactly_calls_and_answers_are_trained(mode, messages, every, last, eos_token):
-    """Calls, answers and their end tokens; never results; the last response is a whole run of
-    calls."""
+    """Calls, answers and their end tokens; never results; the last response is a whole run of calls."""
     tokenizer = tokenizer_with(mode, eos_token)
     (ids,) = make_rows(tokenizer, messages)
     assert masked(tokenizer, ids) == every

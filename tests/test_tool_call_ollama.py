@@ -245,8 +245,7 @@ def ollama_text(
     tools = None,
     to_json = python_json,
 ):
-    """What Ollama sends to the model for a chat: it collates messages, and adds
-    <|begin_of_text|>."""
+    """What Ollama sends to the model for a chat: it collates messages, and adds <|begin_of_text|>."""
     data = {
         "Messages": [go_message(message) for message in messages],
         "Tools": tools or [],

@@ -83,11 +83,11 @@ def test_arguments_become_text_where_a_template_joins_them():
 def warnings(caplog, monkeypatch):
     """warnings() -> what the module has said so far in this test."""
     module = importlib.import_module("unsloth.tool_calls.other_templates")
-    module.warn_once.cache_clear()
+    module._warn_once.cache_clear()
     monkeypatch.setattr(module.logger, "propagate", True)
     with caplog.at_level(logging.WARNING, logger = module.logger.name):
         yield lambda: [r.message for r in caplog.records if r.name == module.logger.name]
-    module.warn_once.cache_clear()
+    module._warn_once.cache_clear()
 
 
 def renders(tokenizer, messages):

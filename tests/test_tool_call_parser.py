@@ -164,8 +164,7 @@ def test_misuse_is_named(tool_calls):
 
 
 def test_cleaning_up_spaces_does_not_reach_arguments(tool_calls):
-    """Llama's tokenizer_config asks for clean_up_tokenization_spaces; arguments keep their
-    spaces."""
+    """Llama's tokenizer_config asks for clean_up_tokenization_spaces; arguments keep their spaces."""
     tokenizer = make_llama_tokenizer()
     tokenizer.clean_up_tokenization_spaces = True
     tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True

@@ -140,8 +140,7 @@ class Hostile:
 
 
 def make_reply(tokenizer, mode, question, message, results):
-    """The assistant's reply as rendered, after the prompt; in "split" with the results between
-    calls."""
+    """The assistant's reply as rendered, after the prompt; in "split" with the results between calls."""
     options = {"tokenize": False, "date_string": "26 Jul 2024"}
     prompt = tokenizer.apply_chat_template([question], add_generation_prompt = True, **options)
     between = results[: len(message["tool_calls"]) - 1] if mode == "split" else []
@@ -319,8 +318,7 @@ def sglang_calls(text):
 
 
 def test_mutated_output_never_raises(tokenizers, tool_calls):
-    """Cut, doubled, deleted and inserted pieces: a message comes back, with calls or with its
-    text."""
+    """Cut, doubled, deleted and inserted pieces: a message comes back, with calls or with its text."""
     tokenizer, broken = tokenizers["llama-3.1", "join"], 0
     for seed in range(1500):
         hostile = Hostile(seed)

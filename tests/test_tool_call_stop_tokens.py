@@ -31,8 +31,7 @@ def tiny_model():
 
 
 def test_stop_tokens_are_found_by_name_and_added(add_stop_tokens):
-    """Ids follow the vocabulary; only what the template writes is added, and what is there
-    stays."""
+    """Ids follow the vocabulary; only what the template writes is added, and what is there stays."""
     from unsloth.chat_templates import get_chat_template
 
     for specials in (LLAMA_SPECIAL_TOKENS, tuple(reversed(LLAMA_SPECIAL_TOKENS))):
@@ -75,8 +74,7 @@ def test_nothing_is_added_where_nothing_fits(add_stop_tokens):
 
 
 def test_generation_stops_after_the_call(add_stop_tokens, tiny_model):
-    """A base model that writes <|eot_id|> forever stops at the first one once the stop tokens are
-    in."""
+    """A base model that writes <|eot_id|> forever stops at the first one once the stop tokens are in."""
     tokenizer = tokenizer_with("<|end_of_text|>")
     eot = tokenizer.convert_tokens_to_ids("<|eot_id|>")
     ids = torch.tensor([[256, 1, 2]])

@@ -29,8 +29,7 @@ LLAMA_SPECIAL_TOKENS = (
 
 
 def make_llama_tokenizer(eos_token = "<|eot_id|>", special_tokens = LLAMA_SPECIAL_TOKENS):
-    """A byte-level tokenizer with Llama's special tokens, made on the spot: nothing is
-    downloaded."""
+    """A byte-level tokenizer with Llama's special tokens, made on the spot: nothing is downloaded."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space = False)

@@ -173,8 +173,7 @@ def _indent(text, spaces = 4):
 
 
 def _escape_newlines_in_literals(text):
-    r"""Newlines inside ``{{ ... }}`` stand only in string literals there; Meta writes them as
-    \n."""
+    r"""Newlines inside ``{{ ... }}`` stand only in string literals there; Meta writes them as \n."""
     return re.sub(r"\{\{.*?\}\}", lambda m: m.group().replace("\n", r"\n"), text, flags = re.DOTALL)
 
 
@@ -184,8 +183,7 @@ def _replace_once(text, what, old, new):
 
 
 def _edit_span(text, what, start, end, edit):
-    """Replaces ``text[start:end]``, from the only ``start`` up to the next ``end``, by
-    edit(span)."""
+    """Replaces ``text[start:end]``, from the only ``start`` up to the next ``end``, by edit(span)."""
     _require_once(text, what, start)
     begin = text.index(start)
     stop = text.find(end, begin)

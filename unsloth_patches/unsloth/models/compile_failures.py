@@ -34,6 +34,7 @@ def short_path(file: str) -> str:
 
 
 def last_frame(text: str) -> Place:
+    """The innermost frame of a stack in ``text`` that is not torch's own."""
     frames = [f for f in _STACK_FRAME.finditer(text) if os.sep + "torch" + os.sep not in f["file"]]
     return Place(frames[-1]["file"], int(frames[-1]["line"])) if frames else Place()
 

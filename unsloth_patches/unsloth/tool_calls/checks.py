@@ -166,6 +166,7 @@ class ChecksToolCalls(MixedIn):
 
 
 def checks_level() -> str:
+    """``UNSLOTH_TOOL_CHECKS``, one of ``LEVELS``; raises ValueError for another value."""
     level = os.environ.get("UNSLOTH_TOOL_CHECKS", "error")
     if level not in LEVELS:
         raise ValueError(f"Unsloth: UNSLOTH_TOOL_CHECKS={level!r}; choose {', '.join(LEVELS)}.")
@@ -287,7 +288,7 @@ _warned = set()
 
 
 def warn_once(where: str, notice: str) -> None:
-    # One notice of each kind: a dataset would repeat it for thousands of rows.
+    """One notice of each kind: a dataset would repeat it for thousands of rows."""
     kind = notice[:20] if where else notice.partition(": ")[2].partition(": ")[2][:20]
     if kind not in _warned:
         _warned.add(kind)

@@ -24,5 +24,6 @@ def where_in(
     number: Optional[int] = None,
     name: Optional[str] = None,
 ) -> str:
+    """What a message of error starts with: ``Unsloth: messages[3], call 1 ('add'): ``."""
     call = "" if number is None else f", call {number}" + (f" ({name!r})" if name else "")
     return f"Unsloth: messages[{index}]{call}: "

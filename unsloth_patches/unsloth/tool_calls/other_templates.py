@@ -101,7 +101,7 @@ def _prepared(conversation, render, template: str, name: str):
         return messages
     form = form_of_arguments(template, render)
     if form is None:
-        warn_once(
+        _warn_once(
             f"Unsloth: the chat template {name!r} cannot show tool calls: calls are missing from what is "
             "rendered and trained, and results may be, too. Choose a template that has them, such as "
             "llama-3.1 or qwen-2.5, or write the calls into the content."
@@ -144,7 +144,7 @@ def _call_in_form(call: Any, form: str) -> Any:
         except ValueError:
             read = None
         if not isinstance(read, dict):
-            warn_once(
+            _warn_once(
                 f"Unsloth: the arguments {arguments[:80]!r} of a tool call are no JSON object, and are "
                 "rendered as the text that they are; correct them where the template should show an object."
             )
@@ -187,5 +187,5 @@ def _rendered_probe(template: str, render, arguments: Any) -> str:
 
 
 @functools.lru_cache(maxsize = 1000)
-def warn_once(text: str) -> None:
+def _warn_once(text: str) -> None:
     logger.warning(text)

@@ -157,6 +157,7 @@ JSON_DECODER = json.JSONDecoder(parse_constant = _reject_constant, object_pairs_
 
 
 def read_json_call(text: str, position: int, number: int) -> Tuple[Dict[str, Any], int]:
+    """Call ``number``, which starts at ``position``, and where it ends; raises Broken."""
     try:
         value, end = JSON_DECODER.raw_decode(text, position)
     except (ValueError, RecursionError) as error:
@@ -214,6 +215,7 @@ def _object_in_text(text: str) -> Any:
 
 
 def read_builtin_call(text: str, position: int) -> Tuple[Dict[str, Any], int]:
+    """``tool.call(name="value")`` at ``position``, and where it ends; raises Broken."""
     match = _BUILTIN_CALL.match(text, position)
     if match is None:
         raise Broken("what follows <|python_tag|> is not a call of a built-in tool")
@@ -288,6 +290,7 @@ def _as_text(text_or_ids, tokenizer) -> str:
 
 
 def as_ids(ids) -> List[int]:
+    """One row of token ids: from a tensor, an array, [1, length] or a list; raises for more rows."""
     if hasattr(ids, "tolist"):
         ids = ids.tolist()
     if isinstance(ids, int) and not isinstance(ids, bool):
@@ -302,6 +305,7 @@ def as_ids(ids) -> List[int]:
 
 
 def decode(ids: List[int], tokenizer) -> str:
+    """The text of token ids with every special token in it, byte for byte."""
     if tokenizer is None:
         raise TypeError("parse_tool_calls needs the tokenizer to read token ids")
     # Llama's tokenizer_config asks for clean_up_tokenization_spaces, which would alter arguments.
