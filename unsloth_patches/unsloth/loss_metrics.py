@@ -66,7 +66,9 @@ class TokenMetrics:
         """{entropy, mean_token_accuracy} as TRL names them, and from 0 again; gather: over the ranks."""
         sums = self._sums.pop(training, None)
         if gather is not None:
-            sums = gather((torch.zeros(3, dtype = torch.float64) if sums is None else sums).reshape(1, 3)).sum(0)
+            sums = gather(
+                (torch.zeros(3, dtype = torch.float64) if sums is None else sums).reshape(1, 3)
+            ).sum(0)
         if sums is None or sums[2] == 0:
             return {}
         entropy, hits, count = sums.tolist()
