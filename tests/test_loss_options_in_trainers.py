@@ -192,6 +192,26 @@ def test_a_steps_weights_are_told_to_its_batches_where_the_model_has_options():
     assert counted(LossOptions(), loss_weights = halves) == [0.5 * (2 + 3)] * 2
 
 
+def test_the_weights_of_an_evaluated_batch_are_told_to_it():
+    """transformers counts its labels for the loss's denominator, which class weights then replace."""
+    from unsloth.loss_in_trainers import weighing_evaluation
+    from unsloth.loss_options import LossOptions
+
+    model, weights = torch.nn.Linear(1, 1), torch.tensor([0.0, 1.0, 2.0, 4.0])
+    model._takes_loss_options = True
+    inputs = {"labels": torch.tensor([[3, 1, 2, -100]])}
+    step = weighing_evaluation(lambda self, model, inputs, only: inputs.get("weight_items"))
+
+    def told(options, inputs = inputs):
+        model._unsloth_loss_options = options
+        return step(SimpleNamespace(model = model), model, inputs, False)
+
+    assert told(LossOptions(class_weight = weights)) == 1 + 2
+    assert told(None) is told(LossOptions()) is told(LossOptions(class_weight = weights), {}) is None
+    assert told(LossOptions(class_weight = weights, class_weight_mean = "labels")) is None
+    assert "weight_items" not in inputs
+
+
 def test_values_of_tokens_stand_where_a_collator_pads_on_the_left():
     """Where the mask says that the row begins."""
     from unsloth.loss_in_trainers import _lay_out

@@ -35,6 +35,30 @@ def no_step_graphs(monkeypatch):
     monkeypatch.setenv("UNSLOTH_STEP_GRAPHS", "0")
 
 
+def test_what_pytorchs_flash_kernel_is_asked_for(monkeypatch):
+    """The first model brings a stand-in for it where there is no GPU, so this comes before.
+
+    A window of n tokens reaches n - 1 back.
+    """
+    from unsloth.utils.packed_attention import flash_varlen
+
+    asked = []
+    monkeypatch.setattr(
+        torch.ops.aten,
+        "_flash_attention_forward",
+        lambda *given, **options: asked.append((given[5:], options)) or given,
+    )
+    for window in (None, 1, 3):
+        assert flash_varlen("Q", "K", "V", None, 7, 0.5, window) == "Q"
+    no_dropout, no_mask = 0.0, False
+    (plain, no_window), (one, itself), (three, two_before) = asked
+    assert plain == (7, 7, no_dropout, True, no_mask)
+    assert one == three == (7, 7, no_dropout, False, no_mask)
+    assert no_window == {"scale": 0.5, "window_size_left": None, "window_size_right": None}
+    assert itself == {"scale": 0.5, "window_size_left": 0, "window_size_right": 0}
+    assert two_before == {"scale": 0.5, "window_size_left": 2, "window_size_right": 0}
+
+
 def test_packed_rows_are_compiled(build):
     """Documents of any number and length, an evaluation in between: one graph, or one for each run of
     the checkpoint. A document does not see the one before it."""
@@ -146,24 +170,3 @@ def test_a_mask_given_by_position_is_seen(monkeypatch):
     assert not packed_attention._plain(hidden, (hidden, mask), given)
     assert not packed_attention._plain(hidden, (hidden, None, mask), given)
     assert not packed_attention._plain(hidden, (hidden,), {**given, "causal_mask": mask})
-
-
-def test_what_pytorchs_flash_kernel_is_asked_for(monkeypatch):
-    """Without a GPU the blocks run a stand-in for it. A window of n tokens reaches n - 1 back."""
-    from unsloth.utils.packed_attention import flash_varlen
-
-    asked = []
-    monkeypatch.setattr(
-        torch.ops.aten,
-        "_flash_attention_forward",
-        lambda *given, **options: asked.append((given[5:], options)) or given,
-    )
-    for window in (None, 1, 3):
-        assert flash_varlen("Q", "K", "V", None, 7, 0.5, window) == "Q"
-    no_dropout, no_mask = 0.0, False
-    (plain, no_window), (one, itself), (three, two_before) = asked
-    assert plain == (7, 7, no_dropout, True, no_mask)
-    assert one == three == (7, 7, no_dropout, False, no_mask)
-    assert no_window == {"scale": 0.5, "window_size_left": None, "window_size_right": None}
-    assert itself == {"scale": 0.5, "window_size_left": 0, "window_size_right": 0}
-    assert two_before == {"scale": 0.5, "window_size_left": 2, "window_size_right": 0}

@@ -237,7 +237,7 @@ def test_every_format_renders_the_same(mode, tokenizers, tool_calls):
     options = {"tokenize": False, "date_string": "x"}
     for seed in range(2500):
         tokenizer = tokenizers["llama-3.1" if seed % 2 else "llama-3.2", mode]
-        messages = Conversations(f"{mode} {seed}", several = 1 + seed % 3).messages()
+        messages = Conversations(f"{mode} {seed}", 1 + seed % 3, turns = 1 + seed % 2).messages()
         expected = repr(shown(prepare(messages, arrange = arrange)))
         single = all(len(message.get("tool_calls", ())) < 2 for message in messages)
         formats = {**FORMATS, **(FORMATS_OF_SINGLE_CALLS if single else {})}

@@ -12,15 +12,17 @@ TEXTS = ("q", "Hi there!", "é🦙", 'a "b" \\ {c}; d', "line\nline", "{}", "[1,
 class Conversations:
     """The same seed gives the same conversation again, in OpenAI's form.
 
-    several: the most calls of one message. Every call has an id, a result and no null in it.
+    several, turns: the most calls of one message, and questions. Every call has an id, a result and no
+    null in it.
     """
 
     def __init__(
         self,
         seed,
         several = 1,
+        turns = 3,
     ):
-        self._random = random.Random(seed)
+        self._random, self._turns = random.Random(seed), turns
         self._several = several
         self._calls = 0
 
@@ -52,7 +54,7 @@ class Conversations:
         messages = (
             [{"role": "system", "content": self.text()}] if self._random.random() < 0.3 else []
         )
-        for _ in range(self._random.randint(1, 3)):
+        for _ in range(self._random.randint(1, self._turns)):
             messages.append({"role": "user", "content": self.text()})
             if self._random.random() < 0.7:
                 calls = [self.call() for _ in range(self._random.randint(1, self._several))]

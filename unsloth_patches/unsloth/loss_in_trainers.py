@@ -27,6 +27,7 @@ def install_in_trainers(columns: Iterable[str] = ()) -> None:
 
     _wrap(Trainer, "get_batch_samples", counting_weights)
     _wrap(Trainer, "evaluation_loop", refusing_other_losses)
+    _wrap(Trainer, "prediction_step", weighing_evaluation)
     _wrap(Trainer, "_get_dataloader", keeping_columns)
     try:
         from trl import SFTTrainer
@@ -65,8 +66,7 @@ def counting_weights(stock):
         if options is None:
             return batches, n_items
         refuse_other_losses(self)
-        weighted = options.class_weight is not None or any("loss_weights" in b for b in batches)
-        if n_items is not None and weighted and options.class_weight_mean == "weights":
+        if n_items is not None and any(_is_weighted(batch, options) for batch in batches):
             total = sum(_sum_of_weights(batch, options) for batch in batches)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 device = self.accelerator.device
@@ -76,6 +76,24 @@ def counting_weights(stock):
         return batches, n_items
 
     return get_batch_samples
+
+
+def weighing_evaluation(stock):
+    """``Trainer.prediction_step``: it counts a batch's labels for its loss; their weights, too."""
+
+    @functools.wraps(stock)
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        options = trainer_options(self.model)
+        if options is not None and inputs.get("labels") is not None and _is_weighted(inputs, options):
+            inputs = {**inputs, "weight_items": _sum_of_weights(inputs, options).item()}
+        return stock(self, model, inputs, *args, **kwargs)
+
+    return prediction_step
+
+
+def _is_weighted(batch, options: LossOptions) -> bool:
+    weighted = options.class_weight is not None or "loss_weights" in batch
+    return weighted and options.class_weight_mean == "weights"
 
 
 def _sum_of_weights(batch, options: LossOptions) -> torch.Tensor:
