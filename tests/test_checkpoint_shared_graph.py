@@ -62,6 +62,10 @@ def test_both_runs_of_a_checkpoint_share_one_graph():
 @traced
 def test_rows_and_lengths_that_change():
     """One graph for a batch of one row and one for more, whatever the lengths."""
+    from unsloth.models import _block_compile
+
+    # Where Unsloth marks no number of rows as dynamic, before 2026.10.9, Dynamo finds that out itself.
+    most = 2 if hasattr(_block_compile, "_mark_batch_dynamic") else 4
     blocks = make_blocks()
     with compiled(blocks) as counters:
         for rows in ((4, 10), (3, 17), (1, 7), (2, 5), (1, 23), (4, 31), (1, 10)):
@@ -69,7 +73,7 @@ def test_rows_and_lengths_that_change():
             expected = without_checkpoint(blocks, rows = rows)
             for value, reference in zip(result, expected):
                 torch.testing.assert_close(value, reference)
-        assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 2
+        assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= most
 
 
 @traced
