@@ -84,7 +84,11 @@ def weighing_evaluation(stock):
     @functools.wraps(stock)
     def prediction_step(self, model, inputs, *args, **kwargs):
         options = trainer_options(self.model)
-        if options is not None and inputs.get("labels") is not None and _is_weighted(inputs, options):
+        if (
+            options is not None
+            and inputs.get("labels") is not None
+            and _is_weighted(inputs, options)
+        ):
             inputs = {**inputs, "weight_items": _sum_of_weights(inputs, options).item()}
         return stock(self, model, inputs, *args, **kwargs)
 
