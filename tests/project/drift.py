@@ -4,7 +4,8 @@
 
 python tests/project/drift.py 200             every variant judged by the sources, as the hooks judge
 python tests/project/drift.py 200 --import    and Unsloth imported with them, some in each process
-python tests/project/drift.py 200 --tests 3   with the first 3 groups of those, their patches' tests too
+python tests/project/drift.py 200 --tests 3   with 3 groups of those with which Unsloth itself still runs and that
+                                              no patch refuses, these patches' tests too
 """
 
 import argparse
@@ -401,17 +402,21 @@ def import_with(group, reasons, world, folder):
     ]
 
 
-def test_with(group, reasons, world):
-    """The tests of patches that stay in, where the variant leaves Unsloth's own callers whole."""
-    whole = (*HARMLESS, "add_branch", "add_keyword")
-    names = {v.patch for v, reason in zip(group, reasons) if v.mutation in whole and not reason}
+def leaves_callers_whole(variant):
+    """Whether Unsloth itself still runs with it: its own callers are not changed with a function."""
+    return variant.mutation in (*HARMLESS, "add_branch", "add_keyword")
+
+
+def test_with(group, world):
+    """The tests of the patches that the group's variants are of."""
+    names = {variant.patch for variant in group}
     files = [test for patch in PATCHES if patch.name in names for test in patch.tests]
     code = [sys.executable, str(ROOT / "scripts/patches.py"), "test", "--form", "import", *files]
-    done = subprocess.run(code, capture_output = True, text = True, env = world) if files else None
-    if files:
-        print(*re.findall(r"^import / .*", done.stdout, re.MULTILINE), sep = "\n", flush = True)
-    failed = bool(files) and done.returncode != 0
-    return [f"tests of {', '.join(sorted(names))}:\n{done.stdout[-4000:]}"] if failed else []
+    done = subprocess.run(code, capture_output = True, text = True, env = world)
+    print(*re.findall(r"^import / .*", done.stdout, re.MULTILINE), sep = "\n", flush = True)
+    return (
+        [f"tests of {', '.join(sorted(names))}:\n{done.stdout[-4000:]}"] if done.returncode else []
+    )
 
 
 def _mirror(real, folder, modules):
@@ -444,13 +449,16 @@ def main():
         faults += [f"{variant}: {wrong}"] if wrong else []
     for (mutation, verdict), count in sorted(counts.items()):
         print(f"{mutation:18} {verdict:9} {count}", flush = True)
-    releases = groups(made)[: None if options.imports else options.tests]
+    tried = made
+    if options.tests:
+        tried = [v for v in made if not reasons[id(v)] and leaves_callers_whole(v)]
+    releases = groups(tried)[: None if options.imports else options.tests]
     for number, group in enumerate(releases, 1):
         told = [reasons[id(each)] for each in group]
         with tempfile.TemporaryDirectory() as folder:
             world = release_of(group, Path(folder))
             found = import_with(group, told, world, folder)
-            found += test_with(group, told, world) if number <= options.tests else []
+            found += test_with(group, world) if number <= options.tests else []
         faults += found
         print(
             f"import {number} of {len(releases)}: {len(group)} variants, {len(found)} faults",
