@@ -13,7 +13,7 @@ from llama_shapes import GIB, LLAMA_8B, LLAMA_405B
 @pytest.fixture
 def read_shape():
     import unsloth  # noqa: F401
-    from unsloth.models.fsdp2_memory_count import read_shape
+    from unsloth.models.fsdp2_model_shape import read_shape
     return read_shape
 
 

@@ -91,7 +91,7 @@ def _offloaded_losses(folder, offload):
     """
     os.environ["UNSLOTH_FSDP2_OFFLOAD"] = offload
     import unsloth.models.fsdp2_native as native
-    from unsloth.models.fsdp2_sharded_params import HostBlock
+    from unsloth.models.fsdp2_gather import HostBlock
 
     begun, take = [], HostBlock.take
 

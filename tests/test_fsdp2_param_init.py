@@ -145,6 +145,7 @@ def _gathered_states():
     """What the QuantState reads after gathers into the same and into other storages."""
     import torch
     from unsloth.models import fsdp2_sharded_params as params
+    from unsloth.models.fsdp2_gather import HostBlock
 
     layout = params.RowLayout(numel = 3 * 16384 + 640, world = 1, rank = 0, blocksize = 64)
     shape = torch.Size((layout.numel // 64, 64))
@@ -154,7 +155,7 @@ def _gathered_states():
     state = shard.state
     first, other = (torch.full((4, 256), value) for value in (1.0, 2.0))
     savable = [bool(state.as_dict(packed = True))]
-    shard.to_host(pin = False)
+    HostBlock([shard], pin = False)
     own = shard.host._buffer[-shard.absmax.nbytes :].view(torch.float32)
     savable.append(state.absmax.data_ptr() == own.data_ptr() and torch.equal(state.absmax, own))
     shard.set_gathered((first,))

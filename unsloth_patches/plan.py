@@ -108,8 +108,9 @@ class _Job:
     def whole_gib(self, source: Any, gpus: int) -> float:
         """GiB that a GPU needs with the whole 4-bit model on every one."""
         from .unsloth.models import fsdp2_memory_count as count
+        from .unsloth.models.fsdp2_model_shape import read_shape
 
-        phases = count.whole_model_phases(count.read_shape(source), self.training(gpus))
+        phases = count.whole_model_phases(read_shape(source), self.training(gpus))
         return count.largest_phase(phases)[2] * (1 + count.FRAGMENTATION) / GIB
 
 
@@ -165,7 +166,7 @@ def _table(job: _Job, model: Optional[Path], gpus: int) -> int:
 
 def _left_out(model: Path) -> List[str]:
     """What the count leaves out of this model or assumes of it, a line each."""
-    from .unsloth.models.fsdp2_memory_count import read_shape
+    from .unsloth.models.fsdp2_model_shape import read_shape
     return list(read_shape(model).notes)
 
 

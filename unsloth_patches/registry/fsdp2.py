@@ -14,6 +14,7 @@ PATCHES: Tuple[Patch, ...] = (
         title = "Fill a meta 4-bit model that FSDP2 has sharded, each rank from its slices",
         targets = (),
         modules = (
+            "models/fsdp2_gather.py",
             "models/fsdp2_param_init.py",
             "models/fsdp2_shard_reader.py",
             "models/fsdp2_sharded_params.py",
@@ -34,12 +35,12 @@ PATCHES: Tuple[Patch, ...] = (
             ),
             Target(
                 attribute = "unsloth.models.fsdp2_load:begin_shard",
-                replacement = "models.fsdp2_sharded_4bit:take_4bit_shards",
+                replacement = "models.fsdp2_sharded_wrap:take_4bit_shards",
                 fingerprints = frozenset({"36852de07d4541e7"}),
             ),
             Target(
                 attribute = "unsloth.models.fsdp2_load:finish_shard",
-                replacement = "models.fsdp2_sharded_4bit:install_4bit_shards",
+                replacement = "models.fsdp2_sharded_wrap:install_4bit_shards",
                 signature = ("model", "pending"),
             ),
             Target(
@@ -52,6 +53,7 @@ PATCHES: Tuple[Patch, ...] = (
             "fsdp2_cpu_load.py",
             "models/fsdp2_sharded_4bit.py",
             "models/fsdp2_sharded_load.py",
+            "models/fsdp2_sharded_wrap.py",
         ),
         tests = {"tests/test_fsdp2_sharded_4bit.py": "gloo"},
         requires = ("fsdp2-param-init",),
@@ -97,6 +99,7 @@ PATCHES: Tuple[Patch, ...] = (
         modules = (
             "models/fsdp2_load_choice.py",
             "models/fsdp2_memory_count.py",
+            "models/fsdp2_model_shape.py",
         ),
         tests = {
             "tests/test_fsdp2_load_choice.py": "gloo",

@@ -22,14 +22,13 @@ import torch
 from .fsdp2_memory_count import (
     FRAGMENTATION,
     GIB,
-    LlamaShape,
     Training,
     largest_phase,
-    read_shape,
     usable_device_memory,
     usable_host_memory,
     whole_model_phases,
 )
+from .fsdp2_model_shape import LlamaShape, read_shape
 from .fsdp2_sharded_4bit import (
     OFF,
     ON,

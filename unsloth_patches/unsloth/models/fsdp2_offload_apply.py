@@ -16,14 +16,15 @@ from typing import Any, Callable, Iterator, List, Optional, Tuple, Union
 
 import torch
 
+from .fsdp2_gather import HostBlock
 from .fsdp2_memory_count import (
     FRAGMENTATION,
     LORA_TARGETS,
     Training,
-    read_shape,
     sharded_phases,
     usable_device_memory,
 )
+from .fsdp2_model_shape import read_shape
 from .fsdp2_offload_plan import (
     OFFLOAD_ENV,
     OffloadPlan,
@@ -32,7 +33,7 @@ from .fsdp2_offload_plan import (
     plan_offload,
 )
 from .fsdp2_sharded_4bit import register_host_chooser
-from .fsdp2_sharded_params import HostBlock, WeightShard, fsdp_params, get_shard, param_groups
+from .fsdp2_sharded_params import WeightShard, fsdp_params, get_shard, param_groups
 
 __all__ = [
     "explain_out_of_memory",

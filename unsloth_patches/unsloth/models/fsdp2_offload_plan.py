@@ -27,11 +27,11 @@ from .fsdp2_memory_count import (
     GIB,
     Training,
     largest_phase,
-    read_shape,
     sharded_phases,
     usable_device_memory,
     usable_host_memory,
 )
+from .fsdp2_model_shape import read_shape
 
 __all__ = ["OffloadPlan", "evenly_spaced", "offload_override", "plan_offload"]
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the contributors
-"""Fill a meta 4-bit model that the caller wraps with ``fully_shard``, as FSDP1's ``param_init_fn``
-did.
-"""
+"""Fill a meta 4-bit model that the caller wraps with ``fully_shard``, by a ``param_init_fn``."""
 
 from __future__ import annotations
 
@@ -85,8 +83,7 @@ def _check_parameters(model: torch.nn.Module, reader: ShardReader) -> None:
 
 
 def _let_bytes_be_sharded() -> None:
-    """torch before 2.12 makes every sharded parameter trainable for a moment, which uint8 cannot
-    be.
+    """torch before 2.12 makes sharded parameters trainable for a moment, which uint8 cannot be.
 
     Unsloth guards its own wrap against that; here the caller wraps, and that moment is guarded.
     """

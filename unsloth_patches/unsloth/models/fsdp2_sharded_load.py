@@ -22,15 +22,9 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequ
 import torch
 import torch.distributed as dist
 
+from .fsdp2_gather import HostBlock
 from .fsdp2_shard_reader import ShardReader, StoredWeight
-from .fsdp2_sharded_params import (
-    HostBlock,
-    Linear4bit,
-    Params4bit,
-    WeightShard,
-    set_shard,
-    shard_group,
-)
+from .fsdp2_sharded_params import Linear4bit, Params4bit, WeightShard, set_shard, shard_group
 
 __all__ = ["HOST_TABLE", "ShardedLoadError", "fail_together", "fill_sharded"]
 
@@ -132,7 +126,8 @@ def fill_sharded(
                     _place(job, value, device, together.get(id(job.module)))
             except Exception as problem:
                 error = error or problem
-            unchecked += 2 * _whole_numel(job)
+            whole = job.parameter.numel() if job.weight is None else job.weight.layout.numel
+            unchecked += 2 * whole
             if unchecked > BYTES_BETWEEN_CHECKS:
                 fail_together(error, group)
                 unchecked = 0
@@ -155,10 +150,6 @@ def _read_ahead(jobs: Iterable[_Job], read: Callable, pool: ThreadPoolExecutor) 
 def _shown(jobs: List[_Job]) -> Any:
     from tqdm.auto import tqdm
     return tqdm(jobs, desc = "Loading this rank's 4-bit shards", disable = dist.get_rank() != 0)
-
-
-def _whole_numel(job: _Job) -> int:
-    return job.parameter.numel() if job.weight is None else job.weight.layout.numel
 
 
 def _find_jobs(

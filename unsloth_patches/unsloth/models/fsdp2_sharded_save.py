@@ -13,9 +13,9 @@ from typing import Any, Callable, Iterator, List, Tuple
 
 import torch
 
+from .fsdp2_gather import SHARD
 from .fsdp2_sharded_params import (
     NESTED_BLOCKSIZE,
-    SHARD,
     WeightShard,
     all_gather_rows,
     bnb_functional,
