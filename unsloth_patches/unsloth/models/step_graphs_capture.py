@@ -279,9 +279,8 @@ class _Replay(torch.autograd.Function):
         bucket, layout = ctx.bucket, ctx.layout
         held = ctx.state.readable()
         if held:
-            if (
-                bucket.pool.owner is not ctx.owner
-            ):  # another pass came between, or this is the second
+            # Another pass came between, or this is the second.
+            if bucket.pool.owner is not ctx.owner:
                 bucket.run_forward(layout, hidden, positions)
             bucket.pool.owner = None
             layout.write(grad, bucket.output)
