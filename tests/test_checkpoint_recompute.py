@@ -316,6 +316,22 @@ def test_needed_is_true_outside_a_recompute(recompute):
 
 @traced
 @pytest.mark.parametrize("shared", ("1", "0"))
+def test_a_first_run_in_inference_mode(recompute, monkeypatch, shared):
+    """As GRPO scores its completions before the first step: training follows, and the other way."""
+    monkeypatch.setenv("UNSLOTH_CHECKPOINT_ONE_GRAPH", shared)
+    blocks = make_blocks(count = 1)
+    hidden = torch.randn(*ROWS, HIDDEN, device = DEVICE)
+    with compiled(blocks, "eager"):
+        steps = []
+        for _ in range(2):
+            with torch.inference_mode():
+                blocks[0](hidden)
+            steps.append(train_step(blocks, counting = False)[0])
+    assert same_bits(*steps) and torch.stack([g.abs().sum() for g in steps[0]]).all()
+
+
+@traced
+@pytest.mark.parametrize("shared", ("1", "0"))
 def test_a_recompute_that_raises_leaves_nothing_behind(recompute, monkeypatch, shared):
     """Out of memory in the backward pass, caught: the next run computes its whole output."""
     monkeypatch.setenv("UNSLOTH_CHECKPOINT_ONE_GRAPH", shared)

@@ -42,6 +42,12 @@ def test_equal_scales_stay_constants(build):
     count = LAYERS * len(PROJECTIONS)
     assert compile_lora_scales.scales_as_inputs(list(get_layers(differing))) == count
     assert updating(differing) == [1] * LAYERS, "set up twice"
+    layer = get_layers(differing)[0]
+    inputs = layer.mlp.down_proj.__dict__[compile_lora_scales.SCALE_INPUTS]
+    inputs.clear()
+    with torch.inference_mode():  # where GRPO runs the model first, and training saves the tensor
+        compile_lora_scales.update_scale_inputs(layer, ())
+    assert not any(scale.is_inference() for scale in inputs.values()) and inputs
 
 
 def test_layers_that_differ_in_their_lora_scale_share_a_graph(build):

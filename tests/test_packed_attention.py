@@ -170,3 +170,21 @@ def test_a_mask_given_by_position_is_seen(monkeypatch):
     assert not packed_attention._plain(hidden, (hidden, mask), given)
     assert not packed_attention._plain(hidden, (hidden, None, mask), given)
     assert not packed_attention._plain(hidden, (hidden,), {**given, "causal_mask": mask})
+
+
+def test_inference_mode_makes_no_row_for_training(monkeypatch):
+    """GRPO scores a batch in inference mode and trains on it: offsets made there are not kept for it."""
+    import types
+
+    from unsloth.utils import packed_attention
+
+    made = lambda lengths, kwargs, total, device: torch.ones(2)  # noqa: E731
+    monkeypatch.setattr(packed_attention, "_last", {})
+    monkeypatch.setattr(packed_attention, "_varlen_runs", lambda *given: True)
+    monkeypatch.setattr(packed_attention, "_make_row", made)
+    hidden, given = torch.zeros(1, 4, 8), {packed_attention.LENGTHS: torch.tensor([2, 2])}
+    attention = types.SimpleNamespace(config = None)
+    with torch.inference_mode():
+        assert packed_attention._row(attention, hidden, given).is_inference()
+    row = packed_attention._row(attention, hidden, given)
+    assert not row.is_inference() and packed_attention._row(attention, hidden, given) is row

@@ -98,7 +98,9 @@ def _telling_the_graph(forward: Callable) -> Callable:
             return forward(self, hidden_states, *args, **kwargs)
         needed = self.mlp.__dict__.get(DOWN_PROJ_NEEDED)
         if needed is None:
-            needed = self.mlp.__dict__[DOWN_PROJ_NEEDED] = torch.tensor(True, device = "cpu")
+            with torch.inference_mode(False):  # the first run may be GRPO's scoring; others fill it
+                needed = torch.tensor(True, device = "cpu")
+            self.mlp.__dict__[DOWN_PROJ_NEEDED] = needed
         if not torch.is_grad_enabled() or not output_unread(self):
             needed.fill_(True)  # where Ctrl-C came right before it was, below
             return forward(self, hidden_states, *args, **kwargs)

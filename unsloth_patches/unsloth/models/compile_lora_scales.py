@@ -84,7 +84,8 @@ def update_scale_inputs(layer: torch.nn.Module, args: Any) -> None:
         device = projection.lora_B[adapter].weight.device
         tensor = inputs.get(adapter)
         if tensor is None or tensor.device != device:
-            inputs[adapter] = torch.tensor(float(scale), dtype = torch.float32, device = device)
+            with torch.inference_mode(False):  # training saves and fills it
+                inputs[adapter] = torch.tensor(float(scale), dtype = torch.float32, device = device)
         elif scale != value:
             inputs[adapter].fill_(float(scale))
         entry[2] = scale

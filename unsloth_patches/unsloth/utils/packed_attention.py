@@ -126,6 +126,7 @@ def _row(attention: Any, hidden_states: torch.Tensor, kwargs: dict) -> Optional[
         device,
         hidden_states.dtype,
         torch.is_autocast_enabled(),
+        torch.is_inference_mode_enabled(),  # whose tensors no training may keep
         id(attention.config),  # another model's heads, whose attention may be another
     )
     if _last.get("lengths") is lengths and _last["key"] == key:
@@ -186,7 +187,7 @@ def _kernel_runs(index, dtype, head_dim: int, heads: int, keys: int, window) -> 
     allows = importlib.import_module("unsloth.utils.flash_impl").flash_impl_allows
     device = torch.device("cuda", index)
     try:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             Q, K, V = (
                 torch.zeros(4, n, head_dim, dtype = dtype, device = device, requires_grad = True)
                 for n in (heads, keys, keys)
