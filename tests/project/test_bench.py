@@ -428,6 +428,21 @@ def test_every_family_has_its_own_architecture(tmp_path, name):
     assert (tmp_path / "model.safetensors").exists() and (tmp_path / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("kind", ("Llama", "Qwen3"))
+def test_a_checkpoint_has_every_weight_of_its_model(tmp_path, kind):
+    import transformers
+
+    from unsloth_patches.bench.fsdp2_cells import TOY
+    from unsloth_patches.bench.fsdp2_checkpoint import make_checkpoint
+
+    make_checkpoint(tmp_path, {**TOY, "kind": kind, "head_dim": 32}, 2)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info = True
+    )
+    assert type(model).__name__ == f"{kind}ForCausalLM"
+    assert not any(info.values()), info
+
+
 def test_a_family_that_does_not_train_is_told(tmp_path, monkeypatch, capsys):
     """With the end of its process's output, and the others go on."""
     form = {

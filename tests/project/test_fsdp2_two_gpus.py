@@ -277,9 +277,9 @@ def main():
     case, folder, results = sys.argv[1:4]
     import torch
     import torch.distributed as dist
-    import unsloth  # noqa: F401
 
-    import unsloth_patches  # noqa: F401, I001
+    import unsloth_patches  # noqa: F401  isort: skip  (before unsloth)
+    import unsloth  # noqa: F401  isort: skip
 
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if int(os.environ["WORLD_SIZE"]) > 1 and case != "out of memory":

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Llama-shaped checkpoints with random weights, for benchmarks on machines without a network."""
+"""Checkpoints of Llama's or Qwen3's shape with random weights: benchmarks need no network."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ def make_checkpoint(
     tied: bool = False,
 ) -> Path:
     """A bf16 checkpoint with random weights and a word tokenizer; one block's weights serve every
-    block. shape: LlamaConfig's sizes. tied: the head is the embedding; a shape may say it too.
+    block. shape: a config's sizes, "kind" (Llama or Qwen3) among them. tied: the head is the embedding;
+    a shape may say it too.
     """
     import torch
+    import transformers
     from safetensors.torch import save_file
-    from transformers import LlamaConfig
 
     folder.mkdir(parents = True, exist_ok = True)
     shape = dict(shape)
-    tied = shape.pop("tied", tied)
-    config = LlamaConfig(
+    tied, kind = shape.pop("tied", tied), shape.pop("kind", "Llama")
+    config = getattr(transformers, f"{kind}Config")(
         num_hidden_layers = layers, max_position_embeddings = 8192, tie_word_embeddings = tied, **shape
     )
-    config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
+    config.architectures, config.dtype = [f"{kind}ForCausalLM"], torch.bfloat16
     config.save_pretrained(folder)
     hidden, middle, vocab = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
-    head = hidden // shape["num_attention_heads"]
-    narrow = shape["num_key_value_heads"] * head
+    head = shape.get("head_dim", hidden // shape["num_attention_heads"])
+    wide, narrow = (shape[f"num_{name}_heads"] * head for name in ("attention", "key_value"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
 
@@ -45,18 +46,22 @@ def make_checkpoint(
         values = torch.randn(*size, generator = generator, device = device) * 0.02
         return values.to(torch.bfloat16).cpu()
 
-    ones = torch.ones(hidden, dtype = torch.bfloat16)
+    def ones(size):
+        return torch.ones(size, dtype = torch.bfloat16)
+
     block = {
-        "self_attn.q_proj": random(hidden, hidden),
+        "self_attn.q_proj": random(wide, hidden),
         "self_attn.k_proj": random(narrow, hidden),
         "self_attn.v_proj": random(narrow, hidden),
-        "self_attn.o_proj": random(hidden, hidden),
+        "self_attn.o_proj": random(hidden, wide),
         "mlp.gate_proj": random(middle, hidden),
         "mlp.up_proj": random(middle, hidden),
         "mlp.down_proj": random(hidden, middle),
-        "input_layernorm": ones,
-        "post_attention_layernorm": ones.clone(),
+        "input_layernorm": ones(hidden),
+        "post_attention_layernorm": ones(hidden),
     }
+    if kind == "Qwen3":
+        block.update({"self_attn.q_norm": ones(head), "self_attn.k_norm": ones(head)})
     weight_map = {}
 
     def write(name, tensors):
@@ -71,7 +76,7 @@ def make_checkpoint(
         write(f"block-{layer}.safetensors", tensors)
     rest = {
         "model.embed_tokens.weight": random(vocab, hidden),
-        "model.norm.weight": ones.clone(),
+        "model.norm.weight": ones(hidden),
     }
     if not tied:
         rest["lm_head.weight"] = random(vocab, hidden)

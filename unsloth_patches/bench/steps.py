@@ -19,20 +19,13 @@ from typing import Dict, Iterable, List, Optional
 from . import harness
 from .fsdp2_checkpoint import fast_folder, make_checkpoint
 from .steps_worker import PROFILED_FORM
-from .train import MODELS as TRAINED
-from .train import Model, slug, start
+from .train import MODELS, Model, slug, start
 from .train_turns import alternate, own_caches, set_off, working
 
 FORMS = {"stock": "0", "patched": "0", "graphs": "auto"}  # form -> UNSLOTH_STEP_GRAPHS
 MEDIAN, LONGEST, BATCH, ACCUMULATION = 490, 2048, 2, 4
 STRETCH = 20  # steps between two turns
 SKIPPED = 1  # steps at the start of a stretch that do not count, beside its very first
-MODELS = {
-    "llama-1b": TRAINED["llama-1b"],
-    "llama-8b": Model(
-        "Llama-3.1-8B shape", TRAINED["llama-8b-8-layers"].shape, layers = 32, tied = False
-    ),
-}
 
 
 def cases(quick: bool) -> Dict[str, dict]:

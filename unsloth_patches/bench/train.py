@@ -16,7 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 from . import harness
 from .fsdp2_checkpoint import fast_folder, make_checkpoint
@@ -37,29 +37,26 @@ LOSS_BOUND = 1e-3
 
 @dataclass(frozen = True)
 class Model:
-    """A Llama of this shape with random weights, and the batch that it is trained on."""
+    """A model of this shape with random weights, and the batch that it is trained on."""
 
     title: str
-    shape: Dict[str, int]
+    shape: Dict[str, Any]
     layers: int
     tied: bool
     batch: int = 4
     length: int = 2048
 
 
+_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
 MODELS = {
-    "llama-8b-8-layers": Model(
-        "Llama-3.1-8B shape, 8 of its layers",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-        },
-        layers = 8,
-        tied = False,
-    ),
+    "llama-8b-8-layers": Model("Llama-3.1-8B shape, 8 of its layers", _8B, layers = 8, tied = False),
+    "llama-8b": Model("Llama-3.1-8B shape", _8B, layers = 32, tied = False),
     "llama-1b": Model(
         "Llama-3.2-1B shape",
         {
@@ -70,6 +67,20 @@ MODELS = {
             "vocab_size": 128256,
         },
         layers = 16,
+        tied = True,
+    ),
+    "qwen3-4b-12-layers": Model(
+        "Qwen3-4B shape, 12 of its layers",
+        {
+            "kind": "Qwen3",
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+        },
+        layers = 12,
         tied = True,
     ),
 }
