@@ -85,16 +85,20 @@ def _patch_language_once_a_launch() -> None:
             scope.restore = lambda: (done.clear(), restore())
         return scope
 
-    numpy_type_of = interpreter._get_np_dtype
+    interpreter._patch_lang = patch_once
+    if hasattr(interpreter, "_get_np_dtype"):
+        interpreter._get_np_dtype = _numpy_type_once(interpreter._get_np_dtype)
+
+
+def _numpy_type_once(numpy_type_of):
+    """Triton's interpreter makes a table of all types for each one that it looks up."""
     known = functools.lru_cache(maxsize = None)(numpy_type_of)
 
-    def numpy_type_once(type_of_block):
-        """Of a number or a pointer, or of a block of them. Triton makes a table of all for each look-up."""
-        scalar = type_of_block.scalar
+    def numpy_type(type_or_block):
+        scalar = type_or_block.scalar  # of a block its elements'
         return numpy_type_of(scalar) if scalar.is_ptr() else known(scalar)
 
-    interpreter._get_np_dtype = numpy_type_once
-    interpreter._patch_lang = patch_once
+    return numpy_type
 
 
 _AS_PACKAGE = """
