@@ -216,11 +216,11 @@ def test_how_the_loss_ran_is_told(monkeypatch, calls, compiled, told):
     assert loss_state().startswith(told)
 
 
-# Without a GPU a model takes ten seconds, so each family has one kind of weights there.
-FAMILIES = {"llama": (16, 4), "mistral": (4, 16), "qwen2": (16, 4), "qwen3": (4, 16)}
-MODELS = [
-    (name, bits) for name, both in FAMILIES.items() for bits in both[: 1 + (DEVICE == "cuda")]
-]
+# Without a GPU a model takes ten seconds: there the plainest block and the one with the most in it stand for
+# all. That the others have no break and are not demoted, the tests of packed rows show as well.
+MODELS = [("llama", 16), ("qwen3", 4)]
+if DEVICE == "cuda":
+    MODELS = [(name, bits) for name in ("llama", "mistral", "qwen2", "qwen3") for bits in (16, 4)]
 
 
 @pytest.mark.parametrize("family, bits", MODELS)

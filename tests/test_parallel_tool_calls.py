@@ -81,7 +81,7 @@ def test_what_each_mode_renders(name, tokenizers):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", REFERENCE_FILE)
+@pytest.mark.parametrize("name", ["llama-3.1", "llama-3.2"])  # the others have one of these two
 def test_single_calls_render_as_published(name, mode, tokenizers, references):
     """Conversations with at most one call a message are those of Meta's template in all modes."""
     for case in CONVERSATIONS.values():

