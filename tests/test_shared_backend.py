@@ -39,8 +39,6 @@ IMPORTS = {
     "interpreter": IMPORTED.format(cpu = False, interprets = True),
     "cuda": IMPORTED.format(cpu = False, interprets = False),
 }
-
-
 CASES = {
     (wanted, imported): f"{wanted}-{imported}"
     for wanted in ("cpu", "interpreter", "gloo")

@@ -86,19 +86,12 @@ def _patch_language_once_a_launch() -> None:
         return scope
 
     interpreter._patch_lang = patch_once
-    if hasattr(interpreter, "_get_np_dtype"):
-        interpreter._get_np_dtype = _numpy_type_once(interpreter._get_np_dtype)
-
-
-def _numpy_type_once(numpy_type_of):
-    """Triton's interpreter makes a table of all types for each one that it looks up."""
-    known = functools.lru_cache(maxsize = None)(numpy_type_of)
-
-    def numpy_type(type_or_block):
-        scalar = type_or_block.scalar  # of a block its elements'
-        return numpy_type_of(scalar) if scalar.is_ptr() else known(scalar)
-
-    return numpy_type
+    if hasattr(
+        interpreter, "_get_np_dtype"
+    ):  # makes a table of all types for each that it looks up
+        look_up = interpreter._get_np_dtype
+        known = functools.lru_cache(maxsize = None)(look_up)  # pointers' types have no hash
+        interpreter._get_np_dtype = lambda x: (look_up if x.scalar.is_ptr() else known)(x.scalar)
 
 
 _AS_PACKAGE = """

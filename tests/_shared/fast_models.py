@@ -36,13 +36,7 @@ SCALES = {rf".*layers\.{layer}\..*": RANK * 2.0 ** (layer - 1) for layer in rang
 # --------------------------------------------------------------- what stands in for a GPU
 
 
-def _norm(
-    module,
-    X,
-    gemma = False,
-    save_output = False,
-    reuse_grad = False,
-):  # fmt: skip
+def _norm(module, X, *unused, **unused_too):
     x = X.float()
     x = x * torch.rsqrt(x.square().mean(-1, keepdim = True) + module.variance_epsilon)
     return module.weight * x.to(X.dtype)
