@@ -4,8 +4,9 @@
 
 python tests/project/drift.py 200             every variant judged by the sources, as the hooks judge
 python tests/project/drift.py 200 --import    and Unsloth imported with them, some in each process
-python tests/project/drift.py 200 --tests 3   with 3 groups of those with which Unsloth itself still runs and that
-                                              no patch refuses, these patches' tests too
+python tests/project/drift.py 200 --tests     of those with which Unsloth itself still runs and that no patch refuses,
+                                              the patches' tests, too, some in each process (an hour of a core);
+                                              --tests 3: of the first three groups
 """
 
 import argparse
@@ -438,7 +439,8 @@ def main():
     parser.add_argument("count", type = int, nargs = "?", default = 200)
     parser.add_argument("--seed", type = int, default = 3407)
     parser.add_argument("--import", dest = "imports", action = "store_true")
-    parser.add_argument("--tests", type = int, default = 0, metavar = "GROUPS")
+    groups_option = dict(type = int, nargs = "?", const = sys.maxsize, default = 0)
+    parser.add_argument("--tests", **groups_option, metavar = "GROUPS")
     options = parser.parse_args()
     counts, faults, reasons = collections.Counter(), [], {}
     made = variants(options.count, options.seed)
@@ -462,6 +464,8 @@ def main():
         faults += found
         print(
             f"import {number} of {len(releases)}: {len(group)} variants, {len(found)} faults",
+            *found,
+            sep = "\n",
             flush = True,
         )
     targets = len({variant.target for variant in made})
