@@ -316,3 +316,27 @@ def test_logits_that_are_there_are_scaled_and_capped():
             wanted = F.cross_entropy(capped, labels[0], label_smoothing = options.label_smoothing)
             torch.testing.assert_close(found, wanted, rtol = 1e-4, atol = 1e-5)
         assert (seen[-1].softcap, seen[-1].logit_scale) == (cap or 0.0, scale or 1.0)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_forward_that_its_module_only_imports_takes_options(family, monkeypatch):
+    """A release that defines it elsewhere: its options are read, and not left to stock, which ignores them."""
+    from unsloth import fused_loss
+    from unsloth.loss_options import active_options
+    from unsloth.models import llama, mistral
+
+    def MistralForCausalLM_fast_forward(self, labels = None):
+        return active_options().label_smoothing
+
+    def CausalLM_fast_forward(fast_forward_inference):
+        return MistralForCausalLM_fast_forward
+
+    if family == "llama":
+        new = fused_loss.forward_factory_with_loss_options(CausalLM_fast_forward)
+        monkeypatch.setattr(llama, "CausalLM_fast_forward", new)
+        new = new(None)
+    else:
+        new = fused_loss.forward_with_loss_options(MistralForCausalLM_fast_forward)
+        monkeypatch.setattr(mistral, "MistralForCausalLM_fast_forward", new)
+    labels = torch.zeros(1, 2, dtype = torch.long)
+    assert new(torch.nn.Linear(2, 2), labels = labels, label_smoothing = 0.25) == 0.25

@@ -4,14 +4,16 @@
 
 python tests/project/drift.py 200             every variant judged by the sources, as the hooks judge
 python tests/project/drift.py 200 --import    and Unsloth imported with them, some in each process
-python tests/project/drift.py 200 --tests 3   with 3 groups of those with which Unsloth itself still runs and that
-                                              no patch refuses, these patches' tests too
+python tests/project/drift.py 200 --tests     of those with which Unsloth itself still runs and that no patch refuses,
+                                              the patches' tests, too, some in each process (an hour of a core);
+                                              --tests 3: of the first three groups
 """
 
 import argparse
 import ast
 import collections
 import copy
+import functools
 import importlib
 import json
 import os
@@ -68,6 +70,7 @@ class Variant:
         return find
 
 
+@functools.lru_cache(None)
 def home_of(
     module,
     name,
@@ -144,7 +147,10 @@ def _moved(patch, target, module, name, text, spans, changed):
     # With the names that its home has by then; ``import *`` would want all of them.
     names = "{name: value for name, value in vars(home).items() if not name.startswith('__')}"
     head = f"import sys\nhome = sys.modules[{module!r}]\nglobals().update({names})\n"
-    files = {module: "\n".join(lines) + "\n", new: head + moved[0] + "\n"}
+    # What its home defines further down, as if it imported that from there.
+    there = f"vars(__import__('sys').modules[{new!r}])"
+    last = f"{there}.update({{**globals(), **{there}}})\n"
+    files = {module: "\n".join([*lines, last]), new: head + moved[0] + "\n"}
     if any(node.decorator_list for _, _, node in spans):
         return None  # a fingerprint has the decorators too
     return Variant(patch, target, "move_function", files, changed)
@@ -241,6 +247,16 @@ class _Anything:
 
     def forward(self):
         pass
+
+
+def refused(variant, folder):
+    """Whether any patch of a changed file is skipped with the variant, not its own alone."""
+    find_file = variant.find_file(folder)
+    return any(
+        fingerprints.target_misfit(target, find_file)
+        for target in (target for patch in PATCHES for target in patch.targets)
+        if home_of(target.module, target.name)[0] in variant.files
+    )
 
 
 def not_passed_on(variant):
@@ -351,16 +367,20 @@ def _on_cpu(variant):
     return ".cpu" in variant.target.module or "_cpu_init" in variant.target.module
 
 
-def groups(found):
-    """Variants that one release can have together: of other patches and other files, on one backend."""
+def groups(found, for_tests = False):
+    """Variants that one release can have together, on one backend: of other files and other patches; for tests,
+    where none is noticed, as many as are of other files or the same change for several patches."""
+
+    def fits(variant, group):
+        apart = all(not set(other.files) & set(variant.files) for other in group)
+        if for_tests:
+            return apart or any(other.files == variant.files for other in group)
+        return apart and len(group) < TOGETHER and variant.patch not in {v.patch for v in group}
+
     made = []
     for variant in found:
         for group in made:
-            apart = all(
-                other.patch != variant.patch and not set(other.files) & set(variant.files)
-                for other in group
-            )
-            if apart and len(group) < TOGETHER and _on_cpu(group[0]) == _on_cpu(variant):
+            if _on_cpu(group[0]) == _on_cpu(variant) and fits(variant, group):
                 group.append(variant)
                 break
         else:
@@ -438,21 +458,24 @@ def main():
     parser.add_argument("count", type = int, nargs = "?", default = 200)
     parser.add_argument("--seed", type = int, default = 3407)
     parser.add_argument("--import", dest = "imports", action = "store_true")
-    parser.add_argument("--tests", type = int, default = 0, metavar = "GROUPS")
+    groups_option = dict(type = int, nargs = "?", const = sys.maxsize, default = 0)
+    parser.add_argument("--tests", **groups_option, metavar = "GROUPS")
     options = parser.parse_args()
-    counts, faults, reasons = collections.Counter(), [], {}
+    counts, faults, reasons, everywhere = collections.Counter(), [], {}, {}
     made = variants(options.count, options.seed)
     for variant in made:
         with tempfile.TemporaryDirectory() as folder:
             reasons[id(variant)], wrong = judge(variant, Path(folder))
+            everywhere[id(variant)] = refused(variant, Path(folder))
         counts[variant.mutation, "noticed" if reasons[id(variant)] else "harmless"] += 1
         faults += [f"{variant}: {wrong}"] if wrong else []
     for (mutation, verdict), count in sorted(counts.items()):
         print(f"{mutation:18} {verdict:9} {count}", flush = True)
     tried = made
     if options.tests:
-        tried = [v for v in made if not reasons[id(v)] and leaves_callers_whole(v)]
-    releases = groups(tried)[: None if options.imports else options.tests]
+        tried = [v for v in made if leaves_callers_whole(v) and not everywhere[id(v)]]
+    releases = groups(tried, for_tests = not options.imports)
+    releases = releases[: None if options.imports else options.tests]
     for number, group in enumerate(releases, 1):
         told = [reasons[id(each)] for each in group]
         with tempfile.TemporaryDirectory() as folder:
@@ -462,6 +485,8 @@ def main():
         faults += found
         print(
             f"import {number} of {len(releases)}: {len(group)} variants, {len(found)} faults",
+            *found,
+            sep = "\n",
             flush = True,
         )
     targets = len({variant.target for variant in made})

@@ -188,7 +188,8 @@ def forward_factory_with_loss_options(stock):
     @functools.wraps(stock)
     def CausalLM_fast_forward(fast_forward_inference):
         forward = stock(fast_forward_inference)
-        shifts_itself, in_force = _knows_shift_labels(forward), still_there(stock)
+        shifts_itself = _knows_shift_labels(forward)
+        in_force = still_there(stock, "unsloth.models.llama")
         return taking_options(forward, shifts_itself, in_force = in_force)
 
     CausalLM_fast_forward._takes_loss_options = True
@@ -199,12 +200,14 @@ def forward_with_loss_options(stock):
     """Mistral's forward, with loss options and shifted labels."""
     if "labels" not in inspect.signature(stock).parameters:
         raise NotImplementedError(f"{stock.__name__} takes no labels here")
-    return taking_options(stock, _knows_shift_labels(stock), in_force = still_there(stock))
+    in_force = still_there(stock, "unsloth.models.mistral")
+    return taking_options(stock, _knows_shift_labels(stock), in_force = in_force)
 
 
-def still_there(stock, module: str = "") -> Callable[[], bool]:
-    """Whether ``stock``'s name still stands for what takes loss options in its place."""
-    module, name = module or stock.__module__, stock.__name__
+def still_there(stock, module: str) -> Callable[[], bool]:
+    """Whether ``stock``'s name in ``module``, which may only import it, still stands for what takes loss
+    options in its place."""
+    name = stock.__name__
 
     def is_there():
         return getattr(getattr(sys.modules[module], name, None), "_takes_loss_options", False)
