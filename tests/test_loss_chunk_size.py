@@ -126,6 +126,14 @@ def test_a_frozen_head_takes_the_row_count_that_suits_its_products(chunk_size, m
     finally:
         torch.use_deterministic_algorithms(False)
     assert fastest(512, None, head(4, r256 = 0.1)) == 256
+
+    def no_room(*arguments):
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as full:
+        full.setattr(chunk_size, "_seconds_a_row", no_room)
+        assert fastest(512, None, head(5, r256 = 0.1)) == 512
+    assert fastest(512, None, head(5, r256 = 0.1)) == 256  # tried again
     assert fastest(512, torch.zeros(600, 4), torch.zeros(9, 4)) == 512  # no GPU
 
 

@@ -3,6 +3,7 @@
 """Loss options before a model has them: their values, their columns of a batch, trainers that ignore them."""
 
 import contextlib
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -299,3 +300,36 @@ def test_preparing_a_data_set_keeps_the_columns_of_the_loss():
     assert _columns_of_the_loss(LossOptions(), streamed) == ["loss_weights"]
     assert _columns_of_the_loss(LossOptions(), [{"loss_weights": 1.0}]) == ["loss_weights"]
     assert _columns_of_the_loss(LossOptions(), []) == []
+
+
+def test_options_of_a_call_that_do_not_fit_the_models_loss_are_named():
+    """Cross entropy's beside a loss of one's own; a column that the batch does not have."""
+    from unsloth.loss_options import LossOptions, collect_options
+
+    model = SimpleNamespace(
+        _unsloth_loss_options = LossOptions(loss_fn = print, loss_columns = ("scores",))
+    )
+    with pytest.raises(ValueError, match = "z_loss is an option of cross entropy.*leave one of"):
+        collect_options(model, {"z_loss": 0.1, "scores": 1})
+    for labels in ("labels", "shift_labels"):
+        with pytest.raises(ValueError, match = "no column 'scores'.*remove_unused_columns = False"):
+            collect_options(model, {labels: torch.ones(1)})
+    assert collect_options(model, {}).loss_columns == ()  # without labels there is no loss
+    batch = {"labels": torch.ones(1), "scores": 3}
+    assert collect_options(model, batch).loss_columns == (3,) and "scores" not in batch
+
+
+def test_without_trl_transformers_trainer_takes_the_options(monkeypatch):
+    """TRL is no requirement of Unsloth's models."""
+    import transformers
+    from unsloth import loss_in_trainers
+
+    class Trainer:
+        def evaluation_loop(self):
+            pass
+
+    plain = Trainer.evaluation_loop
+    monkeypatch.setattr(transformers, "Trainer", Trainer)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    loss_in_trainers.install_in_trainers()
+    assert Trainer.evaluation_loop is not plain

@@ -365,6 +365,28 @@ def test_a_4_bit_weights_state_is_looked_at(llama):
     assert not state.changed(wholly = False)
 
 
+def test_a_weight_without_memory_has_moved():
+    """Swapped for one of another layout, whose address cannot be asked."""
+    from unsloth.models.step_graphs_state import BlockState
+
+    layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    state = BlockState(layers)
+    assert not state.moved()
+    other = torch.nn.Parameter(torch.eye(2).to_sparse())
+    torch.utils.swap_tensors(layers[0].weight, other)
+    assert state.moved() and state.changed() == "weights moved"
+
+
+def test_transformers_without_checkpointing_layers(monkeypatch):
+    """An older one: no block is of a class that nobody has."""
+    import sys
+
+    from unsloth.models.step_graphs_stack import checkpointing_layer
+
+    monkeypatch.setitem(sys.modules, "transformers.modeling_layers", None)
+    assert checkpointing_layer.__wrapped__().__mro__[1] is object
+
+
 def test_attention_kernels_and_implementation_are_part_of_a_graphs_key(llama):
     captured(llama)
     config = backbone(llama).config

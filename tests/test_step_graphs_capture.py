@@ -175,6 +175,19 @@ def test_a_batch_gets_the_next_length_or_the_one_that_is_given():
     assert layout is None and "rope tables" in reason
 
 
+def test_an_unsloth_zoo_without_its_mark_is_replayed_without(monkeypatch):
+    """The mark only spares work."""
+    import contextlib
+
+    from unsloth.models.step_graphs_blocks import _recompute_marker
+    from unsloth_zoo import gradient_checkpointing
+
+    mark = "_gradient_checkpoint_recompute_marker"
+    assert _recompute_marker() is not contextlib.nullcontext
+    monkeypatch.delattr(gradient_checkpointing, mark)
+    assert _recompute_marker() is contextlib.nullcontext
+
+
 @pytest.mark.parametrize("gpu, captured", [(2.0, True), (2.1, False)])
 def test_a_gpu_that_takes_longer_than_its_bound_is_not_captured(blocks, monkeypatch, gpu, captured):
     """And the next length is, with the memory of the pool as it was."""
