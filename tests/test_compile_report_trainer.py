@@ -122,6 +122,9 @@ def test_a_fault_while_counting_or_at_the_end_is_told(monkeypatch, capsys):
     def fault(*args, **kwargs):
         raise KeyError("ours")
 
+    def interrupted():
+        raise KeyboardInterrupt
+
     callback = compile_callback.CompileReportCallback()
     with monkeypatch.context() as patched, CompileReport() as callback.report:
         patched.setattr(compile_callback, "batch_tokens", fault)
@@ -131,6 +134,10 @@ def test_a_fault_while_counting_or_at_the_end_is_told(monkeypatch, capsys):
     callback.broken, callback.report = "", CompileReport()  # which has not recorded
     found = callback._finish()
     assert found["error"].startswith("RuntimeError: CompileReport: nothing was recorded")
+    assert callback.report is None
+    callback.report = SimpleNamespace(summary = interrupted, __exit__ = lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        callback._finish()
     assert callback.report is None
     callback.report = CompileReport()
     monkeypatch.setattr(compile_callback, "_of_all_ranks", fault)

@@ -316,3 +316,40 @@ def test_logits_that_are_there_are_scaled_and_capped():
             wanted = F.cross_entropy(capped, labels[0], label_smoothing = options.label_smoothing)
             torch.testing.assert_close(found, wanted, rtol = 1e-4, atol = 1e-5)
         assert (seen[-1].softcap, seen[-1].logit_scale) == (cap or 0.0, scale or 1.0)
+
+
+def test_logits_that_are_there_are_observed_as_they_are():
+    """Rows with a label, without the padding that the kernels want behind them."""
+    from unsloth.fused_loss import _observe
+    from unsloth.loss_options import LossOptions
+
+    seen, labels = [], torch.tensor([3, -100, 8, 0, 2])
+    options = LossOptions(observe = lambda *arguments: seen.append(arguments), ignore_index = 2)
+    logits = torch.randn(5, 9)
+    _observe(logits, labels, 0, 0, options)
+    ((rows, targets, *_),) = seen
+    assert torch.equal(rows, logits[[0, 2, 3]]) and targets.tolist() == [3, 8, 0]
+
+
+def test_a_copy_of_a_model_runs_its_own_forward():
+    """copy.deepcopy binds the method to the copy; a forward of somebody else's stays theirs."""
+    import copy
+
+    from unsloth.fused_loss import take_options_from_logits
+
+    class Scales(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.by = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return x * self.by
+
+    model, theirs = Scales(), Scales()
+    take_options_from_logits(model)
+    twin = copy.deepcopy(model)
+    twin.by.data.fill_(3.0)
+    assert (twin(1.0).item(), model(1.0).item()) == (3.0, 1.0)
+    theirs.forward = lambda x: "theirs"
+    take_options_from_logits(theirs)
+    assert theirs(1.0) == "theirs"

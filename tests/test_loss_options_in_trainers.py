@@ -262,9 +262,12 @@ def test_preparing_a_data_set_keeps_the_columns_of_the_loss():
         args = SimpleNamespace(**{"max_length": 4, "packing_strategy": "bfd", **settings})
         trainer = SimpleNamespace() if unknown else SimpleNamespace(_unsloth_model_ref = model)
         dataset = datasets.Dataset.from_dict(rows)
-        found = preparing_columns(recording)(trainer, dataset, None, args, packing, None, "train")
-        assert args.max_length == settings.get("max_length", 4)
-        return found
+        try:
+            return preparing_columns(recording)(
+                trainer, dataset, None, args, packing, None, "train"
+            )
+        finally:
+            assert args.max_length == settings.get("max_length", 4)
 
     def tokenized(dataset):
         return dataset.map(lambda row: row)
@@ -296,10 +299,24 @@ def test_preparing_a_data_set_keeps_the_columns_of_the_loss():
     found = prepare(tokenized, rows, packing = True, max_length = 2, packing_strategy = "wrapped")
     assert found["loss_weights"][:] == [[1.0, 2.0], [3.0, 4.0], [5.0]]
     assert seen == [(False, 5), (False, 1 << 30)]
+
+    def broken(dataset):
+        raise KeyError("no such column")
+
+    with pytest.raises(KeyError, match = "no such column"):  # and the length is as before
+        prepare(broken, rows, packing = True, packing_strategy = "wrapped")
     streamed = datasets.Dataset.from_dict(rows).to_iterable_dataset().map(lambda row: row)
     assert _columns_of_the_loss(LossOptions(), streamed) == ["loss_weights"]
     assert _columns_of_the_loss(LossOptions(), [{"loss_weights": 1.0}]) == ["loss_weights"]
     assert _columns_of_the_loss(LossOptions(), []) == []
+
+
+def test_options_that_are_left_out_are_those_of_plain_cross_entropy():
+    """Mean of the labels other than -100, of nothing but the logits."""
+    from unsloth.loss_options import PLAIN
+
+    given = {name: value for name, value in vars(PLAIN).items() if value not in (None, (), 0.0)}
+    assert given == {"ignore_index": -100, "class_weight_mean": "weights", "reduction": "mean"}
 
 
 def test_options_of_a_call_that_do_not_fit_the_models_loss_are_named():

@@ -576,8 +576,10 @@ def test_a_custom_module_in_a_block(llama):
 
 
 def test_a_capture_that_fails_turns_graphs_off(llama, recorders, monkeypatch):
-    from unsloth.models import step_graphs_capture
+    from unsloth.models import step_graphs_capture, step_graphs_stack
 
+    told = []
+    monkeypatch.setattr(step_graphs_stack.logger, "warning", told.append)
     step(llama, batch(2, 40))
     monkeypatch.setattr(
         step_graphs_capture.Bucket, "capture", lambda *a: (_ for _ in ()).throw(ValueError("no"))
@@ -585,6 +587,7 @@ def test_a_capture_that_fails_turns_graphs_off(llama, recorders, monkeypatch):
     bit_equal(llama, batch(2, 40))
     bit_equal(llama, batch(2, 40))
     assert reasons(llama) == {"capture failed: ValueError: no"}
+    assert told == ["Unsloth: step graphs are off (capture failed: ValueError: no)."]
 
 
 def test_out_of_memory_while_capturing_gives_the_memory_back(llama, monkeypatch):

@@ -188,6 +188,28 @@ def test_an_unsloth_zoo_without_its_mark_is_replayed_without(monkeypatch):
     assert _recompute_marker() is contextlib.nullcontext
 
 
+def test_a_capture_that_raises_holds_nothing_and_the_next_one_is_whole(blocks, monkeypatch):
+    """Its blocks and their runs are let go, and no pass is taken for the pool's owner."""
+    from unsloth.models.step_graphs_capture import Bucket, Pool, make_recorder
+
+    recorder = make_recorder(torch.device(DEVICE, 0)) if GPU else TapeRecorder(DEVICE)
+    pool, x = Pool(recorder, 0.5), torch.randn(2, 5, 8, device = DEVICE, requires_grad = True)
+
+    def bucket():
+        return Bucket(pool, list(blocks), (2, 8, 8), {"scale": 0.5}, x, False, False)
+
+    def full():
+        raise torch.OutOfMemoryError("no room")
+
+    failed, pool.owner = bucket(), object()
+    monkeypatch.setattr(recorder, "reserved", full)
+    with pytest.raises(torch.OutOfMemoryError, match = "no room"):
+        failed.capture()
+    assert pool.owner is None and failed._runs is None and failed._layers is None
+    monkeypatch.undo()
+    assert bucket().capture()
+
+
 @pytest.mark.parametrize("gpu, captured", [(2.0, True), (2.1, False)])
 def test_a_gpu_that_takes_longer_than_its_bound_is_not_captured(blocks, monkeypatch, gpu, captured):
     """And the next length is, with the memory of the pool as it was."""
