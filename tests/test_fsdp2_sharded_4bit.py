@@ -364,6 +364,18 @@ def test_what_cannot_be_wrapped_or_placed_is_refused(checkpoints):
         assert all(word in text for word, text in zip(words, said))
 
 
+def test_a_load_after_one_that_raised_is_the_outermost_again():
+    """Else it would be taken for a loader's own call, and its ranks would not decide together."""
+    import unsloth  # noqa: F401
+    from unsloth.models.fsdp2_sharded_4bit import outermost_loader
+
+    with pytest.raises(KeyError), outermost_loader() as first:
+        with outermost_loader() as second:
+            raise KeyError("in the load")
+    with outermost_loader() as third:
+        assert (first, second, third) == (True, False, True)
+
+
 def test_tensors_that_cannot_be_sharded_are_named():
     """A 4-bit weight of no Linear4bit, bytes without their scales; a model without embeddings."""
     from types import SimpleNamespace
@@ -464,8 +476,10 @@ def test_an_error_in_the_middle_fails_all(checkpoints, failing, kind, words):
 
 def _reads_until_failure(folder):
     """What this rank was told, and what it had read by then; rank 1 fails at the second weight."""
+    from transformers import PreTrainedModel
     from unsloth.models import fsdp2_sharded_load as loading
     from unsloth.models.fsdp2_shard_reader import ShardReader
+    from unsloth.models.fsdp2_sharded_4bit import _mesh
 
     loading.BYTES_BETWEEN_CHECKS = 0
     keys, original = [], ShardReader.rows
@@ -478,10 +492,12 @@ def _reads_until_failure(folder):
 
     ShardReader.rows = rows
     loading.READERS = 1  # so that the second read is the second weight's
+    step = vars(PreTrainedModel)["_load_pretrained_model"]
     try:
         load(folder)
     except loading.ShardedLoadError as error:
         told, reads = str(error), len(keys)
+    assert vars(PreTrainedModel)["_load_pretrained_model"] is step and _mesh.get() is None
     assert_sharded(load(folder))  # nothing of the failed load stands in the way of another
     return told, reads
 

@@ -404,6 +404,21 @@ def test_attention_kernels_and_implementation_are_part_of_a_graphs_key(llama):
     assert summary(llama)["replayed"] == 3 and summary(llama)["dropped"] == 0
 
 
+def test_autocast_and_its_dtype_are_part_of_a_graphs_key():
+    """A graph of bfloat16 products must not run where float16 ones are asked for."""
+    from types import SimpleNamespace
+
+    from unsloth.models.step_graphs_stack import Stack
+
+    stack = SimpleNamespace(_model = lambda: SimpleNamespace(config = None))
+    hidden, layout = torch.zeros(1, device = DEVICE), SimpleNamespace(rows = 1, bucket = 64)
+    keys = {Stack._key(stack, hidden, {}, layout)}
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(DEVICE, dtype):
+            keys.add(Stack._key(stack, hidden, {}, layout))
+    assert len(keys) == 3
+
+
 def test_a_first_packed_batch_leaves_the_process_as_it_was(llama, monkeypatch):
     """It runs uncompiled, by a mark on this batch's lengths alone."""
     before, inputs, seen = dict(os.environ), packed([30, 41]), []

@@ -164,7 +164,7 @@ def test_parameters_are_back_after_a_capture_that_fails(blocks):
 
 
 def test_a_batch_gets_the_next_length_or_the_one_that_is_given():
-    from unsloth.models.step_graphs_buckets import bucket_length, lay_out
+    from unsloth.models.step_graphs_buckets import bucket_length, lay_out, unknown_argument
 
     hidden = torch.zeros(2, 100, 8)
     for longer, length in ((0, bucket_length(100)), (256, 256)):
@@ -173,6 +173,8 @@ def test_a_batch_gets_the_next_length_or_the_one_that_is_given():
     table = torch.zeros(99, 4)
     reason, layout = lay_out(hidden, {"position_embeddings": (table, table)})
     assert layout is None and "rope tables" in reason
+    for name, reason in (("attention_mask", "an attention mask"), ("other", "the argument other")):
+        assert unknown_argument({name: table}) == reason
 
 
 def test_an_unsloth_zoo_without_its_mark_is_replayed_without(monkeypatch):
