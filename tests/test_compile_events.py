@@ -97,19 +97,3 @@ def test_a_reset_of_dynamos_counters_does_not_lose_breaks():
     torch.compile(lambda x: x + 2, backend = "eager")(torch.ones(1))
     events.stop()
     assert events.break_count == 1 and events.graphs == 2
-
-
-def test_a_log_that_cannot_be_read_disturbs_no_compilation(monkeypatch):
-    """A record that raises; another torch, without the list of its logs."""
-    import sys
-
-    from unsloth.models.compile_events import BreakHandler, RecompileHandler, _recompiles_on
-
-    record, breaks = logging.LogRecord("a", logging.DEBUG, "b", 1, "%d", ("no number",), None), {}
-    BreakHandler(breaks).emit(record)
-    BreakHandler(breaks).emit(record)
-    ((found, count),) = breaks.items()
-    assert "unreadable entry" in str(found) and count == 2
-    RecompileHandler().emit(record)
-    monkeypatch.setitem(sys.modules, "torch._logging._internal", None)
-    assert _recompiles_on() == []

@@ -145,6 +145,22 @@ def test_a_fault_while_counting_or_at_the_end_is_told(monkeypatch, capsys):
     assert capsys.readouterr().out == "Unsloth: no compile report (KeyError: 'ours').\n"
 
 
+def test_a_log_that_cannot_be_read_disturbs_no_compilation(monkeypatch):
+    """A record that raises; another torch, without the list of its logs."""
+    import sys
+
+    from unsloth.models.compile_events import BreakHandler, RecompileHandler, _recompiles_on
+
+    record, breaks = logging.LogRecord("a", logging.DEBUG, "b", 1, "%d", ("no number",), None), {}
+    BreakHandler(breaks).emit(record)
+    BreakHandler(breaks).emit(record)
+    ((found, count),) = breaks.items()
+    assert "unreadable entry" in str(found) and count == 2
+    RecompileHandler().emit(record)
+    monkeypatch.setitem(sys.modules, "torch._logging._internal", None)
+    assert _recompiles_on() == []
+
+
 def test_every_rank_counts_and_the_first_prints(monkeypatch):
     """All ranks' summaries go into the file, and into the table, which names those that differ."""
     import torch.distributed as dist
