@@ -199,6 +199,23 @@ def test_unknown_upstream_text_is_refused(old, new, reason):
     assert stock == before
 
 
+def test_names_and_marks_that_are_gone_are_refused():
+    """Another release without a name, a parameter or an end mark: each is named, nothing is edited."""
+    module = importlib.import_module("unsloth.llama_chat_templates")
+    stock = stock_chat_templates()
+    del stock[LLAMA_31[0]]
+    with pytest.raises(NotImplementedError, match = f"CHAT_TEMPLATES has no {LLAMA_31[0]}$"):
+        module.published_llama_templates(stock)
+    with pytest.raises(NotImplementedError, match = "get_chat_template has no parameter chat_temp"):
+        module.announce_published_llama_templates(lambda tokenizer, template: tokenizer)
+    for text in ("one of them alone: <", "the other one: >", "><"):
+        with pytest.raises(NotImplementedError, match = "renders tool calls in an unknown way"):
+            module._between(text, "<", ">")
+    with pytest.raises(NotImplementedError, match = "edit 'a date' .*'>' not found"):
+        module._edit_span("a < b", "a date", "<", ">", str.upper)
+    assert module._edit_span("a < b > c", "a date", "<", ">", str.upper) == "a < B > c"
+
+
 def test_says_once_what_changed():
     """The first use of a Llama 3.x template announces the change; other templates stay silent."""
     module = importlib.import_module("unsloth.chat_templates")

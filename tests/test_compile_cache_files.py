@@ -3,12 +3,14 @@
 """Files of compiled code: whole or absent, of this environment, and from nobody else."""
 
 import errno
+import importlib.metadata
 import importlib.util
 import io
 import json
 import multiprocessing
 import os
 import stat
+import sys
 import tarfile
 
 import pytest
@@ -110,6 +112,19 @@ def test_another_environment_is_left_out_with_a_message(files, read, saved, monk
     assert found == [] and "other versions or another GPU" in said
     files.write_cache(saved.parent, b"more", b"", frozenset(["a", "b", "c"]))
     assert saved.exists() and len(names(saved.parent)) == 2
+
+
+def test_a_package_that_is_not_there_is_part_of_the_environment(files, monkeypatch):
+    """A CPU build has no Triton: its files are no other's."""
+    version = importlib.metadata.version
+
+    def without(package):
+        if package == "triton":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
+    assert files.environment.__wrapped__()["triton"] == "none"
 
 
 def test_a_header_that_names_another_environment_is_left_out(read, saved):
@@ -327,6 +342,14 @@ def test_names_that_lead_out_of_the_folder_are_refused(kernels):
             kernels.unpack(buffer.getvalue())
     with pytest.raises(ValueError, match = "cannot be read"):
         kernels.unpack(b"not an archive")
+
+
+def test_a_triton_of_another_kind_is_left_alone(kernels, monkeypatch):
+    """None at all, or one without these names: graphs are kept, kernels are not."""
+    from triton import knobs
+
+    monkeypatch.setitem(sys.modules, "triton.runtime.cache", None)
+    assert not kernels.watch() and knobs.cache.manager_class is None
 
 
 def test_somebody_elses_cache_manager_stays(kernels):

@@ -112,6 +112,55 @@ def test_a_fault_of_the_report_never_ends_training(toy, train, capsys, monkeypat
     assert out.count("compile report stopped (KeyError") == 1 and "what was compiled" not in out
 
 
+def test_a_fault_while_counting_or_at_the_end_is_told(monkeypatch, capsys):
+    """In a step's tokens, in a summary, among the ranks: a line each, and no report is kept."""
+    from types import SimpleNamespace
+
+    from unsloth.models import compile_callback
+    from unsloth.models.compile_report import CompileReport
+
+    def fault(*args, **kwargs):
+        raise KeyError("ours")
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    callback = compile_callback.CompileReportCallback()
+    with monkeypatch.context() as patched, CompileReport() as callback.report:
+        patched.setattr(compile_callback, "batch_tokens", fault)
+        callback._count(SimpleNamespace(training = True), (), {})
+    assert callback.broken == "KeyError: 'ours'"
+    assert callback._finish() == {"error": "KeyError: 'ours'"} and callback.report is None
+    callback.broken, callback.report = "", CompileReport()  # which has not recorded
+    found = callback._finish()
+    assert found["error"].startswith("RuntimeError: CompileReport: nothing was recorded")
+    assert callback.report is None
+    callback.report = SimpleNamespace(summary = interrupted, __exit__ = lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        callback._finish()
+    assert callback.report is None
+    callback.report = CompileReport()
+    monkeypatch.setattr(compile_callback, "_of_all_ranks", fault)
+    callback.on_train_end(None, SimpleNamespace(is_world_process_zero = True), None)
+    assert capsys.readouterr().out == "Unsloth: no compile report (KeyError: 'ours').\n"
+
+
+def test_a_log_that_cannot_be_read_disturbs_no_compilation(monkeypatch):
+    """A record that raises; another torch, without the list of its logs."""
+    import sys
+
+    from unsloth.models.compile_events import BreakHandler, RecompileHandler, _recompiles_on
+
+    record, breaks = logging.LogRecord("a", logging.DEBUG, "b", 1, "%d", ("no number",), None), {}
+    BreakHandler(breaks).emit(record)
+    BreakHandler(breaks).emit(record)
+    ((found, count),) = breaks.items()
+    assert "unreadable entry" in str(found) and count == 2
+    RecompileHandler().emit(record)
+    monkeypatch.setitem(sys.modules, "torch._logging._internal", None)
+    assert _recompiles_on() == []
+
+
 def test_every_rank_counts_and_the_first_prints(monkeypatch):
     """All ranks' summaries go into the file, and into the table, which names those that differ."""
     import torch.distributed as dist

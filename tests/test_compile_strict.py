@@ -130,6 +130,23 @@ def test_a_demoted_block_is_refused_with_its_reason(toy, monkeypatch):
         toy("strict")(**batch())
 
 
+def test_a_model_that_was_demoted_before_training_is_refused(toy):
+    """By Unsloth, in a call before train(): with why, where it is known."""
+    from unsloth.models.compile_modes import FullgraphError, watched_regions
+    from unsloth.models.compile_strict import require_compiled_blocks
+
+    model = toy("strict")
+    (region,) = watched_regions(model)
+    require_compiled_blocks(model)
+    layer = next(m for m in model.modules() if type(m) is region.layer_class)
+    layer.__dict__["_unsloth_block_mode"] = 0
+    with pytest.raises(FullgraphError, match = "layers are demoted already: by Unsloth"):
+        require_compiled_blocks(model)
+    region.note_failure(ValueError("no room"))
+    with pytest.raises(FullgraphError, match = "layers are demoted already: .*no room"):
+        require_compiled_blocks(model)
+
+
 def test_calls_around_the_region_are_counted_by_reason(toy, monkeypatch):
     """Switched off after loading, a cache, packed lengths: counted in auto, refused in strict."""
     from unsloth.models.compile_modes import FullgraphError, _why_outside, watched_regions

@@ -81,6 +81,17 @@ def test_a_pytorch_without_the_function(load, monkeypatch):
     assert load("FastLanguageModel") == ["TypeError"]
 
 
+def test_workers_that_cannot_start_cost_no_load(load, monkeypatch):
+    """No processes left, say: they start when something compiles, as without this."""
+    from unsloth.models.compile_workers import start_compile_workers
+
+    def refusing():
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", refusing)
+    assert not start_compile_workers() and load("FastModel") == ["TypeError"]
+
+
 @pytest.mark.parametrize("kind", (staticmethod, lambda function: function))
 def test_a_plain_function_and_a_staticmethod(load, kind):
     """Each comes back as what it was, and passes on what the load returns and raises."""

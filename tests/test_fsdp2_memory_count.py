@@ -123,6 +123,24 @@ def test_bad_values_of_a_training_are_named(read_shape, changes, words):
         Training(**{"world": 2, "tokens": 64, **changes})
 
 
+def test_what_cannot_be_measured_or_counted_is_named(monkeypatch):
+    """No GPU; tokens of a batch that are none."""
+    import torch
+    import unsloth  # noqa: F401
+    from unsloth.models import fsdp2_load_choice as choice
+    from unsloth.models.fsdp2_memory_count import usable_device_memory
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match = "no CUDA device to measure; pass device_memory"):
+        usable_device_memory()
+    for value in ("many", "0", "-1", "1.5"):
+        monkeypatch.setenv(choice.TOKENS_ENV, value)
+        with pytest.raises(ValueError, match = f"='{value}': has to be a positive whole number"):
+            choice._batch_tokens({})
+    monkeypatch.setenv(choice.TOKENS_ENV, "12")
+    assert choice._batch_tokens({"max_seq_length": 99}) == 12
+
+
 def test_usable_memory_is_free_and_under_the_fraction(monkeypatch):
     """Free memory plus what torch holds, under the memory fraction, less a reserve; before a load
     also less what is allocated for something else.

@@ -196,3 +196,8 @@ def test_more_blocks_than_there_are_and_a_model_without_an_adapter_are_named(mon
         applied.blocks_to_load_on_host(model, mesh)
     with pytest.raises(ValueError, match = "no LoRA adapter"):
         applied._lora(model)
+    with pytest.raises(ValueError, match = "0 FSDP2 units; shard it block by block"):
+        applied.offload_blocks(model, ())
+    model._unsloth_fsdp2_units = ["first", "second"]
+    with pytest.raises(ValueError, match = r"blocks \(1, 2\) of a model with 2 FSDP2 units"):
+        applied.offload_blocks(model, (1, 2))

@@ -141,6 +141,53 @@ def test_what_cannot_be_filled_is_named(checkpoints, meta, files, words):
         assert "ValueError" in error and words in error
 
 
+def test_a_torch_that_cannot_shard_bytes_is_named(monkeypatch):
+    """Before anything of the model was changed."""
+    import unsloth  # noqa: F401
+    from unsloth.models import fsdp2_qlora
+    from unsloth.models.fsdp2_param_init import param_init_fn
+
+    monkeypatch.setattr(fsdp2_qlora, "patch_fsdp2_params4bit", lambda: (False, "it is too old"))
+    with pytest.raises(RuntimeError, match = "cannot shard 4-bit weights: it is too old"):
+        param_init_fn(None, [], None)
+
+
+def test_a_weight_that_cannot_be_read_is_an_error_after_the_collective():
+    """The other ranks quantize with this one: it takes part before it raises."""
+    from types import SimpleNamespace
+
+    import unsloth  # noqa: F401
+    from unsloth.models.fsdp2_shard_reader import StoredWeight
+
+    def read():
+        raise OSError("the disk is gone")
+
+    parts = []
+    weight = SimpleNamespace(described = None, read = read, quantize = parts.append)
+    with pytest.raises(OSError, match = "the disk is gone"):
+        StoredWeight.load(weight)
+    assert parts == [None]
+
+
+def test_a_bitsandbytes_that_is_broken_costs_no_import(monkeypatch):
+    """No model is 4-bit then."""
+    import importlib.util
+    import sys
+
+    import torch
+    import unsloth  # noqa: F401
+    from unsloth.models import fsdp2_sharded_params
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    name, file = "unsloth.models._without_bitsandbytes", fsdp2_sharded_params.__file__
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    assert module.bnb_functional.QuantState is object
+    assert not isinstance(torch.nn.Linear(1, 1), module.Linear4bit)
+
+
 def _gathered_states():
     """What the QuantState reads after gathers into the same and into other storages."""
     import torch

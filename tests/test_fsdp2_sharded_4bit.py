@@ -307,11 +307,15 @@ def test_adapters_that_read_whole_weights_are_refused(checkpoints, options):
 
 def _refusals(folder):
     """What shard_model and the load's context say to wraps, meshes and places that cannot be."""
+    from types import SimpleNamespace
+
     import torch
     from bitsandbytes.nn import Linear4bit
     from torch.distributed.device_mesh import init_device_mesh
+    from unsloth.models import fsdp2_qlora
     from unsloth.models import fsdp2_sharded_4bit as loading
     from unsloth.models.fsdp2_native import FSDP2Config, shard_model
+    from unsloth.models.fsdp2_sharded_wrap import _install
 
     model, said = load(folder), []
 
@@ -332,6 +336,19 @@ def _refusals(folder):
         refused(loading.sharded_4bit_loading(init_device_mesh("cpu", shape)).__enter__)
     mesh = init_device_mesh("cpu", (2,))
     refused(loading._single_device, {"a": 0, "b": "cpu"}, mesh)
+    settings = SimpleNamespace(quantization_config = SimpleNamespace(load_in_4bit = True))
+    step = loading._sharded_step(None, mesh)
+    refused(step, model, {"a": 1}, [], SimpleNamespace(hf_quantizer = settings))
+    refused(_install, torch.nn.Linear(1, 1), {(0, "weight"): None})
+    known, fsdp2_qlora.patch_fsdp2_params4bit = (
+        fsdp2_qlora.patch_fsdp2_params4bit,
+        lambda: (False, "it is too old"),
+    )
+    refused(shard_model, model, FSDP2Config())
+    fsdp2_qlora.patch_fsdp2_params4bit = known
+    find, loading.loading_step = loading.loading_step, lambda: None
+    refused(loading.sharded_4bit_loading(mesh).__enter__)
+    loading.loading_step = find
     shard_model(model)  # none of them has changed anything
     return said
 
@@ -339,10 +356,46 @@ def _refusals(folder):
 def test_what_cannot_be_wrapped_or_placed_is_refused(checkpoints):
     """Each refusal names what is in the way, and the model can be wrapped afterwards."""
     words = ["cut on rows", "ignored_params names", "loaded over the ranks", "'added'"]
-    words += ["shards over one rank", "not 3 dimensions", "device_map places"]
+    words += ["shards over one rank", "not 3 dimensions", "device_map places", "got a state_dict"]
+    words += ["in no FSDP2 unit. Wrap the module", "4-bit weights: it is too old"]
+    words += ["needs transformers 5; upgrade"]
     for _, said in run_ranks(_refusals, 2, checkpoints("packed")):
         assert len(said) == len(words)
         assert all(word in text for word, text in zip(words, said))
+
+
+def test_a_load_after_one_that_raised_is_the_outermost_again():
+    """Else it would be taken for a loader's own call, and its ranks would not decide together."""
+    import unsloth  # noqa: F401
+    from unsloth.models.fsdp2_sharded_4bit import outermost_loader
+
+    with pytest.raises(KeyError), outermost_loader() as first:
+        with outermost_loader() as second:
+            raise KeyError("in the load")
+    with outermost_loader() as third:
+        assert (first, second, third) == (True, False, True)
+
+
+def test_tensors_that_cannot_be_sharded_are_named():
+    """A 4-bit weight of no Linear4bit, bytes without their scales; a model without embeddings."""
+    from types import SimpleNamespace
+
+    import torch
+    import unsloth  # noqa: F401
+    from bitsandbytes.nn import Params4bit
+    from unsloth.models import fsdp2_sharded_load as loading
+
+    model = torch.nn.Module()
+    model.experts = torch.nn.Module()
+    model.experts.weight = Params4bit(torch.empty(4, 4, device = "meta"), requires_grad = False)
+    with pytest.raises(ValueError, match = "'experts.weight' is a 4-bit weight of a Module; only"):
+        loading._find_jobs(model, {"experts.weight": None}, None, None, [])
+    reader = SimpleNamespace(shape = lambda key: (2, 2), itemsize = lambda key: 1)
+    weight = SimpleNamespace(format = SimpleNamespace(shape = (2, 2)), described = None)
+    job = SimpleNamespace(key = "a.weight", parameter = torch.empty(2, 2), weight = weight)
+    with pytest.raises(ValueError, match = "'a.weight' holds bytes, but no a.weight.quant_state"):
+        loading._check_stored(job, reader)
+    assert loading._table_ids(torch.nn.Linear(1, 1)) == set()
 
 
 def _break_then_load(folder, broken):
@@ -423,8 +476,10 @@ def test_an_error_in_the_middle_fails_all(checkpoints, failing, kind, words):
 
 def _reads_until_failure(folder):
     """What this rank was told, and what it had read by then; rank 1 fails at the second weight."""
+    from transformers import PreTrainedModel
     from unsloth.models import fsdp2_sharded_load as loading
     from unsloth.models.fsdp2_shard_reader import ShardReader
+    from unsloth.models.fsdp2_sharded_4bit import _mesh
 
     loading.BYTES_BETWEEN_CHECKS = 0
     keys, original = [], ShardReader.rows
@@ -437,10 +492,12 @@ def _reads_until_failure(folder):
 
     ShardReader.rows = rows
     loading.READERS = 1  # so that the second read is the second weight's
+    step = vars(PreTrainedModel)["_load_pretrained_model"]
     try:
         load(folder)
     except loading.ShardedLoadError as error:
         told, reads = str(error), len(keys)
+    assert vars(PreTrainedModel)["_load_pretrained_model"] is step and _mesh.get() is None
     assert_sharded(load(folder))  # nothing of the failed load stands in the way of another
     return told, reads
 

@@ -2,6 +2,9 @@
 # Copyright 2026 the contributors
 """Log-probabilities of a head in chunks, the losses on them, and what all chunked losses share."""
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -187,3 +190,19 @@ def test_a_class_without_probability_counts_for_nothing(losses, dtype, low):
     )
     for a, b in zip((*found[:3], *got), (*dense, *wanted)):
         torch.testing.assert_close(a, b, rtol = 1e-4, atol = 1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["cross_entropy_spec", "kernels.loss_chunking", "kernels.log_probs_kernel"]
+)
+def test_without_triton_the_losses_are_torchs(monkeypatch, name):
+    """A CPU build of torch may come without it: what a loss imports is there all the same."""
+    known = importlib.import_module(f"unsloth.{name}")
+    for missing in ("triton", "triton.language"):
+        monkeypatch.setitem(sys.modules, missing, None)
+    name = f"{known.__package__}._without_triton"
+    spec = importlib.util.spec_from_file_location(name, known.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    assert module.triton is None and known.triton is not None

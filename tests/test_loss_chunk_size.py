@@ -92,6 +92,22 @@ def test_a_buffer_that_does_not_fit_is_halved(chunk_size, monkeypatch):
     assert tried[3:] == [16, 17, 8]
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_each_row_is_in_one_chunk(every):
+    """Of those that take part, in their order; the last chunk is what is left."""
+    from unsloth.kernels.loss_chunking import iterate_chunks
+
+    hidden, weight = torch.randn(37, 4), torch.randn(9, 4)
+    index = None if every == 1 else torch.arange(0, 37, every)
+    count = len(range(0, 37, every))
+    plan = types.SimpleNamespace(count = count, rows = 8, index = index, logits_dtype = torch.float32)
+    chunks = [(c.start, c.stop, c.logits.clone()) for c in iterate_chunks(hidden, weight, plan)]
+    starts = list(range(0, count, 8))
+    assert [chunk[:2] for chunk in chunks] == [(n, min(n + 8, count)) for n in starts]
+    found = torch.cat([logits for *_, logits in chunks])
+    torch.testing.assert_close(found, hidden[::every] @ weight.t())
+
+
 def test_a_frozen_head_takes_the_row_count_that_suits_its_products(chunk_size, monkeypatch):
     """Tried once a head; a smaller chunk has to gain 2%. Not while a graph is captured, nor deterministically."""
     tried, capturing = [], [False]
@@ -126,6 +142,14 @@ def test_a_frozen_head_takes_the_row_count_that_suits_its_products(chunk_size, m
     finally:
         torch.use_deterministic_algorithms(False)
     assert fastest(512, None, head(4, r256 = 0.1)) == 256
+
+    def no_room(*arguments):
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as full:
+        full.setattr(chunk_size, "_seconds_a_row", no_room)
+        assert fastest(512, None, head(5, r256 = 0.1)) == 512
+    assert fastest(512, None, head(5, r256 = 0.1)) == 256  # tried again
     assert fastest(512, torch.zeros(600, 4), torch.zeros(9, 4)) == 512  # no GPU
 
 

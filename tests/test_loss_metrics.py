@@ -2,6 +2,8 @@
 # Copyright 2026 the contributors
 """Token accuracy and entropy in SFTTrainer's log, beside those of transformers' own logits."""
 
+import sys
+
 import pytest
 import torch
 from backend import GPU, require
@@ -108,3 +110,18 @@ def test_metrics_are_read_once_and_apart_for_training():
     assert two_ranks["mean_token_accuracy"] == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match = "not computed in chunks"):
         log_token_metrics(torch.nn.Linear(2, 2))
+
+
+def test_without_trl_transformers_trainer_logs_them(monkeypatch):
+    """TRL is no requirement of Unsloth's models."""
+    import transformers
+    from unsloth import loss_metrics
+
+    class Trainer(transformers.Trainer):
+        def prediction_step(self, *arguments):
+            pass
+
+    monkeypatch.setattr(transformers, "Trainer", Trainer)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    loss_metrics._install()
+    assert Trainer.prediction_step._predicts_token_ids

@@ -340,3 +340,40 @@ def test_a_forward_that_its_module_only_imports_takes_options(family, monkeypatc
         monkeypatch.setattr(mistral, "MistralForCausalLM_fast_forward", new)
     labels = torch.zeros(1, 2, dtype = torch.long)
     assert new(torch.nn.Linear(2, 2), labels = labels, label_smoothing = 0.25) == 0.25
+
+
+def test_logits_that_are_there_are_observed_as_they_are():
+    """Rows with a label, without the padding that the kernels want behind them."""
+    from unsloth.fused_loss import _observe
+    from unsloth.loss_options import LossOptions
+
+    seen, labels = [], torch.tensor([3, -100, 8, 0, 2])
+    options = LossOptions(observe = lambda *arguments: seen.append(arguments), ignore_index = 2)
+    logits = torch.randn(5, 9)
+    _observe(logits, labels, 0, 0, options)
+    ((rows, targets, *_),) = seen
+    assert torch.equal(rows, logits[[0, 2, 3]]) and targets.tolist() == [3, 8, 0]
+
+
+def test_a_copy_of_a_model_runs_its_own_forward():
+    """copy.deepcopy binds the method to the copy; a forward of somebody else's stays theirs."""
+    import copy
+
+    from unsloth.fused_loss import take_options_from_logits
+
+    class Scales(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.by = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return x * self.by
+
+    model, theirs = Scales(), Scales()
+    take_options_from_logits(model)
+    twin = copy.deepcopy(model)
+    twin.by.data.fill_(3.0)
+    assert (twin(1.0).item(), model(1.0).item()) == (3.0, 1.0)
+    theirs.forward = lambda x: "theirs"
+    take_options_from_logits(theirs)
+    assert theirs(1.0) == "theirs"

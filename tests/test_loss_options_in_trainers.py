@@ -3,6 +3,7 @@
 """Loss options before a model has them: their values, their columns of a batch, trainers that ignore them."""
 
 import contextlib
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -261,9 +262,12 @@ def test_preparing_a_data_set_keeps_the_columns_of_the_loss():
         args = SimpleNamespace(**{"max_length": 4, "packing_strategy": "bfd", **settings})
         trainer = SimpleNamespace() if unknown else SimpleNamespace(_unsloth_model_ref = model)
         dataset = datasets.Dataset.from_dict(rows)
-        found = preparing_columns(recording)(trainer, dataset, None, args, packing, None, "train")
-        assert args.max_length == settings.get("max_length", 4)
-        return found
+        try:
+            return preparing_columns(recording)(
+                trainer, dataset, None, args, packing, None, "train"
+            )
+        finally:
+            assert args.max_length == settings.get("max_length", 4)
 
     def tokenized(dataset):
         return dataset.map(lambda row: row)
@@ -295,7 +299,54 @@ def test_preparing_a_data_set_keeps_the_columns_of_the_loss():
     found = prepare(tokenized, rows, packing = True, max_length = 2, packing_strategy = "wrapped")
     assert found["loss_weights"][:] == [[1.0, 2.0], [3.0, 4.0], [5.0]]
     assert seen == [(False, 5), (False, 1 << 30)]
+
+    def broken(dataset):
+        raise KeyError("no such column")
+
+    with pytest.raises(KeyError, match = "no such column"):  # and the length is as before
+        prepare(broken, rows, packing = True, packing_strategy = "wrapped")
     streamed = datasets.Dataset.from_dict(rows).to_iterable_dataset().map(lambda row: row)
     assert _columns_of_the_loss(LossOptions(), streamed) == ["loss_weights"]
     assert _columns_of_the_loss(LossOptions(), [{"loss_weights": 1.0}]) == ["loss_weights"]
     assert _columns_of_the_loss(LossOptions(), []) == []
+
+
+def test_options_that_are_left_out_are_those_of_plain_cross_entropy():
+    """Mean of the labels other than -100, of nothing but the logits."""
+    from unsloth.loss_options import PLAIN
+
+    given = {name: value for name, value in vars(PLAIN).items() if value not in (None, (), 0.0)}
+    assert given == {"ignore_index": -100, "class_weight_mean": "weights", "reduction": "mean"}
+
+
+def test_options_of_a_call_that_do_not_fit_the_models_loss_are_named():
+    """Cross entropy's beside a loss of one's own; a column that the batch does not have."""
+    from unsloth.loss_options import LossOptions, collect_options
+
+    model = SimpleNamespace(
+        _unsloth_loss_options = LossOptions(loss_fn = print, loss_columns = ("scores",))
+    )
+    with pytest.raises(ValueError, match = "z_loss is an option of cross entropy.*leave one of"):
+        collect_options(model, {"z_loss": 0.1, "scores": 1})
+    for labels in ("labels", "shift_labels"):
+        with pytest.raises(ValueError, match = "no column 'scores'.*remove_unused_columns = False"):
+            collect_options(model, {labels: torch.ones(1)})
+    assert collect_options(model, {}).loss_columns == ()  # without labels there is no loss
+    batch = {"labels": torch.ones(1), "scores": 3}
+    assert collect_options(model, batch).loss_columns == (3,) and "scores" not in batch
+
+
+def test_without_trl_transformers_trainer_takes_the_options(monkeypatch):
+    """TRL is no requirement of Unsloth's models."""
+    import transformers
+    from unsloth import loss_in_trainers
+
+    class Trainer:
+        def evaluation_loop(self):
+            pass
+
+    plain = Trainer.evaluation_loop
+    monkeypatch.setattr(transformers, "Trainer", Trainer)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    loss_in_trainers.install_in_trainers()
+    assert Trainer.evaluation_loop is not plain

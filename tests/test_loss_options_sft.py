@@ -530,6 +530,35 @@ def test_a_head_with_an_adapter_keeps_its_logits_on_the_cpu():
     torch.testing.assert_close(outputs.loss, expected, rtol = 1e-4, atol = 1e-5)
 
 
+@pytest.mark.skipif(GPU, reason = "the CPU backend's models")
+def test_without_triton_the_stock_loss_runs_and_drops_no_option(monkeypatch):
+    """The kernels cannot be imported there: options come from the logits, or are refused."""
+    from peft import LoraConfig, get_peft_model
+    from unsloth.fused_loss import calls
+    from unsloth_zoo.cpu.loader import patch_chunked_causal_lm_loss
+    from unsloth_zoo.cpu.ops import chunked_linear_cross_entropy
+
+    head = (torch.randn(9, 4), torch.randn(7, 4), torch.randint(7, (9,)))
+    expected = chunked_linear_cross_entropy(*head)
+    before = calls()
+    kernels = chunked_linear_cross_entropy.__globals__["__package__"] + ".kernels"
+    monkeypatch.setitem(sys.modules, f"{kernels}.linear_cross_entropy", None)
+    monkeypatch.delattr(importlib.import_module(kernels), "linear_cross_entropy")
+    torch.testing.assert_close(chunked_linear_cross_entropy(*head), expected)
+    assert sum(calls().values()) == sum(before.values()) + 1 and calls()["cpu"] == before["cpu"]
+    with pytest.raises(NotImplementedError, match = "z_loss cannot be honoured.*halted"):
+        chunked_linear_cross_entropy(*head, z_loss = 0.1)
+    model = tiny("Gemma2")
+    adapted = get_peft_model(model, LoraConfig(r = 2, target_modules = ["q_proj"]))
+    assert not patch_chunked_causal_lm_loss(adapted)  # the loss is the inner model's
+    assert "forward" not in vars(adapted) and not patch_chunked_causal_lm_loss(model)
+    tokens = torch.randint(3, 64, (2, 9))
+    outputs = model(input_ids = tokens, labels = tokens, label_smoothing = 0.2)
+    logits, targets = outputs.logits[:, :-1].reshape(-1, 64), tokens[:, 1:].reshape(-1)
+    smoothed = F.cross_entropy(logits, targets, label_smoothing = 0.2)
+    torch.testing.assert_close(outputs.loss, smoothed, rtol = 1e-4, atol = 1e-5)
+
+
 @pytest.mark.parametrize(
     "name",
     [

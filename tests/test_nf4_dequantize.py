@@ -221,6 +221,22 @@ def test_refuses_before_launch(nf4, what, used):
     assert out.device.type == "meta" or out.isnan().all()
 
 
+@pytest.mark.parametrize("device, hip", (("xpu", False), ("cuda", True)))
+def test_gpus_of_other_makers_are_bitsandbytes_own(nf4, monkeypatch, device, hip):
+    """Intel's, and AMD's, which torch calls cuda: the kernel was tested on neither."""
+    monkeypatch.setattr(nf4, "HIP", hip)
+    weight = types.SimpleNamespace(
+        device = torch.device(device),
+        is_cuda = hip,
+        dtype = torch.uint8,
+        is_contiguous = lambda: True,
+        element_size = lambda: 1,
+        numel = lambda: 256,
+    )
+    with pytest.raises(nf4.DequantizeUnavailable, match = f"is on {device}, .*bitsandbytes.functio"):
+        nf4._check_weight(weight, types.SimpleNamespace(numel = 512))
+
+
 # ---- Plans ------------------------------------------------------------------------------------
 
 
@@ -465,6 +481,23 @@ def test_global_buffer_is_unsloths_own(nf4):
     }
     names = utils.fast_dequantize.__wrapped__.__globals__
     assert addresses == {names["_SCRATCH"][("weight", packed.device.index)].data_ptr()}
+
+
+def test_a_buffer_that_unsloth_replaced_is_not_written_to(decorator, monkeypatch):
+    """It grows with the largest weight: a view of the old one would be of freed, or others', memory."""
+    module = importlib.import_module(decorator.__module__)
+    monkeypatch.setattr(module, "_raw_stream", lambda index: 0)
+    names = stub_stock()[0].__globals__
+    utils, buffers = module._Utils(names), names["_SCRATCH"]
+    names["_scratch"] = lambda kind, device, numel, dtype: buffers["weight", 0][:numel]
+    plan = types.SimpleNamespace(
+        device = torch.device("cuda", 0), numel = 4, dtype = torch.float32, shape = (2, 2)
+    )
+    for size in (4, 8):
+        buffers["weight", 0] = torch.zeros(size)
+        view = utils.scratch(plan)
+        assert view.data_ptr() == buffers["weight", 0].data_ptr() and view.shape == (2, 2)
+        assert utils.scratch(plan) is view
 
 
 needs_two_gpus = pytest.mark.skipif(

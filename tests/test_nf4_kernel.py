@@ -241,6 +241,13 @@ def test_out_of_memory_is_the_callers_and_the_next_launch_is_as_before(
         assert len(stubs.launched) == count + 1
 
 
+def test_a_gpu_before_volta_is_refused(kernel, monkeypatch):
+    """By its number, with what decodes there."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (6, 1))
+    with pytest.raises(kernel.DequantizeUnavailable, match = "6.1 has no .*bitsandbytes.functional"):
+        kernel.Launch("nf4", 64, 256, 4096, 0)
+
+
 _COMPILES = """
 from bare.kernels.nf4_dequantize_kernel import WARPS, dequantize_kernel as kernel
 

@@ -143,6 +143,20 @@ def test_many_steps_with_an_evaluation_need_few_graphs(build, family, bits, chec
     many_steps(build, family, bits, checkpointing, packing = True)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError])
+def test_a_kernel_that_raises_is_not_one(monkeypatch, error):
+    """A build without it, or a GPU that it was not written for."""
+    from unsloth.utils import packed_attention
+
+    def broken(*arguments):
+        raise error("no kernel image")
+
+    monkeypatch.setattr(packed_attention, "flash_varlen", broken)
+    monkeypatch.setattr(torch, "device", lambda *arguments: DEVICE)
+    shape = (torch.float16, 64, 2, 2, None)
+    assert packed_attention._kernel_runs.__wrapped__(0, *shape) is False
+
+
 def test_a_set_up_that_raises_costs_no_model(build, monkeypatch):
     """Told as a warning; the blocks run packed rows uncompiled, as before."""
     from unsloth.utils import packed_attention

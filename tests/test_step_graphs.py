@@ -365,6 +365,28 @@ def test_a_4_bit_weights_state_is_looked_at(llama):
     assert not state.changed(wholly = False)
 
 
+def test_a_weight_without_memory_has_moved():
+    """Swapped for one of another layout, whose address cannot be asked."""
+    from unsloth.models.step_graphs_state import BlockState
+
+    layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    state = BlockState(layers)
+    assert not state.moved()
+    other = torch.nn.Parameter(torch.eye(2).to_sparse())
+    torch.utils.swap_tensors(layers[0].weight, other)
+    assert state.moved() and state.changed() == "weights moved"
+
+
+def test_transformers_without_checkpointing_layers(monkeypatch):
+    """An older one: no block is of a class that nobody has."""
+    import sys
+
+    from unsloth.models.step_graphs_stack import checkpointing_layer
+
+    monkeypatch.setitem(sys.modules, "transformers.modeling_layers", None)
+    assert checkpointing_layer.__wrapped__().__mro__[1] is object
+
+
 def test_attention_kernels_and_implementation_are_part_of_a_graphs_key(llama):
     captured(llama)
     config = backbone(llama).config
@@ -380,6 +402,21 @@ def test_attention_kernels_and_implementation_are_part_of_a_graphs_key(llama):
     torch.backends.cuda.enable_flash_sdp(enabled)
     step(llama, batch(2, 40))
     assert summary(llama)["replayed"] == 3 and summary(llama)["dropped"] == 0
+
+
+def test_autocast_and_its_dtype_are_part_of_a_graphs_key():
+    """A graph of bfloat16 products must not run where float16 ones are asked for."""
+    from types import SimpleNamespace
+
+    from unsloth.models.step_graphs_stack import Stack
+
+    stack = SimpleNamespace(_model = lambda: SimpleNamespace(config = None))
+    hidden, layout = torch.zeros(1, device = DEVICE), SimpleNamespace(rows = 1, bucket = 64)
+    keys = {Stack._key(stack, hidden, {}, layout)}
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(DEVICE, dtype):
+            keys.add(Stack._key(stack, hidden, {}, layout))
+    assert len(keys) == 3
 
 
 def test_a_first_packed_batch_leaves_the_process_as_it_was(llama, monkeypatch):
@@ -554,8 +591,10 @@ def test_a_custom_module_in_a_block(llama):
 
 
 def test_a_capture_that_fails_turns_graphs_off(llama, recorders, monkeypatch):
-    from unsloth.models import step_graphs_capture
+    from unsloth.models import step_graphs_capture, step_graphs_stack
 
+    told = []
+    monkeypatch.setattr(step_graphs_stack.logger, "warning", told.append)
     step(llama, batch(2, 40))
     monkeypatch.setattr(
         step_graphs_capture.Bucket, "capture", lambda *a: (_ for _ in ()).throw(ValueError("no"))
@@ -563,6 +602,7 @@ def test_a_capture_that_fails_turns_graphs_off(llama, recorders, monkeypatch):
     bit_equal(llama, batch(2, 40))
     bit_equal(llama, batch(2, 40))
     assert reasons(llama) == {"capture failed: ValueError: no"}
+    assert told == ["Unsloth: step graphs are off (capture failed: ValueError: no)."]
 
 
 def test_out_of_memory_while_capturing_gives_the_memory_back(llama, monkeypatch):

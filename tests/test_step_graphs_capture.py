@@ -164,7 +164,7 @@ def test_parameters_are_back_after_a_capture_that_fails(blocks):
 
 
 def test_a_batch_gets_the_next_length_or_the_one_that_is_given():
-    from unsloth.models.step_graphs_buckets import bucket_length, lay_out
+    from unsloth.models.step_graphs_buckets import bucket_length, lay_out, unknown_argument
 
     hidden = torch.zeros(2, 100, 8)
     for longer, length in ((0, bucket_length(100)), (256, 256)):
@@ -173,6 +173,43 @@ def test_a_batch_gets_the_next_length_or_the_one_that_is_given():
     table = torch.zeros(99, 4)
     reason, layout = lay_out(hidden, {"position_embeddings": (table, table)})
     assert layout is None and "rope tables" in reason
+    for name, reason in (("attention_mask", "an attention mask"), ("other", "the argument other")):
+        assert unknown_argument({name: table}) == reason
+
+
+def test_an_unsloth_zoo_without_its_mark_is_replayed_without(monkeypatch):
+    """The mark only spares work."""
+    import contextlib
+
+    from unsloth.models.step_graphs_blocks import _recompute_marker
+    from unsloth_zoo import gradient_checkpointing
+
+    mark = "_gradient_checkpoint_recompute_marker"
+    assert _recompute_marker() is not contextlib.nullcontext
+    monkeypatch.delattr(gradient_checkpointing, mark)
+    assert _recompute_marker() is contextlib.nullcontext
+
+
+def test_a_capture_that_raises_holds_nothing_and_the_next_one_is_whole(blocks, monkeypatch):
+    """Its blocks and their runs are let go, and no pass is taken for the pool's owner."""
+    from unsloth.models.step_graphs_capture import Bucket, Pool, make_recorder
+
+    recorder = make_recorder(torch.device(DEVICE, 0)) if GPU else TapeRecorder(DEVICE)
+    pool, x = Pool(recorder, 0.5), torch.randn(2, 5, 8, device = DEVICE, requires_grad = True)
+
+    def bucket():
+        return Bucket(pool, list(blocks), (2, 8, 8), {"scale": 0.5}, x, False, False)
+
+    def full():
+        raise torch.OutOfMemoryError("no room")
+
+    failed, pool.owner = bucket(), object()
+    monkeypatch.setattr(recorder, "reserved", full)
+    with pytest.raises(torch.OutOfMemoryError, match = "no room"):
+        failed.capture()
+    assert pool.owner is None and failed._runs is None and failed._layers is None
+    monkeypatch.undo()
+    assert bucket().capture()
 
 
 @pytest.mark.parametrize("gpu, captured", [(2.0, True), (2.1, False)])

@@ -192,8 +192,8 @@ def test_tools_are_read_from_json_text(tool_calls):
         assert tool_calls.parse_tool_calls(reply, tools = tools) == parallel_calls(ROME)
         assert "reason" in tool_calls.parse_tool_calls(make_reply(("f", {})), tools = tools)
     assert "unknown tool" in tool_calls.parse_tool_calls(reply, tools = "null")["reason"]
-    for tools in ('"get_weather"', "3", "no JSON"):
-        with pytest.raises(ValueError, match = "give a list|not JSON"):
+    for tools in ('"get_weather"', "3", "no JSON", ["3"], ['"get_weather"']):
+        with pytest.raises(ValueError, match = "the JSON of a (str|int); give a list|not JSON"):
             tool_calls.parse_tool_calls(reply, tools = tools)
 
 

@@ -69,8 +69,8 @@ def test_other_templates_show_calls_after_a_reload(reload, tmp_path):
     assert "qwen" not in (tmp_path / "llama" / "tokenizer_config.json").read_text("utf-8")
 
 
-def test_other_tokenizers_are_left_alone(reload, tmp_path):
-    """None saved, another template since, or no tokenizer at all."""
+def test_other_tokenizers_are_left_alone(reload, tmp_path, monkeypatch):
+    """None saved, another template since (which is told), or no tokenizer at all."""
     from transformers import AutoTokenizer
     from unsloth.chat_templates import get_chat_template
 
@@ -79,8 +79,11 @@ def test_other_tokenizers_are_left_alone(reload, tmp_path):
     tokenizer = tokenizer_with("join")
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    loaded.chat_template = "{{ messages }}"
+    loaded.chat_template, told = "{{ messages }}", []
+    monkeypatch.setattr(reload.logger, "warning", told.append)
     assert not reload.restore(loaded) and not reload.restore(None)
+    assert len(told) == 1 and "parallel_tool_calls = 'join'" in told[0]
+    assert "Call get_chat_template" in told[0]
     chatml = get_chat_template(tokenizer, "chatml", map_eos_token = False)
     chatml.save_pretrained(tmp_path)
     assert "parallel_tool_calls" not in (tmp_path / "tokenizer_config.json").read_text("utf-8")

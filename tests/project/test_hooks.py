@@ -247,12 +247,14 @@ def test_a_function_that_another_library_replaced_is_left_alone(fake):
         from unsloth_patches.upstream_source import upstream_fingerprints
         known = frozenset(upstream_fingerprints(FAST.targets[0]))
         unsloth_patches.undo()
-        import unsloth.kernels.utils as utils
+        import unsloth.kernels.utils as utils, unsloth.late
         def fast(x): return ("theirs", x)
         utils.fast = fast
-        catalogue(Patch("fast", "t", (T("unsloth.kernels.utils:fast", "replace_fast", fingerprints = known),)))
+        theirs = Patch("fast", "t", (T("unsloth.kernels.utils:fast", "replace_fast", fingerprints = known),))
+        catalogue(Patch("slow", "t", (T("unsloth.late:slow", "replace_slow"),)), theirs)
         unsloth_patches.install()
-        assert states() == {"fast": "skipped"} and utils.fast(1) == ("theirs", 1)
+        assert states() == {"slow": "applied", "fast": "skipped"}, reasons()
+        assert utils.fast(1) == ("theirs", 1) and unsloth.late.slow(1)[0] == "patched"
         """,
         fake,
     )

@@ -80,6 +80,14 @@ UTILS = """
     """
 
 
+def test_a_callable_that_tells_no_parameters_is_no_function_that_is_known():
+    """Built-in ones may have no signature."""
+    from unsloth_patches.fingerprints import live_parameter_misfit
+
+    assert live_parameter_misfit(type, ("name",)) == "it tells no parameters"
+    assert live_parameter_misfit(type, ()) == ""
+
+
 @pytest.mark.parametrize(
     "relies, reason",
     [

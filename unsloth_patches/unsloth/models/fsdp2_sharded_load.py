@@ -166,8 +166,7 @@ def _find_jobs(
             if parameter is None:
                 continue
             _, places, names = slots.setdefault(id(parameter), (parameter, [], []))
-            if not any(module is other and name == known for other, known in places):
-                places.append((module, name))
+            places.append((module, name))
             names.append(f"{prefix}.{name}" if prefix else name)
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     renamed = _renamed(model, reader, renamings)
