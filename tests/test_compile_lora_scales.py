@@ -53,17 +53,21 @@ def test_equal_scales_stay_constants(build):
 def test_layers_that_differ_in_their_lora_scale_share_a_graph(build):
     """alpha_pattern with four scales: one graph for every length, loss and gradients bit-equal to eager.
     A scale that is changed later (PEFT's set_scale) counts from the next step on, without another graph."""
+    from unsloth.models import _block_compile
+
+    # Before 2026.10.9 the first batch's rows are a constant of its graph.
+    most = 1 if hasattr(_block_compile, "_mark_batch_dynamic") else 2
     model = build(alpha_pattern = SCALES)
     for rows, length in ((4, 7), (3, 50), (2, 24)):
         before = step(model, rows, length)
-        assert graphs() == 1
+        assert 0 < graphs() <= most
         if DEVICE == "cpu":
             assert_bit_equal(before, eager(model, rows, length))
     for layer in get_layers(model):
         for name in ("gate_proj", "up_proj", "down_proj"):
             getattr(layer.mlp, name).set_scale("default", 4.0)
     after = step(model, 2, 24)
-    assert graphs() == 1
+    assert graphs() == most
     assert not torch.equal(before[0], after[0])
     if DEVICE == "cpu":
         assert_bit_equal(after, eager(model, 2, 24))
