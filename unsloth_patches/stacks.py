@@ -34,7 +34,7 @@ STACKS: Tuple[Stack, ...] = (
     Stack(
         "3.13",
         {"torch": "2.13.0", "triton": "3.7.1", "transformers": "5.17.0", "trl": "1.15.0"},
-        "this project's own tests, the fork as Unsloth's CI, demo, on the CPU (scripts/requirements.lock)",
+        "all tests and the demo, on the CPU (scripts/requirements.lock)",
         "2026-11-26",
     ),
     Stack(
