@@ -416,6 +416,13 @@ def test_unknown_model_is_named(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_float32_is_a_llamas(tmp_path):
+    """Another model's norms would be left out of the reference in silence."""
+    name = "qwen3-4b-12-layers"
+    with pytest.raises(RuntimeError, match = "is a Qwen3, and only Llama .* --model llama-1b"):
+        train._add_float32(tmp_path / "train.json", name, train.MODELS[name])
+
+
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_every_family_has_its_own_architecture(tmp_path, name):
     """The checkpoint is one that transformers makes a model of that family from."""

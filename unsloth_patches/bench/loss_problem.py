@@ -137,8 +137,8 @@ def _torch() -> Callable:
 def _quack() -> Callable:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
     def loss(hidden, weight, labels):
-        # its kernels refuse a chunk of as many rows as columns, which its default, 4096, is for 8B
-        chunk_size = 4096 if hidden.shape[1] != 4096 else 8192
+        # Its kernels refuse a chunk of as many rows as columns, which its default, 4096, is for 8B.
+        chunk_size = 8192 if hidden.shape[1] == 4096 else 4096
         return chunked_linear_cross_entropy(hidden, weight, labels, chunk_size = chunk_size)
 
     return loss

@@ -275,9 +275,16 @@ def run(
 
 
 def _add_float32(path: Path, name: str, model: Model) -> None:
-    """Adds the losses of float32 to a results file, share by share. Raises RuntimeError without it."""
+    """Adds the losses of float32 to a results file, share by share. Raises RuntimeError without it,
+    and for a model that is no Llama."""
     from .train_float32 import distances, reference
 
+    kind = model.shape.get("kind", "Llama")
+    if kind != "Llama":
+        raise RuntimeError(
+            f"bench train --float32: {name} is a {kind}, and only Llama is written out in float32; "
+            "name one of those, as --model llama-1b"
+        )
     if not path.exists():
         raise RuntimeError(
             f"bench train --float32: no {path}; run `{command(name)} --out {path.parent}` first"
