@@ -349,21 +349,63 @@ def test_fsdp2_does_not_wait_for_ranks_that_a_failed_one_left(tmp_path, monkeypa
 
 
 def test_fsdp2_rounds_become_one_row():
-    """Medians of the times over all rounds' steps, the largest memory."""
-    group = types.SimpleNamespace(
-        cases = [{"name": "sharded", "length": 10}], mode = "upstream", world = 2
-    )
-    rounds = [
+    """Medians of the loads' times, the largest memory; the step's time is that of its turns."""
+    load = {"name": "sharded", "length": 10}
+    turn = {**load, **fsdp2.TURN}
+    group = types.SimpleNamespace(cases = [load, turn], mode = "upstream", world = 2)
+    loads = [
         fsdp2.merged_row(
             group,
             0,
-            [fsdp2_result(load_s = load, train_peak = peak, steps_s = [9.0, 9.0, *steps])],
+            [fsdp2_result(load_s = load_s, train_peak = peak, steps_s = [9.0, *steps])],
         )
-        for load, peak, steps in [(3.0, 1.5, [0.2]), (2.0, 1.7, [0.4]), (4.0, 1.6, [0.3])]
+        for load_s, peak, steps in [(3.0, 1.5, [0.2]), (2.0, 1.7, [0.4]), (4.0, 1.6, [0.3])]
     ]
-    (row,) = fsdp2.over_rounds(rounds)
+    (row,) = fsdp2.over_rounds(loads)
     assert (row["load_s"], row["train_peak"], row["step_s"]) == (3.0, 1.7, 0.3)
     assert row["tokens_per_s"] == 66.7 and len(row["ranks"]) == 3
+    # A turn says nothing of loads and memory: other trainings stand beside it.
+    beside = fsdp2_result(load_s = 99.0, train_peak = None, steps_s = [9.0, 0.5, 0.6, 0.7])
+    turns = [fsdp2.merged_row(group, 1, [beside])] * 2
+    (row,) = fsdp2.over_rounds([*loads, *turns])
+    assert (row["load_s"], row["train_peak"], row["step_s"]) == (3.0, 1.7, 0.6)
+    assert row["timed_steps"] == 6 and row["step_quartiles"] == [0.5, 0.7]
+
+
+def test_fsdp2_turns_load_each_training_once_before_any_is_timed(tmp_path):
+    order = fsdp2._cases(tmp_path, fsdp2.SHAPE, 12, 2048, big = tmp_path / "whole")
+    turns = [case for *_, case in order if case.get("turn")]
+    names = [case["name"] for case in turns if not case.get("shown", True)]
+    assert len(names) == len(set(names)) == 9
+    for group in (names[:6], names[6:]):
+        of_group = [case for case in turns if case["name"] in group]
+        assert [case["name"] for case in of_group] == group * (1 + fsdp2.TURNS)
+        assert all(case.get("shown", True) for case in of_group[len(group) :])
+    last = [index for index, (*_, case) in enumerate(order) if case.get("turn")][-1]
+    assert all(case.get("card_gib") for *_, case in order[last + 1 :])  # an error ends its process
+
+
+def test_fsdp2_keeps_a_training_for_its_turns_only(monkeypatch):
+    made = []
+
+    class Training:
+        model = None
+
+        def __init__(self, case, found, memory):
+            made.append(case["name"])
+
+        def run(self, case, found):
+            found["steps_s"] = [0.1]
+
+    monkeypatch.setattr(fsdp2_worker, "_Training", Training)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for name in ("a", "b", "a", "b"):
+        found = {}
+        fsdp2_worker._measure({"name": name, "turn": True}, found)
+        assert found["steps_s"] == [0.1] and "train_peak" not in found
+    assert made == ["a", "b"]
+    fsdp2_worker._measure({"name": "c"}, {})
+    assert made == ["a", "b", "c"] and not fsdp2_worker.KEPT
 
 
 def test_fsdp2_cards_are_narrowed_to_where_training_begins():

@@ -27,17 +27,20 @@ from .harness import print_table, save_json
 # Three eighths of an 8B, in blocks and in vocabulary: what is measured here grows with both.
 SHAPE = {**SHAPES["8B"], "vocab_size": 12032}
 LAYERS, LENGTH = 12, 2048
-# Of the cases whose time counts: the first steps compile kernels and fill caches.
-TIMED = {"steps": 12, "warmup": 2}
 GIB = 2**30
+# Of a load whose memory and losses count.
+STEPS = 6
 # In a table: was not measured, or there is no such figure for this case.
 NOT_THERE = "-"
 LARGEST = ("load_s", "load_peak", "after_load", "wrap_peak", "after_wrap", "train_peak")
 LARGEST += ("step_s", "offloaded_blocks", "planned_peak", "shards")
 LARGEST += ("wrap_s", "gather_host_ms", "gather_ms")
 MEDIANS = ("load_s", "step_s", "wrap_s", "gather_host_ms", "gather_ms")
-# The host's speed changes from minute to minute: what is compared takes turns, so many times.
+# The host's speed changes from minute to minute, by more than what is compared. So loads alternate, so
+# many times, and steps are timed in trainings that all stay loaded and take turns: of each turn the
+# first step does not count, of each training the first turn does not.
 ROUNDS, WHOLE_ROUNDS = 3, 2
+TURNS, TURN = 5, {"turn": True, "steps": 4, "warmup": 1}
 # The whole model of an 8B: its load, its losses beside one GPU's, its speed.
 WHOLE, WHOLE_LAYERS = "8B-128k", 32
 # Of a process's first case, which is not shown: kernels are compiled, workers start, caches fill.
@@ -64,30 +67,38 @@ def merged_row(group: Group, index: int, found: List[dict]) -> dict:
 
 
 def over_rounds(rows: List[dict]) -> List[dict]:
-    """One row for the rounds of a case: medians of the times, the largest memory, all rounds' ranks."""
-    whole: List[dict] = []
+    """One row for the rounds of a case: medians of the loads' times, the largest memory, all rounds'
+    ranks, and the time of a step over its turns, if it had any.
+    """
+    grouped: Dict[tuple, List[dict]] = {}
     for row in rows:
-        same = (r for r in whole if all(r[k] == row[k] for k in ("who", "world", "case")))
-        known = next(same, None)
-        if known is None:
-            whole.append({**row, "rounds": [row]})
-        else:
-            known["rounds"].append(row)
-    for row in whole:
-        rounds = row.pop("rounds")
-        if len(rounds) == 1:
-            continue
-        for key in LARGEST:
-            values = sorted(r[key] for r in rounds if r[key] is not None)
-            if values:
-                row[key] = values[len(values) // 2] if key in MEDIANS else values[-1]
-        times = [one for r in rounds for one in r["ranks"][0].get("steps_s", [])[TIMED["warmup"] :]]
-        if times:
-            row["step_s"] = sorted(times)[len(times) // 2]
-            row["tokens_per_s"] = round(row["case"]["length"] * row["world"] / row["step_s"], 1)
-        row["error"] = next((r["error"] for r in rounds if r["error"]), "")
-        row["ranks"] = [rank for r in rounds for rank in r["ranks"]]
-    return whole
+        grouped.setdefault((row["who"], row["world"], row["case"]["name"]), []).append(row)
+    return [_one_row(rounds) for rounds in grouped.values()]
+
+
+def _one_row(rounds: List[dict]) -> dict:
+    turns = [row for row in rounds if row["case"].get("turn")]
+    loads = [row for row in rounds if not row["case"].get("turn")] or turns
+    row = dict(loads[0])
+    for key in LARGEST:
+        values = sorted(r[key] for r in loads if r[key] is not None)
+        if values:
+            row[key] = values[len(values) // 2] if key in MEDIANS else values[-1]
+    times = sorted(
+        seconds
+        for r in turns or loads
+        for rank in r["ranks"][:1]
+        for seconds in rank.get("steps_s", [])[r["case"].get("warmup", 1) :]
+    )
+    if times:
+        row.update(step_s = times[len(times) // 2], timed_steps = len(times))
+        row["step_quartiles"] = [times[len(times) // 4], times[3 * len(times) // 4]]
+        # One GPU takes the batch that all ranks have together.
+        tokens = row["case"]["length"] * row["world"] * row["case"].get("micro_batches", 1)
+        row["tokens_per_s"] = round(tokens / row["step_s"], 1)
+    row["error"] = next((r["error"] for r in rounds if r["error"]), "")
+    row["ranks"] = [rank for r in rounds for rank in r["ranks"]]
+    return row
 
 
 def show(title: str, rows: List[dict]) -> None:
@@ -130,7 +141,7 @@ def _cases(
 
     def case(name: str, **options) -> dict:
         given = {"name": name, "checkpoint": str(checkpoint), "shape": shape, "layers": layers}
-        return {**given, "length": length, "checkpointing": True, **options}
+        return {**given, "length": length, "checkpointing": True, "steps": STEPS, **options}
 
     # A card that cannot hold the whole 4-bit weights: there the load and the offload are decided.
     gib = round(0.985 * whole_frozen(shape, layers) / GIB, 3)
@@ -140,34 +151,51 @@ def _cases(
         card, on_card = {**card, "card_gib": None, "steps": 2}, "short, no card"
     auto = {"load": "auto", "offload": "auto"}
     stock = {"layout": "sharded"}
-    turns = [
-        ("ours", False, case("sharded", **TIMED)),
-        ("upstream", False, case("stock, sharded layout", **stock, **TIMED)),
-        ("ours", False, case("half of blocks offloaded", offload = f"blocks:{layers // 2}", **TIMED)),
+    compared = [
+        ("ours", False, case("sharded")),
+        ("upstream", False, case("stock, sharded layout", **stock)),
+        ("ours", False, case("half of blocks offloaded", offload = f"blocks:{layers // 2}")),
     ]
+    once = [
+        ("upstream", False, case("stock layout")),
+        ("ours", False, case("auto", load = "auto")),
+        ("ours", True, case("one GPU" if gpu else "one rank")),
+    ]
+    whole = _whole_cases(big) if big else []
     return [
         ("ours", False, {**case("warm-up"), **WARM_UP}),
         ("upstream", False, {**case("warm-up", **stock), **WARM_UP}),
-        *turns * (ROUNDS if gpu else 1),
-        *(_whole_cases(big) if big else ()),
-        ("upstream", False, case("stock layout", **TIMED)),
-        ("ours", False, case("auto", load = "auto", **TIMED)),
+        *compared * (ROUNDS if gpu else 1),
+        *once,
+        *whole[:-1] * WHOLE_ROUNDS,
+        *whole[-1:],
+        *(by_turns([*compared, *once]) if gpu else ()),
+        *by_turns(whole),
         ("ours", False, case(f"auto, {on_card}", **auto, **card)),
         ("upstream", False, case(f"stock, {on_card}", **stock, **card)),
-        ("ours", True, case("one GPU" if gpu else "one rank", **TIMED)),
     ]
 
 
 def _whole_cases(checkpoint: Path) -> List[tuple]:
     case = {"checkpoint": str(checkpoint), "shape": SHAPES[WHOLE], "layers": WHOLE_LAYERS}
-    case.update(length = LENGTH, checkpointing = True, **{**TIMED, "steps": 7})
+    case.update(length = LENGTH, checkpointing = True, steps = STEPS)
     name = f"all {WHOLE_LAYERS} layers of {WHOLE}"
-    stock = {"name": f"{name}, stock, sharded layout", "layout": "sharded"}
-    turns = [
+    return [
         ("ours", False, {**case, "name": f"{name}, sharded"}),
-        ("upstream", False, {**case, **stock}),
+        (
+            "upstream",
+            False,
+            {**case, "name": f"{name}, stock, sharded layout", "layout": "sharded"},
+        ),
+        ("ours", True, {**case, "name": f"{name}, one GPU"}),
     ]
-    return [*turns * WHOLE_ROUNDS, ("ours", True, {**case, "name": f"{name}, one GPU"})]
+
+
+def by_turns(cases: List[tuple]) -> List[tuple]:
+    """The cases as trainings that stay: each is loaded, then each has TURNS turns."""
+    turns = [(mode, alone, {**case, **TURN}) for mode, alone, case in cases]
+    first = [(mode, alone, {**case, "shown": False}) for mode, alone, case in turns]
+    return first + turns * TURNS
 
 
 def load_bound(case: dict, world: int) -> float:

@@ -18,11 +18,13 @@ import os
 import resource
 import sys
 import time
-from typing import Optional
+from typing import Dict, Optional
 
 STEPS = 4
 WARMUP = 1  # steps of a case that its time leaves out
 GATHER_ROUNDS = 5
+# Trainings of cases with "turn": they stay loaded, so that steps of several kinds can take turns.
+KEPT: Dict[str, _Training] = {}
 
 
 def _gib(count: Optional[float]) -> Optional[float]:
@@ -144,14 +146,22 @@ def _wrap(model, found: dict, memory: Memory):
 
 def _measure(case: dict, found: dict) -> None:
     """Load, wrap and train one case. In a function of its own, so that nothing of it outlives the
-    case.
+    case, unless it will have another turn.
     """
     import torch
 
+    if not case.get("turn"):
+        KEPT.clear()
+        gc.collect()
     memory = Memory(torch)
-    training = _Training(case, found, memory)
-    training.run(case, found, memory)
-    _time_gathers(training.model, found, torch)
+    training = KEPT.get(case["name"]) or _Training(case, found, memory)
+    memory.reset()
+    training.run(case, found)
+    if case.get("turn"):  # no memory to tell: other trainings stand beside it
+        KEPT[case["name"]] = training
+    else:
+        found["train_peak"] = _gib(memory.peak())
+        _time_gathers(training.model, found, torch)
     found["stage"] = "done"
 
 
@@ -192,10 +202,9 @@ class _Training:
         self.optimizer.zero_grad()
         return total
 
-    def run(self, case: dict, found: dict, memory: Memory) -> None:
+    def run(self, case: dict, found: dict) -> None:
         import torch
 
-        memory.reset()
         losses, seconds = [], []
         for _ in range(case.get("steps", STEPS)):
             begin = time.perf_counter()
@@ -206,7 +215,6 @@ class _Training:
         timed = sorted(seconds[min(case.get("warmup", WARMUP), len(seconds) - 1) :])
         middle = timed[len(timed) // 2]
         found.update(
-            train_peak = _gib(memory.peak()),
             step_s = round(middle, 4),
             steps_s = [round(value, 4) for value in seconds],
             tokens_per_s = round(self.tokens / middle, 1),
