@@ -88,6 +88,7 @@ def _search(work: Path, world: int) -> List[dict]:
             for index, card in enumerate(cards):
                 row = merged_row(group, index, group.run(index))
                 tried[who].append((card, not row["error"]))
+                print(f"{who}: {card} GiB: {row['error'][:80] or 'trains'}", flush = True)
                 if row["error"]:
                     why[who] = row["error"]
                     break
