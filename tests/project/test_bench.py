@@ -364,9 +364,9 @@ def test_fsdp2_rounds_become_one_row():
     (row,) = fsdp2.over_rounds(loads)
     assert (row["load_s"], row["train_peak"], row["step_s"]) == (3.0, 1.7, 0.3)
     assert row["tokens_per_s"] == 66.7 and len(row["ranks"]) == 3
-    # A turn says nothing of loads and memory: other trainings stand beside it.
-    beside = fsdp2_result(load_s = 99.0, train_peak = None, steps_s = [9.0, 0.5, 0.6, 0.7])
-    turns = [fsdp2.merged_row(group, 1, [beside])] * 2
+    # A turn loads nothing, and its steps are the ones that count.
+    later = {"load_s": None, "train_peak": None, "steps_s": [9.0, 0.5, 0.6, 0.7]}
+    turns = [fsdp2.merged_row(group, 1, [fsdp2_result(**later)])] * 2
     (row,) = fsdp2.over_rounds([*loads, *turns])
     assert (row["load_s"], row["train_peak"], row["step_s"]) == (3.0, 1.7, 0.6)
     assert row["timed_steps"] == 6 and row["step_quartiles"] == [0.5, 0.7]
@@ -375,37 +375,48 @@ def test_fsdp2_rounds_become_one_row():
 def test_fsdp2_turns_load_each_training_once_before_any_is_timed(tmp_path):
     order = fsdp2._cases(tmp_path, fsdp2.SHAPE, 12, 2048, big = tmp_path / "whole")
     turns = [case for *_, case in order if case.get("turn")]
-    names = [case["name"] for case in turns if not case.get("shown", True)]
+    names = [case["name"] for case in turns if case["turn"] == "first"]
     assert len(names) == len(set(names)) == 9
     for group in (names[:6], names[6:]):
         of_group = [case for case in turns if case["name"] in group]
         assert [case["name"] for case in of_group] == group * (1 + fsdp2.TURNS)
-        assert all(case.get("shown", True) for case in of_group[len(group) :])
+        assert all(case["turn"] == "again" for case in of_group[len(group) :])
     last = [index for index, (*_, case) in enumerate(order) if case.get("turn")][-1]
     assert all(case.get("card_gib") for *_, case in order[last + 1 :])  # an error ends its process
 
 
 def test_fsdp2_keeps_a_training_for_its_turns_only(monkeypatch):
-    made = []
+    """What it holds meanwhile does not count for the others."""
+    made, allocated = [], [100]
 
     class Training:
         model = None
 
         def __init__(self, case, found, memory):
-            made.append(case["name"])
+            made.append((case["name"], memory.now()))
+            allocated[0] += 1000
 
         def run(self, case, found):
             found["steps_s"] = [0.1]
 
+    gpu = types.SimpleNamespace(
+        memory_allocated = lambda: allocated[0],
+        max_memory_allocated = lambda: allocated[0] + 2**30,
+        synchronize = lambda: None,
+        reset_peak_memory_stats = lambda: None,
+        is_available = lambda: True,
+    )
+    monkeypatch.setattr(torch, "cuda", gpu)
     monkeypatch.setattr(fsdp2_worker, "_Training", Training)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    peaks = []
     for name in ("a", "b", "a", "b"):
         found = {}
-        fsdp2_worker._measure({"name": name, "turn": True}, found)
-        assert found["steps_s"] == [0.1] and "train_peak" not in found
-    assert made == ["a", "b"]
+        fsdp2_worker._measure({"name": name, "turn": "first"}, found)
+        assert found["steps_s"] == [0.1]
+        peaks.append(found.get("train_peak"))
+    assert made == [("a", 100), ("b", 100)] and peaks == [1.0, 1.0, None, None]
     fsdp2_worker._measure({"name": "c"}, {})
-    assert made == ["a", "b", "c"] and not fsdp2_worker.KEPT
+    assert made[2:] == [("c", 2100)] and not fsdp2_worker.KEPT
 
 
 def test_fsdp2_cards_are_narrowed_to_where_training_begins():

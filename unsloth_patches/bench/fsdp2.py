@@ -28,19 +28,17 @@ from .harness import print_table, save_json
 SHAPE = {**SHAPES["8B"], "vocab_size": 12032}
 LAYERS, LENGTH = 12, 2048
 GIB = 2**30
-# Of a load whose memory and losses count.
-STEPS = 6
+STEPS = 6  # of a load; they are not timed where turns follow
 # In a table: was not measured, or there is no such figure for this case.
 NOT_THERE = "-"
 LARGEST = ("load_s", "load_peak", "after_load", "wrap_peak", "after_wrap", "train_peak")
 LARGEST += ("step_s", "offloaded_blocks", "planned_peak", "shards")
 LARGEST += ("wrap_s", "gather_host_ms", "gather_ms")
 MEDIANS = ("load_s", "step_s", "wrap_s", "gather_host_ms", "gather_ms")
-# The host's speed changes from minute to minute, by more than what is compared. So loads alternate, so
-# many times, and steps are timed in trainings that all stay loaded and take turns: of each turn the
-# first step does not count, of each training the first turn does not.
-ROUNDS, WHOLE_ROUNDS = 3, 2
-TURNS, TURN = 5, {"turn": True, "steps": 4, "warmup": 1}
+# The host's speed changes from minute to minute, by more than what is compared. So loads alternate, and
+# steps are timed in trainings that all stay loaded and take turns, so many after the load; of each turn
+# the first step does not count.
+TURNS, TURN = 5, {"turn": "again", "steps": 4, "warmup": 1}
 # The whole model of an 8B: its load, its losses beside one GPU's, its speed.
 WHOLE, WHOLE_LAYERS = "8B-128k", 32
 # Of a process's first case, which is not shown: kernels are compiled, workers start, caches fill.
@@ -77,16 +75,15 @@ def over_rounds(rows: List[dict]) -> List[dict]:
 
 
 def _one_row(rounds: List[dict]) -> dict:
-    turns = [row for row in rounds if row["case"].get("turn")]
-    loads = [row for row in rounds if not row["case"].get("turn")] or turns
-    row = dict(loads[0])
+    turns = [row for row in rounds if row["case"].get("turn") == "again"]
+    row = dict(rounds[0])
     for key in LARGEST:
-        values = sorted(r[key] for r in loads if r[key] is not None)
+        values = sorted(r[key] for r in rounds if r[key] is not None)
         if values:
             row[key] = values[len(values) // 2] if key in MEDIANS else values[-1]
     times = sorted(
         seconds
-        for r in turns or loads
+        for r in turns or rounds
         for rank in r["ranks"][:1]
         for seconds in rank.get("steps_s", [])[r["case"].get("warmup", 1) :]
     )
@@ -165,11 +162,8 @@ def _cases(
     return [
         ("ours", False, {**case("warm-up"), **WARM_UP}),
         ("upstream", False, {**case("warm-up", **stock), **WARM_UP}),
-        *compared * (ROUNDS if gpu else 1),
-        *once,
-        *whole[:-1] * WHOLE_ROUNDS,
-        *whole[-1:],
-        *(by_turns([*compared, *once]) if gpu else ()),
+        *compared,
+        *(by_turns([*compared, *once]) if gpu else once),
         *by_turns(whole),
         ("ours", False, case(f"auto, {on_card}", **auto, **card)),
         ("upstream", False, case(f"stock, {on_card}", **stock, **card)),
@@ -193,9 +187,9 @@ def _whole_cases(checkpoint: Path) -> List[tuple]:
 
 def by_turns(cases: List[tuple]) -> List[tuple]:
     """The cases as trainings that stay: each is loaded, then each has TURNS turns."""
+    loads = [(mode, alone, {**case, "turn": "first"}) for mode, alone, case in cases]
     turns = [(mode, alone, {**case, **TURN}) for mode, alone, case in cases]
-    first = [(mode, alone, {**case, "shown": False}) for mode, alone, case in turns]
-    return first + turns * TURNS
+    return loads + turns * TURNS
 
 
 def load_bound(case: dict, world: int) -> float:

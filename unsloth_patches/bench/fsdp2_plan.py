@@ -63,4 +63,8 @@ def _measure(work: Path, quick: bool, gpus: int, groups: List[Group]) -> List[di
     cases = fsdp2_cells.planner_cases(folders, cells)
     groups.append(Group(cases, "ours", max(gpus, 2), work, gpus == 1))
     make_checkpoints([(folders[name], shapes[name], layers) for name, layers in depths.items()])
-    return [merged_row(groups[0], i, groups[0].run(i)) for i in range(len(cases))]
+    rows = []
+    for index in range(len(cases)):
+        rows.append(merged_row(groups[0], index, groups[0].run(index)))
+        print(rows[-1]["case"]["name"], rows[-1]["error"][:300], flush = True)
+    return rows

@@ -18,13 +18,14 @@ import os
 import resource
 import sys
 import time
-from typing import Dict, Optional
+from typing import Dict, Optional, Tuple
 
 STEPS = 4
 WARMUP = 1  # steps of a case that its time leaves out
 GATHER_ROUNDS = 5
-# Trainings of cases with "turn": they stay loaded, so that steps of several kinds can take turns.
-KEPT: Dict[str, _Training] = {}
+# Trainings of cases with "turn", and the bytes that each holds: they stay loaded, so that steps of several
+# kinds can take turns.
+KEPT: Dict[str, Tuple[_Training, int]] = {}
 
 
 def _gib(count: Optional[float]) -> Optional[float]:
@@ -32,12 +33,17 @@ def _gib(count: Optional[float]) -> Optional[float]:
 
 
 class Memory:
-    """Peak of torch's allocator on this rank since the last ``reset``; None without a GPU, where
-    torch counts nothing.
+    """Peak of torch's allocator on this rank since the last ``reset``, less the ``kept`` bytes of other
+    trainings; None without a GPU, where torch counts nothing.
     """
 
-    def __init__(self, torch):
+    def __init__(
+        self,
+        torch,
+        kept: int = 0,
+    ):
         self.cuda = torch.cuda if torch.cuda.is_available() else None
+        self.kept = kept
 
     def reset(self) -> None:
         if self.cuda:
@@ -48,10 +54,10 @@ class Memory:
         if not self.cuda:
             return None
         self.cuda.synchronize()
-        return self.cuda.max_memory_allocated()
+        return self.cuda.max_memory_allocated() - self.kept
 
     def now(self) -> Optional[int]:
-        return self.cuda.memory_allocated() if self.cuda else None
+        return self.cuda.memory_allocated() - self.kept if self.cuda else None
 
 
 def _environment(case: dict, mode: str) -> None:
@@ -150,18 +156,22 @@ def _measure(case: dict, found: dict) -> None:
     """
     import torch
 
+    training, _ = KEPT.get(case["name"], (None, 0))
+    if training is not None:
+        training.run(case, found)
+        return
     if not case.get("turn"):
         KEPT.clear()
         gc.collect()
-    memory = Memory(torch)
-    training = KEPT.get(case["name"]) or _Training(case, found, memory)
+    memory = Memory(torch, kept = sum(held for _, held in KEPT.values()))
+    before = memory.now()
+    training = _Training(case, found, memory)
     memory.reset()
     training.run(case, found)
-    if case.get("turn"):  # no memory to tell: other trainings stand beside it
-        KEPT[case["name"]] = training
-    else:
-        found["train_peak"] = _gib(memory.peak())
-        _time_gathers(training.model, found, torch)
+    found["train_peak"] = _gib(memory.peak())
+    _time_gathers(training.model, found, torch)
+    if case.get("turn"):
+        KEPT[case["name"]] = training, (memory.now() or 0) - (before or 0)
     found["stage"] = "done"
 
 
