@@ -372,6 +372,23 @@ def test_fsdp2_rounds_become_one_row():
     assert row["timed_steps"] == 6 and row["step_quartiles"] == [0.5, 0.7]
 
 
+def test_fsdp2_ratios_pair_the_turns():
+    """The host's speed changes between turns, and for both sides."""
+
+    def row(name, load, *turns):
+        ranks = [{"load_s": load, "steps_s": [9.0, 9.0]}]
+        ranks += [{"steps_s": [9.0, *times]} for times in turns]
+        ranks = [rank for one in ranks for rank in (one, {"steps_s": [7.0, 7.0]})]
+        return {"case": {"name": name}, "world": 2, "load_s": load, "ranks": ranks}
+
+    ours = row("sharded", 2.0, [0.1, 0.2, 0.3], [0.4, 0.4, 0.4], [0.9, 0.9, 0.9])
+    stock = row("stock, sharded layout", 4.0, [0.1, 0.1, 0.1], [0.4, 0.4, 0.4], [1.8, 1.8, 1.8])
+    assert fsdp2.ratios([stock, ours]) == [
+        ("sharded", "stock, sharded layout", [2.0, 1.0, 0.5], 0.5)
+    ]
+    assert fsdp2.ratios([ours]) == []
+
+
 def test_fsdp2_turns_load_each_training_once_before_any_is_timed(tmp_path):
     order = fsdp2._cases(tmp_path, fsdp2.SHAPE, 12, 2048, big = tmp_path / "whole")
     turns = [case for *_, case in order if case.get("turn")]

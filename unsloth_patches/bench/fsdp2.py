@@ -13,6 +13,7 @@ memory of a GPU to measure, and the seconds are the CPU's.
 from __future__ import annotations
 
 import shutil
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -41,6 +42,13 @@ MEDIANS = ("load_s", "step_s", "wrap_s", "gather_host_ms", "gather_ms")
 TURNS, TURN = 5, {"turn": "again", "steps": 4, "warmup": 1}
 # The whole model of an 8B: its load, its losses beside one GPU's, its speed.
 WHOLE, WHOLE_LAYERS = "8B-128k", 32
+WHOLE_NAME = f"all {WHOLE_LAYERS} layers of {WHOLE}"
+COMPARED = [
+    ("sharded", "stock, sharded layout"),
+    ("half of blocks offloaded", "sharded"),
+    ("auto", "stock layout"),
+    (f"{WHOLE_NAME}, sharded", f"{WHOLE_NAME}, stock, sharded layout"),
+]
 # Of a process's first case, which is not shown: kernels are compiled, workers start, caches fill.
 WARM_UP = {"name": "warm-up", "steps": 2, "shown": False}
 
@@ -96,6 +104,27 @@ def _one_row(rounds: List[dict]) -> dict:
     row["error"] = next((r["error"] for r in rounds if r["error"]), "")
     row["ranks"] = [rank for r in rounds for rank in r["ranks"]]
     return row
+
+
+def turn_medians(row: dict) -> List[float]:
+    """Seconds of a step in each turn after the load, on the first rank."""
+    turns = (rank for rank in row["ranks"][:: row["world"]] if "load_s" not in rank)
+    return [
+        statistics.median(rank["steps_s"][TURN["warmup"] :]) for rank in turns if "steps_s" in rank
+    ]
+
+
+def ratios(rows: List[dict]) -> List[tuple]:
+    """(case, the one it is compared with, step times' ratio in each turn, load times' ratio)."""
+    named = {row["case"]["name"]: row for row in rows}
+    found = []
+    for name, other in COMPARED:
+        if name in named and other in named:
+            one, two = named[name], named[other]
+            turns = [a / b for a, b in zip(turn_medians(one), turn_medians(two))]
+            if turns:
+                found.append((name, other, turns, one["load_s"] / two["load_s"]))
+    return found
 
 
 def show(title: str, rows: List[dict]) -> None:
@@ -173,15 +202,14 @@ def _cases(
 def _whole_cases(checkpoint: Path) -> List[tuple]:
     case = {"checkpoint": str(checkpoint), "shape": SHAPES[WHOLE], "layers": WHOLE_LAYERS}
     case.update(length = LENGTH, checkpointing = True, steps = STEPS)
-    name = f"all {WHOLE_LAYERS} layers of {WHOLE}"
     return [
-        ("ours", False, {**case, "name": f"{name}, sharded"}),
+        ("ours", False, {**case, "name": f"{WHOLE_NAME}, sharded"}),
         (
             "upstream",
             False,
-            {**case, "name": f"{name}, stock, sharded layout", "layout": "sharded"},
+            {**case, "name": f"{WHOLE_NAME}, stock, sharded layout", "layout": "sharded"},
         ),
-        ("ours", True, {**case, "name": f"{name}, one GPU"}),
+        ("ours", True, {**case, "name": f"{WHOLE_NAME}, one GPU"}),
     ]
 
 
@@ -232,6 +260,11 @@ def run(out: Path, quick: bool = False) -> int:
             print(
                 f"{row['who']}, {name}: a block's gather takes {row['gather_ms']} ms, the host {host} ms"
             )
+    for name, other, turns, load in ratios(rows):
+        middle, low, high = statistics.median(turns), min(turns), max(turns)
+        print(
+            f"{name} / {other}: step {middle:.2f} (turns: {low:.2f} to {high:.2f}), load {load:.2f}"
+        )
     return 1 if any(row["error"] for row in rows if row["who"] == "ours") else 0
 
 

@@ -51,7 +51,8 @@ TOY = {
     "tied": False,
 }
 
-# (shape, layers, options of a case); the layers are what the shape's checkpoint is cut to.
+# (shape, layers, options of a case); the layers are what the shape's checkpoint is cut to. The widest
+# last: Unsloth keeps a buffer of the largest weight as long as the process lives.
 CELLS = [
     ("1B", 16, {"length": 2048}),
     ("1B", 16, {"length": 2048, "batch": 4}),
@@ -60,11 +61,11 @@ CELLS = [
     ("3B", 14, {"length": 2048, "offload": "blocks:5"}),
     ("3B", 14, {"length": 2048, "rank": 64, "micro_batches": 2}),
     ("8B-128k", 8, {"length": 4096, "batch": 4}),
-    ("70B", 4, {"length": 2048, "checkpointing": False}),
-    ("70B", 4, {"length": 4096, "offload": "blocks:2"}),
     ("8B-128k", 8, {"length": 8192, "checkpointing": "unsloth"}),
     ("8B-128k-whole", 32, {"length": 2048}),
     ("8B-128k-whole", 32, {"length": 4096, "batch": 2, "offload": "blocks:16"}),
+    ("70B", 4, {"length": 2048, "checkpointing": False}),
+    ("70B", 4, {"length": 4096, "offload": "blocks:2"}),
 ]
 
 
