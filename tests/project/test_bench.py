@@ -29,6 +29,7 @@ from unsloth_patches.bench import (
     train,
     train_profile,
     train_turns,
+    train_worker,
 )
 from unsloth_patches.cli import app
 
@@ -491,6 +492,40 @@ def test_float32_is_a_llamas(tmp_path):
     name = "qwen3-4b-12-layers"
     with pytest.raises(RuntimeError, match = "is a Qwen3, and only Llama .* --model llama-1b"):
         train._add_float32(tmp_path / "train.json", name, train.MODELS[name])
+    with pytest.raises(RuntimeError, match = "all weights trained.*only QLoRA .* --model llama-1b"):
+        train._add_float32(tmp_path / "train.json", "llama-1b-full", train.MODELS["llama-1b-full"])
+
+
+@pytest.mark.parametrize(
+    ("name", "loaded", "skipped"),
+    [
+        ("llama-1b", {"load_in_4bit": True, "full_finetuning": False}, None),
+        ("llama-1b-lora", {"load_in_4bit": False, "full_finetuning": False}, None),
+        ("llama-1b-full", {"load_in_4bit": False, "full_finetuning": True}, None),
+        ("llama-1b-skip", {"load_in_4bit": True, "full_finetuning": False}, "auto"),
+    ],
+)
+def test_train_asks_unsloth_for_what_the_model_says(tmp_path, monkeypatch, name, loaded, skipped):
+    asked = {}
+
+    class FastLanguageModel:
+        @staticmethod
+        def from_pretrained(*_, **given):
+            asked.update(given)
+            return "model", "tokenizer"
+
+        @staticmethod
+        def get_peft_model(model, **given):
+            asked.update(given)
+            return model
+
+    unsloth = types.SimpleNamespace(FastLanguageModel = FastLanguageModel)
+    monkeypatch.setitem(sys.modules, "unsloth", unsloth)
+    job = train.job_for("stock", name, train.MODELS[name], tmp_path, {})
+    assert train_worker.load(json.loads(json.dumps(job))) == ("model", "tokenizer")
+    assert asked.items() >= loaded.items()
+    assert asked.get("checkpoint_skip_layers") == skipped
+    assert ("lora_alpha" in asked) is not loaded["full_finetuning"]
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)

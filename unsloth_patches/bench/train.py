@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Whole QLoRA steps, stock Unsloth beside the patches: step time, memory, losses, where the time goes.
+"""Whole training steps, stock Unsloth beside the patches: step time, memory, losses, where the time goes.
 
-Random-weight Llamas through FastLanguageModel (4-bit) and SFTTrainer, batch 4 x 2048, LoRA of rank
-16, three shares of ignored labels. Each form trains in a process of its own, on the same data from
+Random-weight models through FastLanguageModel and SFTTrainer, batch 4 x 2048, QLoRA of rank 16 (of the
+1B shape also with blocks that keep their activations, 16-bit LoRA and full fine-tuning), shares of ignored
+labels. Each form trains in a process of its own, on the same data from
 the same start; stretches of their steps alternate on the GPU. They start at the same time, with
 empty caches of compiled code. A third process is stock once more, for the losses of the first share.
 """
@@ -14,9 +15,9 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from . import harness
 from .fsdp2_checkpoint import fast_folder, make_checkpoint
@@ -37,7 +38,9 @@ LOSS_BOUND = 1e-3
 
 @dataclass(frozen = True)
 class Model:
-    """A model of this shape with random weights, and the batch that it is trained on."""
+    """A model of this shape with random weights, the batch that it is trained on, and what a user asks
+    Unsloth for: QLoRA, unless ``options`` says otherwise (see `train_worker.load`).
+    """
 
     title: str
     shape: Dict[str, Any]
@@ -45,6 +48,9 @@ class Model:
     tied: bool
     batch: int = 4
     length: int = 2048
+    options: Dict[str, Any] = field(default_factory = dict)
+    way: str = "QLoRA rank 16"
+    shares: Tuple[str, ...] = ("half", "a third", "none")
 
 
 _8B = {
@@ -84,6 +90,18 @@ MODELS = {
         tied = True,
     ),
 }
+_1B = replace(MODELS["llama-1b"], shares = ("half",))
+MODELS.update(
+    {
+        "llama-1b-skip": replace(
+            _1B,
+            options = {"checkpoint_skip_layers": "auto"},
+            way = "QLoRA rank 16, checkpoint_skip_layers = 'auto'",
+        ),
+        "llama-1b-lora": replace(_1B, options = {"load_in_4bit": False}, way = "16-bit LoRA rank 16"),
+        "llama-1b-full": replace(_1B, options = {"full_finetuning": True}, way = "all weights trained"),
+    }
+)
 TOY = Model(
     "a toy of two layers",
     {
@@ -115,6 +133,7 @@ def job_for(form: str, name: str, model: Model, folder: Path, shares: dict) -> d
         "scratch": str(folder / f"scratch-{form.replace(' ', '-')}"),
         "batch": model.batch,
         "length": model.length,
+        "options": model.options,
         "shares": shares,
         "stretch": STRETCH,
         "profiled": PROFILED,
@@ -150,7 +169,8 @@ def compare(name: str, model: Model, shares: dict) -> dict:
     if not complete:
         raise RuntimeError("bench train: stopped before anything was measured")
     compared = {share: compare_share(runs, share, model) for share in complete}
-    return {"model": name, "title": model.title, "shares": compared, "runs": runs}
+    found = {"model": name, "title": model.title, "way": model.way}
+    return {**found, "shares": compared, "runs": runs}
 
 
 def _take_turns(workers: Dict[str, Worker], shares: dict, runs: Dict[str, dict]) -> None:
@@ -263,7 +283,8 @@ def run(
             if float32:
                 _add_float32(path, name, shape)
                 continue
-            payload = compare(name, shape, QUICK_SHARES if quick else SHARES)
+            of_model = QUICK_SHARES if quick else SHARES
+            payload = compare(name, shape, {share: of_model[share] for share in shape.shares})
         except RuntimeError as error:
             print(error, file = sys.stderr)
             return 1
@@ -279,6 +300,11 @@ def _add_float32(path: Path, name: str, model: Model) -> None:
     and for a model that is no Llama."""
     from .train_float32 import distances, reference
 
+    if model.options:
+        raise RuntimeError(
+            f"bench train --float32: {name} is trained otherwise ({model.way}), and only QLoRA is written "
+            "out in float32; name one of those, as --model llama-1b"
+        )
     kind = model.shape.get("kind", "Llama")
     if kind != "Llama":
         raise RuntimeError(
@@ -338,7 +364,7 @@ def show(payload: dict) -> None:
     columns = ["ignored", "form", "first loss", "last loss", "differ by at most"]
     if measured:
         columns += ["step ms", "quartiles", "tokens/s", "peak MiB", "speedup"]
-    harness.print_table(f"{payload['title']}, QLoRA rank 16", columns, rows)
+    harness.print_table(f"{payload['title']}, {payload['way']}", columns, rows)
     for share, result in payload["shares"].items():
         if FLOAT32 in result:
             print(_float32_line(share, result[FLOAT32]))

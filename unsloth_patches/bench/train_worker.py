@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""One process of `bench train`: load a checkpoint in 4 bits, train LoRA on it with SFTTrainer, once
-for each share of ignored labels, and send what was measured to the process that started it.
+"""One process of `bench train`: load a checkpoint, train it with SFTTrainer (QLoRA, mostly), once for
+each share of ignored labels, and send what was measured to the process that started it.
 
     python -m unsloth_patches.bench.train_worker job.json [file descriptor of the line to it]
 """
@@ -71,12 +71,23 @@ class Gpu:
 
 
 def load(job: dict):
-    """(model with LoRA of rank 16 on all linears, tokenizer)"""
+    """(model, tokenizer): in 4 bits with LoRA of rank 16 on all linears, unless job["options"] say
+    load_in_4bit = False, full_finetuning = True (no LoRA then) or a ``checkpoint_skip_layers``.
+    """
     from unsloth import FastLanguageModel
 
+    options = job.get("options", {})
+    full = options.get("full_finetuning", False)
+    skip = {key: options[key] for key in ("checkpoint_skip_layers",) if key in options}
     model, tokenizer = FastLanguageModel.from_pretrained(
-        job["checkpoint"], max_seq_length = job["length"], load_in_4bit = True
+        job["checkpoint"],
+        max_seq_length = job["length"],
+        load_in_4bit = options.get("load_in_4bit", not full),
+        full_finetuning = full,
+        use_gradient_checkpointing = "unsloth",
     )
+    if full:  # Unsloth's CPU backend would add LoRA all the same
+        return model, tokenizer
     layers = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     model = FastLanguageModel.get_peft_model(
         model,
@@ -86,6 +97,7 @@ def load(job: dict):
         target_modules = list(layers),
         use_gradient_checkpointing = "unsloth",
         random_state = 3407,
+        **skip,  # no argument of the CPU backend's
     )
     return model, tokenizer
 
@@ -94,12 +106,12 @@ def _trainable(model):
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def restore(model, adapters: dict) -> None:
-    """The adapters as they were at the start, so that every share trains from the same point."""
+def restore(model, start: dict) -> None:
+    """The trained weights as they were at the start, so that every share trains from the same point."""
     import torch
     with torch.no_grad():
         for name, parameter in _trainable(model):
-            parameter.copy_(adapters[name])
+            parameter.copy_(start[name])
             parameter.grad = None
 
 
@@ -253,7 +265,8 @@ def run(job: dict, turns: Turns) -> dict:
         name: dataset(job["batch"] * steps, job["length"], model.config.vocab_size, ignored)
         for name, (ignored, steps) in job["shares"].items()
     }
-    adapters = {name: p.detach().clone() for name, p in _trainable(model)}
+    # On the host: of a full fine-tuning they are a model.
+    start = {name: p.detach().to("cpu", copy = True) for name, p in _trainable(model)}
     profiled = rows[job["profiled"]]
     first = train(model, tokenizer, {**job, "stretch": 10**9}, profiled, FIRST_STEPS, gpu, turns)
     seconds = {
@@ -268,13 +281,13 @@ def run(job: dict, turns: Turns) -> dict:
         "shares": {},
     }
     for name, (_, steps) in job["shares"].items():
-        restore(model, adapters)
+        restore(model, start)
         turns.wait(found)
         found["shares"][name] = train(model, tokenizer, job, rows[name], steps, gpu, turns)
         found.update(_patches())
         print(f"{name} ignored, last loss {found['shares'][name]['losses'][-1]:.4f}", flush = True)
     turns.wait(found)
-    restore(model, adapters)
+    restore(model, start)
     if gpu.cuda:
         found["profile"] = profile(model, tokenizer, job, profiled, gpu, turns)
     else:
