@@ -313,6 +313,8 @@ def _print(report: Report, console: Console, fix: Optional[Path]) -> None:
                 places += ", … (--json lists all)"
             console.print(Text(f"{len(rows)} x {reason}"))
             console.print(Text(f"    row{'s' * (len(rows) > 1)} {places}", "dim"))
+    if any("pass parallel_tool_calls" in reason for reason in report.kinds):
+        console.print(Text("Here: --parallel-tool-calls split, or join, as in training", "dim"))
     if report.first_rendered:
         console.print(Text("\nthe first row that renders", "bold"))
         console.print(Text(report.first_rendered[:2000]))
@@ -328,7 +330,7 @@ def _print(report: Report, console: Console, fix: Optional[Path]) -> None:
                 )
         console.print(f"longest: {report.longest}", highlight = False)
     good = report.rows - report.bad
-    written = f"; written to {fix}" if fix else ""
+    written = f"; {good} written to {fix}" if fix else ""
     style = "red" if report.bad else "green"
     console.print(
         Text(

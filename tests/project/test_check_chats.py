@@ -89,7 +89,8 @@ def test_fix_writes_what_can_be_read(tmp_path, capsys):
     """In OpenAI's form, other columns kept; what is written has no bad row."""
     out = tmp_path / "fixed.jsonl"
     check_chats.run(written(tmp_path, "jsonl"), fix = out)
-    assert "4 of 7 rows" in " ".join(capsys.readouterr().out.split())
+    screen = " ".join(capsys.readouterr().out.split())
+    assert "4 of 7 rows" in screen and "; 4 written to " in screen
     rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
     assert rows[0] == ROWS[0]
     assert rows[1]["messages"][1]["tool_calls"] == [
@@ -123,6 +124,16 @@ def test_a_line_that_is_no_json_is_a_bad_row(tmp_path, capsys):
     assert check_chats.run(data, as_json = True) == check_chats.BAD_ROWS
     report = json.loads(capsys.readouterr().out)
     assert [bad["row"] for bad in report["bad_rows"]] == [1] and report["rows"] == 3
+
+
+def test_several_calls_name_the_option_of_the_command(tmp_path, capsys):
+    """The error is training's, whose remedy is an argument of get_chat_template."""
+    data = tmp_path / "rows.jsonl"
+    several = [GOOD[0], {"role": "assistant", "tool_calls": [CALL, {**CALL, "id": "y"}]}]
+    data.write_text(json.dumps({"messages": several}), encoding = "utf-8")
+    assert check_chats.run(data) == check_chats.BAD_ROWS
+    assert "Here: --parallel-tool-calls split, or join" in capsys.readouterr().out
+    assert check_chats.run(data, mode = "join") == check_chats.DONE
 
 
 def test_an_unknown_template_is_named(tmp_path, capsys):
