@@ -279,8 +279,10 @@ def row(
     [
         ("pending", "will apply", "ok", ""),
         ("pending", "for GPUs, not in use here", "ok", ""),
-        ("pending", "will be skipped: another version", "note", "stock"),
-        ("skipped", "switched off by UNSLOTH_PATCHES_DISABLE", "note", "stock functions stay"),
+        ("pending", "will be skipped: another version", "note", "stay; see CONTRIBUTING"),
+        ("pending", "will be skipped: UNSLOTH_PATCHES_DISABLE", "note", "stay; unset UNSLOTH_P"),
+        ("skipped", "switched off by UNSLOTH_PATCHES_DISABLE", "note", "stay; unset UNSLOTH_PAT"),
+        ("skipped", "another version", "note", "stock functions stay"),
         ("failed", "KeyError: 'x'", "problem", "report this line"),
         ("applied", "", "ok", ""),
         ("off", "undo() took it out; install() puts it in", "note", "install() puts it in"),
