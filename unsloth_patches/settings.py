@@ -155,7 +155,7 @@ def set_values() -> Iterator[Value]:
         except ValueError as error:
             problem = str(error)
             if variable not in problem:
-                problem = f"{variable}={text!r}: {problem}."
+                problem = f"{variable}={text!r}: {problem.rstrip('.')}."
         except Exception:  # torch or transformers is missing or broken, which doctor has rows for
             continue
         yield Value(variable, switch.patch, text, problem)
