@@ -107,7 +107,9 @@ def fork(directory: Path = typer.Argument(..., metavar = "DIR", help = "absent o
     for each in built:
         console.print(f"{each.patch.name}: {', '.join(each.lines)}")
     where = directory.resolve()
-    console.print(f"Run it with PYTHONPATH={where}; `git log` there shows one commit a patch.")
+    console.print(
+        f"Run it with PYTHONPATH={where} (its tests also need {where}/tests/_shared there); `git log` shows one commit a patch."
+    )
 
 
 @app.command()

@@ -4,6 +4,10 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+if [ $# -ne 0 ]; then
+  echo "test: takes no arguments, got $*; single files: .venv/bin/python scripts/patches.py test --form import FILE" >&2
+  exit 2
+fi
 bash scripts/setup.sh || { echo "test: setup failed, see its message above" >&2; exit 1; }
 python=.venv/bin/python
 # Two threads of torch on a shared machine cost more than they bring at the sizes of these tests.

@@ -345,6 +345,37 @@ def test_weights_of_tokens_through_sft_trainer(checkpoint):
         assert loss == pytest.approx((total / weights).item(), abs = EXACT)
 
 
+def test_columns_of_the_loss_survive_train_on_responses_only(checkpoint):
+    """It drops what no forward names; with options the model is fed them, without options it is not."""
+    from unsloth.chat_templates import train_on_responses_only
+    from unsloth.fused_loss import set_loss_options
+
+    def loss(logits, labels, ids):
+        return F.cross_entropy(logits.float(), labels, reduction = "none")
+
+    rows = [{"input_ids": [3, 10 + row, 4, 20 + row], "ids": row} for row in range(2)]
+    for row in rows:
+        row.update(labels = row["input_ids"], loss_weights = 0.5 + row["ids"], note = 1)
+    _, trainer = train(
+        checkpoint,
+        lambda model: set_loss_options(model, loss_fn = loss, loss_columns = "ids"),
+        rows,
+        collator = None,
+        remove_unused_columns = True,
+    )
+    collator = trainer.data_collator
+    trainer = train_on_responses_only(trainer, instruction_part = "w3", response_part = "w4")
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["labels"].tolist() == [[-100, -100, -100, 20]]
+    assert batch["loss_weights"].tolist() == [[0.5] * 4] and batch["ids"].tolist() == [[0] * 4]
+    assert "note" not in trainer.train_dataset.column_names
+    assert {"loss_weights", "ids"} <= set(trainer.eval_dataset.column_names)
+    set_loss_options(trainer.model, reset = True)
+    trainer.data_collator = collator
+    trainer = train_on_responses_only(trainer, instruction_part = "w3", response_part = "w4")
+    assert not {"loss_weights", "ids"} & set(trainer.train_dataset.column_names)
+
+
 def test_model_arguments_that_stock_drops_are_honoured(checkpoint):
     """label_smoothing, ignore_index and shift_labels in a plain call of the model."""
     model, _ = load(checkpoint)

@@ -133,8 +133,14 @@ def _schemas(row: Any, column: str) -> Any:
 
 def _tokenizer(template: str, mode: str, model: Optional[Path]):
     """A tokenizer with that template: the model's, or one that can only render."""
-    from unsloth.chat_templates import get_chat_template
+    from unsloth.chat_templates import CHAT_TEMPLATES, get_chat_template
 
+    if template not in CHAT_TEMPLATES:
+        raise ValueError(f"no template {template!r}; there are {', '.join(CHAT_TEMPLATES)}")
+    if model is not None and not model.is_dir():  # the Hub would be asked for it
+        raise ValueError(
+            f"--model {model}: there is no such folder; name a checkpoint's or tokenizer's"
+        )
     if model is not None:
         from transformers import AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(str(model))
@@ -233,6 +239,10 @@ def _written_whole(path: Optional[Path]) -> Iterator[Optional[TextIO]]:
         return
     is_plain = path.is_file() or not path.exists()  # no pipe, say
     target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise Unreadable(
+            f"--fix {path}: there is no folder {target.parent}; name a file in one that is"
+        )
     partial = target.with_name(target.name + ".part") if is_plain else target
     try:
         with open(partial, "w", encoding = "utf-8") as out:
@@ -285,6 +295,8 @@ def run(
                     name = messages or next((c for c in COLUMNS if c in row), "messages")
                     row = {**row, name: _as_stored(good)}
                     print(json.dumps(row, ensure_ascii = False, default = str), file = out)
+            if not report.rows:
+                raise Unreadable(f"{data} has no rows; name the data that training will use")
     except (Unreadable, OSError) as error:
         console.print(f"[red]check-chats:[/] {error}", highlight = False, soft_wrap = True)
         return MISUSE
@@ -313,6 +325,8 @@ def _print(report: Report, console: Console, fix: Optional[Path]) -> None:
                 places += ", … (--json lists all)"
             console.print(Text(f"{len(rows)} x {reason}"))
             console.print(Text(f"    row{'s' * (len(rows) > 1)} {places}", "dim"))
+    if any("pass parallel_tool_calls" in reason for reason in report.kinds):
+        console.print(Text("Here: --parallel-tool-calls split, or join, as in training", "dim"))
     if report.first_rendered:
         console.print(Text("\nthe first row that renders", "bold"))
         console.print(Text(report.first_rendered[:2000]))
@@ -328,7 +342,7 @@ def _print(report: Report, console: Console, fix: Optional[Path]) -> None:
                 )
         console.print(f"longest: {report.longest}", highlight = False)
     good = report.rows - report.bad
-    written = f"; written to {fix}" if fix else ""
+    written = f"; {good} written to {fix}" if fix else ""
     style = "red" if report.bad else "green"
     console.print(
         Text(

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from . import __version__
-from .bench import BENCHMARKS
+from .bench import BENCHMARKS, NOT_HERE
 from .console import doctor_listing, status_listing, verbose_status_listing
 
 app = typer.Typer(
@@ -184,7 +184,12 @@ def bench(
     module = importlib.import_module(f"{__package__}.bench.{place}")
     for option in chosen:
         if option not in inspect.signature(module.run).parameters:
-            console.print(f"[red]bench {name} has no --{option}[/]; `bench train` has")
+            others = (
+                "`bench train` has"
+                if option == "float32"
+                else "`train`, `steps` and `families` have"
+            )
+            console.print(f"[red]bench {name} has no --{option}[/]; {others}")
             raise typer.Exit(2)
     out = out or Path("bench_results")
     try:
@@ -195,6 +200,6 @@ def bench(
         )
         raise typer.Exit(2)
     code = module.run(out, quick = quick, **chosen)
-    if any(out.iterdir()):
+    if code != NOT_HERE and any(out.iterdir()):
         console.print(f"results: {out.resolve()}")
     raise typer.Exit(code)

@@ -251,18 +251,23 @@ def _patches() -> Iterator[Finding]:
             outlook = row.brief.partition(";")[0]
             fits = outlook in (WILL_APPLY, FOR_GPUS)
             found = FOR_GPUS if fits and row.name in for_gpus else outlook if fits else row.brief
-            remedy = "" if fits else "stock functions stay; see CONTRIBUTING, refreshing a patch"
+            remedy = "" if fits else _stays(row.brief, "see CONTRIBUTING, refreshing a patch")
             yield Finding(row.name, found, "ok" if fits else "note", remedy)
         elif row.state in (SKIPPED, FAILED):
             verdict = "problem" if row.state == FAILED else "note"
-            remedy = (
-                "report this line as an issue" if row.state == FAILED else "stock functions stay"
-            )
+            remedy = "report this line as an issue" if row.state == FAILED else _stays(row.reason)
             yield Finding(row.name, f"{row.state}: {row.reason}", verdict, remedy)
         elif row.state == OFF:
             yield Finding(row.name, row.state, "note", row.reason)
         else:
             yield Finding(row.name, row.state, "ok")
+
+
+def _stays(reason: str, otherwise: str = "") -> str:
+    """What a patch that is left out means; a reader's own switch is taken back, no patch mended."""
+    if "UNSLOTH_PATCHES_DISABLE" in reason:
+        otherwise = "unset UNSLOTH_PATCHES_DISABLE to have it"
+    return "; ".join(filter(None, ["stock functions stay", otherwise]))
 
 
 def examine() -> List[Finding]:

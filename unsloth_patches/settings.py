@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 from typing import Callable, Dict, Iterator, NamedTuple
 
 # Read until version 0.3.
@@ -76,12 +77,70 @@ def _read_compile_report() -> None:
     report_switch()
 
 
+def _read_tool_checks() -> None:
+    from .unsloth.tool_calls.checks import checks_level
+    checks_level()
+
+
+def _read_step_graphs() -> None:
+    from .unsloth.models.step_graphs_stack import mode
+    mode()
+
+
+def _read_sharded_load() -> None:
+    from .unsloth.models.fsdp2_sharded_4bit import OFF, ON, variable
+    if variable("UNSLOTH_FSDP2_SHARDED_LOAD") not in (*OFF, *ON, "auto"):
+        raise ValueError("choose auto, 1 or 0")
+
+
+def _read_chunk_file() -> None:
+    """A file that cannot be read is passed over in training."""
+    from .unsloth.kernels.loss_chunk_size import read_store
+    if not read_store():
+        raise ValueError("no JSON of sizes is there; `bench chunk-size` writes it, or unset it")
+
+
+def _read_cache_folder() -> None:
+    from .unsloth.models.compile_cache_files import CompileCacheError, check_folder
+    folder = Path(os.environ["UNSLOTH_COMPILE_CACHE_DIR"]).expanduser()
+    if folder.exists():  # training makes it
+        try:
+            check_folder(folder)
+        except CompileCacheError as error:
+            raise ValueError(str(error)) from error
+
+
+def _on_or_off(patch: str, variable: str) -> Switch:
+    """What training compares with one of the two only, so that any other value is as good as none."""
+
+    def read() -> None:
+        if os.environ[variable] not in ("0", "1"):
+            raise ValueError("choose 1 or 0")
+
+    return Switch(patch, read)
+
+
 SWITCHES: Dict[str, Switch] = {
+    "UNSLOTH_TOOL_CHECKS": Switch("tool-call-checks", _read_tool_checks),
+    "UNSLOTH_STEP_GRAPHS": Switch("step-graphs", _read_step_graphs),
     "UNSLOTH_LOSS_CHUNK_ROWS": Switch("loss-chunking", _read_chunk_rows),
+    "UNSLOTH_LOSS_CHUNK_FILE": Switch("loss-chunking", _read_chunk_file),
+    "UNSLOTH_FSDP2_SHARDED_LOAD": Switch("fsdp2-load-choice", _read_sharded_load),
     "UNSLOTH_FSDP2_OFFLOAD": Switch("fsdp2-offload-plan", _read_offload),
     "UNSLOTH_BLOCK_FULLGRAPH": Switch("compile-strict", _read_fullgraph),
     "UNSLOTH_COMPILE_REPORT": Switch("compile-report-trainer", _read_compile_report),
+    "UNSLOTH_COMPILE_CACHE_DIR": Switch("compile-cache", _read_cache_folder),
 }
+for _patch, _variable in (
+    ("nf4-dequantize", "UNSLOTH_BNB_TRITON"),
+    ("fused-cross-entropy", "UNSLOTH_LOSS_FLOAT32_LOGITS"),
+    ("fused-cross-entropy", "UNSLOTH_CE_FP32_HEAD_GRAD"),
+    ("linear-cross-entropy", "UNSLOTH_LOSS_CHECK_LABELS"),
+    ("packed-attention", "UNSLOTH_BLOCK_COMPILE_PACKED"),
+    ("checkpoint-shared-graph", "UNSLOTH_CHECKPOINT_ONE_GRAPH"),
+    ("compile-workers", "UNSLOTH_COMPILE_WORKERS_EARLY"),
+):
+    SWITCHES[_variable] = _on_or_off(_patch, _variable)
 
 
 def set_values() -> Iterator[Value]:
@@ -95,6 +154,8 @@ def set_values() -> Iterator[Value]:
             switch.read()
         except ValueError as error:
             problem = str(error)
+            if variable not in problem:
+                problem = f"{variable}={text!r}: {problem.rstrip('.')}."
         except Exception:  # torch or transformers is missing or broken, which doctor has rows for
             continue
         yield Value(variable, switch.patch, text, problem)

@@ -9,6 +9,7 @@ hooks here, and it keeps this tool free of torch.
 from __future__ import annotations
 
 import sys
+import textwrap
 import types
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
@@ -66,8 +67,11 @@ class Project:
         return "".join(f"{patch.name}.patch\n" for patch in self.patches)
 
     def commit_message(self, patch: Any) -> str:
-        """Title and the pull request's text."""
-        return f"{patch.title}\n\n{read_text(self.message_file(patch)).strip()}\n"
+        """Title, the pull request's text, and the patches that have to be in before, in order."""
+        below = ", ".join(each.name for each in self.required(patch)[:-1])
+        needs = textwrap.fill(f"Builds on: {below}", 100, break_on_hyphens = False)
+        text = read_text(self.message_file(patch)).strip()
+        return "\n\n".join([patch.title, text, *([needs] if below else [])]) + "\n"
 
     def required(self, patch: Any) -> List[Any]:
         """All that the patch needs, directly or not, in the order of the series, and the patch last."""

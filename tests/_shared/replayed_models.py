@@ -4,6 +4,7 @@
 
 import contextlib
 import copy
+import importlib
 import os
 
 import pytest
@@ -11,14 +12,28 @@ import torch
 from backend import DEVICE, GPU
 from fast_models import stand_in_for_kernels
 from graph_tape import TapeRecorder
-from small_models import VOCABULARY, small_model
+from small_models import VOCABULARY, fast_classes, small_model
 
 torch.set_num_threads(1)
+
+
+def give_back_transformers(patch):
+    """Unsloth's ``pre_patch`` changes transformers' classes for the whole process: the next test file
+    finds them as this one did."""
+    for family in fast_classes():
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        for name, found in list(vars(module).items()):
+            if name.endswith("RotaryEmbedding"):
+                patch.setattr(module, name, found)
+            if isinstance(found, type) and found.__module__ == module.__name__:
+                for method in {"__init__", "forward"} & set(vars(found)):
+                    patch.setattr(found, method, vars(found)[method])
 
 
 @pytest.fixture(scope = "module", autouse = True)
 def kernels():
     patch = pytest.MonkeyPatch()
+    give_back_transformers(patch)
     stand_in_for_kernels(patch)
     yield
     patch.undo()

@@ -469,7 +469,8 @@ def test_every_benchmark_can_be_run(name):
     "arguments, words",
     [
         (["nothing"], "no benchmark 'nothing'; there are: aot, "),
-        (["loss", "--model", "llama-1b"], "bench loss has no --model"),
+        (["loss", "--model", "llama-1b"], "bench loss has no --model; `train`, `steps` and"),
+        (["steps", "--float32"], "bench steps has no --float32; `bench train` has"),
         (["aot", "--out", "{file}/below"], "name another folder with --out"),
     ],
 )

@@ -4,6 +4,7 @@
 
 import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,9 @@ ROWS = [
     {"messages": [*CALLING, GOOD[0]], "tools": json.dumps([TOOL])},
 ]
 BAD = [1, 4, 5]
+
+
+REAL_TOKENIZER = check_chats._tokenizer
 
 
 @pytest.fixture(autouse = True)
@@ -89,7 +93,8 @@ def test_fix_writes_what_can_be_read(tmp_path, capsys):
     """In OpenAI's form, other columns kept; what is written has no bad row."""
     out = tmp_path / "fixed.jsonl"
     check_chats.run(written(tmp_path, "jsonl"), fix = out)
-    assert "4 of 7 rows" in " ".join(capsys.readouterr().out.split())
+    screen = " ".join(capsys.readouterr().out.split())
+    assert "4 of 7 rows" in screen and "; 4 written to " in screen
     rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
     assert rows[0] == ROWS[0]
     assert rows[1]["messages"][1]["tool_calls"] == [
@@ -105,6 +110,7 @@ def test_fix_writes_what_can_be_read(tmp_path, capsys):
         ("missing.jsonl", None, "is not there"),
         ("broken.json", "[", "is not JSON"),
         ("empty", None, "no jsonl, json or parquet files"),
+        ("empty.jsonl", "\n", "empty.jsonl has no rows"),
     ],
 )
 def test_data_that_cannot_be_read(name, text, expected, tmp_path, capsys):
@@ -113,8 +119,11 @@ def test_data_that_cannot_be_read(name, text, expected, tmp_path, capsys):
         data.write_text(text, encoding = "utf-8")
     elif name == "empty":
         data.mkdir()
-    assert check_chats.run(data) == check_chats.MISUSE
+    fixed = tmp_path / "fixed.jsonl"
+    fixed.write_text("as it was", encoding = "utf-8")
+    assert check_chats.run(data, fix = fixed) == check_chats.MISUSE
     assert expected in " ".join(capsys.readouterr().out.split())
+    assert fixed.read_text(encoding = "utf-8") == "as it was"
 
 
 def test_a_line_that_is_no_json_is_a_bad_row(tmp_path, capsys):
@@ -123,6 +132,37 @@ def test_a_line_that_is_no_json_is_a_bad_row(tmp_path, capsys):
     assert check_chats.run(data, as_json = True) == check_chats.BAD_ROWS
     report = json.loads(capsys.readouterr().out)
     assert [bad["row"] for bad in report["bad_rows"]] == [1] and report["rows"] == 3
+
+
+def test_several_calls_name_the_option_of_the_command(tmp_path, capsys):
+    """The error is training's, whose remedy is an argument of get_chat_template."""
+    data = tmp_path / "rows.jsonl"
+    several = [GOOD[0], {"role": "assistant", "tool_calls": [CALL, {**CALL, "id": "y"}]}]
+    data.write_text(json.dumps({"messages": several}), encoding = "utf-8")
+    assert check_chats.run(data) == check_chats.BAD_ROWS
+    assert "Here: --parallel-tool-calls split, or join" in capsys.readouterr().out
+    assert check_chats.run(data, mode = "join") == check_chats.DONE
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path, capsys):
+    data = written(tmp_path, "jsonl")
+    assert check_chats.run(data, fix = tmp_path / "no" / "fixed.jsonl") == check_chats.MISUSE
+    assert "name a file in one that is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("llama-9", "error", None), "there are .*llama-3.1"),
+        (("llama-3.1", "error", Path("no")), "no such"),
+    ],
+)
+def test_a_template_or_tokenizer_that_is_not_there_is_named(monkeypatch, arguments, words):
+    """Before the Hub is asked for it."""
+    known = types.SimpleNamespace(CHAT_TEMPLATES = {"llama-3.1": ()}, get_chat_template = None)
+    monkeypatch.setitem(sys.modules, "unsloth.chat_templates", known)
+    with pytest.raises(ValueError, match = words):
+        REAL_TOKENIZER(*arguments)
 
 
 def test_an_unknown_template_is_named(tmp_path, capsys):

@@ -4,6 +4,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -216,6 +217,24 @@ def test_unknown_patch_switched_off(machine, monkeypatch):
     )
 
 
+ON_OR_OFF = (
+    "UNSLOTH_BNB_TRITON",
+    "UNSLOTH_LOSS_FLOAT32_LOGITS",
+    "UNSLOTH_CE_FP32_HEAD_GRAD",
+    "UNSLOTH_LOSS_CHECK_LABELS",
+    "UNSLOTH_BLOCK_COMPILE_PACKED",
+    "UNSLOTH_CHECKPOINT_ONE_GRAPH",
+    "UNSLOTH_COMPILE_WORKERS_EARLY",
+)
+
+
+def test_every_documented_variable_is_read_by_doctor():
+    """Names of patches have a row of their own, and UNSLOTH_PATCHES_QUIET belongs to no patch."""
+    table = (ROOT / "docs" / "settings.md").read_text(encoding = "utf-8")
+    documented = set(re.findall(r"^\| `(UNSLOTH_\w+)`", table, flags = re.MULTILINE))
+    assert documented - {"UNSLOTH_PATCHES_DISABLE", "UNSLOTH_PATCHES_QUIET"} == set(SWITCHES)
+
+
 def test_every_switch_belongs_to_a_patch():
     """status() would not tell a mistyped value otherwise."""
     assert {switch.patch for switch in SWITCHES.values()} <= {patch.name for patch in PATCHES}
@@ -229,12 +248,20 @@ def test_every_switch_belongs_to_a_patch():
         ("UNSLOTH_FSDP2_OFFLOAD", "blocks:0", "blocks:3"),
         ("UNSLOTH_BLOCK_FULLGRAPH", "maybe", "auto"),
         ("UNSLOTH_COMPILE_REPORT", "2", "0"),
+        ("UNSLOTH_TOOL_CHECKS", "of", " OFF"),
+        ("UNSLOTH_STEP_GRAPHS", "never", "auto"),
+        ("UNSLOTH_LOSS_CHUNK_FILE", "pyproject.toml", "docs/results/chat.json"),
+        ("UNSLOTH_FSDP2_SHARDED_LOAD", "maybe", "off"),
+        ("UNSLOTH_COMPILE_CACHE_DIR", "pyproject.toml", "no/such/folder"),
+        *((name, "true", "0") for name in ON_OR_OFF),
     ],
 )
 def test_switches_are_read_as_training_reads_them(machine, monkeypatch, variable, bad, good):
+    monkeypatch.chdir(ROOT)
     monkeypatch.setenv(variable, bad)
     finding = found("switches", "problem")
-    assert finding.found == f"{variable}={bad}" and variable in finding.remedy
+    assert finding.found == f"{variable}={bad}"
+    assert variable in finding.remedy or f"{bad!r} cannot be written" in finding.remedy
     monkeypatch.setenv(variable, good)
     assert found("switches", "ok").found == f"{variable}={good}"
 
@@ -252,8 +279,10 @@ def row(
     [
         ("pending", "will apply", "ok", ""),
         ("pending", "for GPUs, not in use here", "ok", ""),
-        ("pending", "will be skipped: another version", "note", "stock"),
-        ("skipped", "switched off by UNSLOTH_PATCHES_DISABLE", "note", "stock functions stay"),
+        ("pending", "will be skipped: another version", "note", "stay; see CONTRIBUTING"),
+        ("pending", "will be skipped: UNSLOTH_PATCHES_DISABLE", "note", "stay; unset UNSLOTH_P"),
+        ("skipped", "switched off by UNSLOTH_PATCHES_DISABLE", "note", "stay; unset UNSLOTH_PAT"),
+        ("skipped", "another version", "note", "stock functions stay"),
         ("failed", "KeyError: 'x'", "problem", "report this line"),
         ("applied", "", "ok", ""),
         ("off", "undo() took it out; install() puts it in", "note", "install() puts it in"),

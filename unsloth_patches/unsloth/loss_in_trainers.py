@@ -5,6 +5,7 @@
 Put in with the first `set_loss_options`; a trainer whose model has no options runs as it did.
 """
 
+import contextlib
 import functools
 from typing import Any, Callable, Iterable, List, Optional
 
@@ -29,6 +30,9 @@ def install_in_trainers(columns: Iterable[str] = ()) -> None:
     _wrap(Trainer, "evaluation_loop", refusing_other_losses)
     _wrap(Trainer, "prediction_step", weighing_evaluation)
     _wrap(Trainer, "_get_dataloader", keeping_columns)
+    with contextlib.suppress(ImportError):
+        from unsloth_zoo import dataset_utils
+        _wrap(dataset_utils, "_model_forward_parameter_names", naming_columns)
     try:
         from trl import SFTTrainer
     except ImportError:
@@ -42,7 +46,7 @@ def install_in_trainers(columns: Iterable[str] = ()) -> None:
         _wrap(owner, "compute_loss", sft_loss_with_options)
 
 
-def _wrap(owner: type, name: str, decorator: Callable) -> None:
+def _wrap(owner: Any, name: str, decorator: Callable) -> None:
     method = vars(owner).get(name)
     if method is not None and not getattr(method, "_honours_loss_options", False):
         wrapped = decorator(method)
@@ -157,6 +161,18 @@ def _column_names(dataset: Any) -> List[str]:
     elif type(dataset).__module__.startswith("datasets."):  # streamed; can be begun again
         first = next(iter(dataset), None)
     return list(first) if isinstance(first, dict) else []
+
+
+def naming_columns(stock):
+    """``_model_forward_parameter_names``: ``train_on_responses_only`` drops columns that it does not name."""
+
+    @functools.wraps(stock)
+    def _model_forward_parameter_names(model):
+        options = trainer_options(model)
+        taken = () if options is None else ("loss_weights", *options.loss_columns)
+        return stock(model).union(taken)
+
+    return _model_forward_parameter_names
 
 
 def preparing_columns(stock):

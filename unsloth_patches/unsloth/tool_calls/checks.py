@@ -167,7 +167,7 @@ class ChecksToolCalls(MixedIn):
 
 def checks_level() -> str:
     """``UNSLOTH_TOOL_CHECKS``, one of ``LEVELS``; raises ValueError for another value."""
-    level = os.environ.get("UNSLOTH_TOOL_CHECKS", "error")
+    level = os.environ.get("UNSLOTH_TOOL_CHECKS", "").strip().lower() or "error"
     if level not in LEVELS:
         raise ValueError(f"Unsloth: UNSLOTH_TOOL_CHECKS={level!r}; choose {', '.join(LEVELS)}.")
     return level
