@@ -256,7 +256,8 @@ def start(
 
     if not torch.cuda.is_available() and not quick:
         print(
-            f"bench {bench}: torch sees no CUDA GPU; comparing the losses of a toy on the CPU only."
+            f"bench {bench}: torch sees no CUDA GPU; comparing the losses of a toy on the CPU only.",
+            flush = True,
         )
         quick = True
     return {"toy": TOY} if quick else {model: models[model]} if model else models
