@@ -5,7 +5,7 @@
 python tests/project/drift.py 200             every variant judged by the sources, as the hooks judge
 python tests/project/drift.py 200 --import    and Unsloth imported with them, some in each process
 python tests/project/drift.py 200 --tests     of those with which Unsloth itself still runs and that no patch refuses,
-                                              the patches' tests, too, some in each process (an hour of a core);
+                                              the patches' tests, too, some in each process (half an hour of a core);
                                               --tests 3: of the first three groups
 """
 
@@ -424,9 +424,10 @@ def test_with(group, world):
     code = [sys.executable, str(ROOT / "scripts/patches.py"), "test", "--form", "import", *files]
     done = subprocess.run(code, capture_output = True, text = True, env = world)
     print(*re.findall(r"^import / .*", done.stdout, re.MULTILINE), sep = "\n", flush = True)
-    return (
-        [f"tests of {', '.join(sorted(names))}:\n{done.stdout[-4000:]}"] if done.returncode else []
-    )
+    # Of each failure its name and what it says: the whole text can be megabytes.
+    told = re.findall(r"^(?:_{3,} .+ _{3,}|E  .*|.*ended with code.*)$", done.stdout, re.MULTILINE)
+    failed = "\n".join([f"tests of {', '.join(sorted(names))}:", *told[-200:]])
+    return [failed] if done.returncode else []
 
 
 def _mirror(real, folder, modules):
