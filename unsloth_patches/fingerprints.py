@@ -84,7 +84,7 @@ def fingerprint_module(module: str, name: str, find_file: FindFile) -> Set[str]:
 
     find_file: file of a dotted module, or None.
     """
-    return {fingerprint_node(node) for node in find_definitions(module, name, find_file)}
+    return {fingerprint_node(node) for node in find_definitions(module, name, find_file)[1]}
 
 
 def find_definitions(
@@ -92,15 +92,19 @@ def find_definitions(
     name: str,
     find_file: FindFile,
     hops: int = 5,
-) -> List[ast.AST]:
-    """Definitions of ``name`` in a dotted module, or where it imports the name from, ``hops`` imports away."""
+) -> Tuple[str, List[ast.AST]]:
+    """(Module, definitions of ``name`` there): a dotted module's own, or those where it imports the name
+    from, ``hops`` imports away."""
     path = find_file(module)
-    if path is None or hops < 0:
-        return []
-    found = list(_definitions(_parsed(str(path)), name))
-    for origin, there in () if found else _find_imports(path, module, name):
-        found = found or find_definitions(origin, there, find_file, hops - 1)
-    return found
+    found = list(_definitions(_parsed(str(path)), name)) if path else []
+    if found or path is None or not hops:
+        return module, found
+    head, dot, rest = name.partition(".")
+    for origin, there in _find_imports(path, module, head):
+        home, found = find_definitions(origin, there + dot + rest, find_file, hops - 1)
+        if found:
+            return home, found
+    return module, []
 
 
 def binds(
@@ -124,7 +128,7 @@ def binds(
 def binds_field(module: str, name: str, find_file: FindFile) -> bool:
     """Whether a class of the module binds a name in its body, or its methods do on ``self``: ``Class.field``."""
     owner, _, field = name.partition(".")
-    classes = find_definitions(module, owner, find_file)
+    classes = find_definitions(module, owner, find_file)[1]
     return any(field in _bound_names(node) or field in _set_on_self(node) for node in classes)
 
 
@@ -153,7 +157,7 @@ def target_misfit(target: Any, find_file: FindFile) -> str:
     finds; empty where it can, and where an optional one is not there."""
     if find_file(target.module) is None:
         return "" if target.optional else f"this Unsloth has no module {target.module}"
-    found = find_definitions(target.module, target.name, find_file)
+    home, found = find_definitions(target.module, target.name, find_file)
     if not found:
         known = binds(target.module, target.name, find_file)
         read = target.fingerprints or target.signature or target.uses
@@ -161,6 +165,8 @@ def target_misfit(target: Any, find_file: FindFile) -> str:
             return ""
         what = "defined in this Unsloth" if read else "there"
         return f"{target.attribute} is not {what}"
+    if home != target.module and not target.imported:
+        return moved(target, home)
     reason = _unknown_code(target, found)
     if reason:
         return reason
@@ -169,6 +175,14 @@ def target_misfit(target: Any, find_file: FindFile) -> str:
         if not binds(module or target.module, name, find_file):
             return f"{module or target.module} has no {name}, which the patch relies on"
     return ""
+
+
+def moved(target: Any, home: str) -> str:
+    """What it reads there is not what the target's module has, and what reads it need not ask that one."""
+    return (
+        f"{target.attribute} moved to {home}, where this patch does not follow; "
+        "`python -m unsloth_patches doctor` names the releases that it is for"
+    )
 
 
 def _unknown_code(target: Any, definitions: List[ast.AST]) -> str:
@@ -299,6 +313,22 @@ def fingerprint_live(function: Any) -> str:
             nodes = [node for node in nodes if _first_line(node) == lines[0]]
     prints = {fingerprint_node(node) for node in nodes}
     return prints.pop() if len(prints) == 1 else ""
+
+
+def live_home(function: Any) -> str:
+    """Module whose code a live function or class is; ``""`` where that says nothing: a function made by
+    another one (a decorator's, of whatever module it wraps), and callables of other kinds.
+
+    Not ``__module__``, which ``functools.wraps`` copies from what a function wraps.
+    """
+    if isinstance(function, type):
+        return "" if "<locals>" in function.__qualname__ else function.__module__
+    if (
+        not isinstance(function, types.FunctionType)
+        or function.__code__.co_flags & inspect.CO_NESTED
+    ):
+        return ""
+    return function.__globals__.get("__name__", "")
 
 
 def _first_line(node: ast.AST) -> int:

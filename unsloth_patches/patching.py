@@ -18,8 +18,8 @@ import threading
 import types
 from typing import Any, Dict, Iterator, List, Tuple
 
-from .fingerprints import fingerprint_live, live_parameter_misfit
-from .hooks import imported_late
+from .fingerprints import fingerprint_live, live_home, live_parameter_misfit, moved
+from .hooks import UPSTREAM, imported_late
 from .registry import Target
 from .states import (
     APPLIED,
@@ -55,6 +55,22 @@ def module_imported(module: types.ModuleType) -> None:
     for record in records().values():
         if module.__name__ in watched_modules(record.patch):
             _apply(record, module, late = False)
+    with _lock:
+        _swap_in_early_holders(module)
+
+
+def _swap_in_early_holders(module: types.ModuleType) -> None:
+    """Modules that ``module`` imports can have taken its names while it was being executed, and hold a
+    stock function that nothing else calls any more."""
+    pairs: Dict[int, Tuple[Any, Any]] = {}
+    first: Dict[int, Any] = {}
+    for done in (done for record in records().values() for done in record.replaced):
+        if done.target.module == module.__name__ and not done.target.imported:
+            # Of a chain, from its first to its last.
+            stock = first[id(done.new)] = first.get(id(done.stock), done.stock)
+            pairs[id(stock)] = (stock, done.new)
+    upstream = [m for m in _modules() if getattr(m, "__name__", "").partition(".")[0] in UPSTREAM]
+    _swap(pairs, upstream if pairs else [])
 
 
 def patch_imported_modules() -> None:
@@ -148,6 +164,7 @@ def _replace(record: Record, target: Target, module: types.ModuleType, late: boo
     function = stock.__func__ if is_method else stock
     if stock is None:  # Unsloth's own words for what this host lacks, say torch
         return
+    _check_home(target, owner if isinstance(owner, type) else function)
     _check_live(target, function, module, chained = _is_ours(stock))
     if late:
         _check_not_held(target, stock)
@@ -158,11 +175,18 @@ def _replace(record: Record, target: Target, module: types.ModuleType, late: boo
     setattr(owner, leaf, new)
     record.replaced.append(Replaced(target, owner, leaf, stock, new))
     if late:
-        _swap({id(stock): (stock, new)})
+        _swap({id(stock): (stock, new)}, _modules())
 
 
 def _is_ours(stock: Any) -> bool:
     return any(r.new is stock for record in records().values() for r in record.replaced)
+
+
+def _check_home(target: Target, definition: Any) -> None:
+    """The live one of several definitions, or the class that has it, can be another module's."""
+    home = "" if target.imported else live_home(definition)
+    if home != target.module and home.partition(".")[0] in UPSTREAM:
+        raise _Unsupported(moved(target, home))
 
 
 def _check_live(target: Target, stock: Any, module: types.ModuleType, chained: bool) -> None:
@@ -220,13 +244,15 @@ def _modules() -> List[types.ModuleType]:
     return [m for m in list(sys.modules.values()) if isinstance(m, types.ModuleType)]
 
 
-def _swap(pairs: Dict[int, Tuple[Any, Any]]) -> List[Tuple[dict, str, Any]]:
-    """In every module: names bound to an old object (``from x import y``) get the new one.
+def _swap(
+    pairs: Dict[int, Tuple[Any, Any]], modules: List[types.ModuleType]
+) -> List[Tuple[dict, str, Any]]:
+    """In these modules: names bound to an old object (``from x import y``) get the new one.
 
     Returns what was swapped: (the module's names, name, old object).
     """
     places = []
-    for module in _modules():
+    for module in modules:
         for name, value in list(vars(module).items()):
             pair = pairs.get(id(value))
             if pair is not None and pair[0] is value:
@@ -238,7 +264,7 @@ def _swap(pairs: Dict[int, Tuple[Any, Any]]) -> List[Tuple[dict, str, Any]]:
 def _restore(record: Record) -> None:
     for done in reversed(record.replaced):
         setattr(done.owner, done.leaf, done.stock)
-        _swap({id(done.new): (done.new, done.stock)})
+        _swap({id(done.new): (done.new, done.stock)}, _modules())
         done.taken_out = False  # stock() must not bring it back
     for place in record.patch.wraps_later if record.replaced else ():
         _unwrap(place)
@@ -283,7 +309,7 @@ def stock() -> Iterator[None]:
     bottom: Dict[int, Any] = {}
     for r in done:
         bottom[id(r.new)] = bottom.get(id(r.stock), r.stock)
-    swapped = _swap({id(r.new): (r.new, bottom[id(r.new)]) for r in done})
+    swapped = _swap({id(r.new): (r.new, bottom[id(r.new)]) for r in done}, _modules())
     try:
         yield
     finally:

@@ -110,7 +110,6 @@ PRIVATE_NAMES = (
     PrivateName(f"{_PARAM}._setattr_on_modules", ("fsdp2-param-init",)),
     PrivateName(f"{_PARAM}._sharded_param_data", ("fsdp2-offload-apply",)),
     PrivateName(f"{_PARAM}._unsharded_param", ("fsdp2-param-init",)),
-    PrivateName("torch._C:_current_graph_task_id", ("fsdp2-offload-apply",)),
     PrivateName(f"{_GROUP}._all_gather_result", ("fsdp2-offload-apply",)),
 )
 

@@ -231,7 +231,7 @@ def test_a_fingerprint_is_found_where_the_name_was_imported_from(fake, line):
         known = fingerprints.fingerprint_file("unsloth/kernels/utils.py", "fast")
         def handed_on(*accepted):
             return Patch("fast", "t", (
-                T("unsloth.user:fast", "replace_fast", fingerprints = frozenset(accepted)),
+                T("unsloth.user:fast", "replace_fast", fingerprints = frozenset(accepted), imported = True),
             ))
         catalogue(handed_on(WANTED))
         import unsloth

@@ -3,6 +3,7 @@
 """Decorators, what a target relies on, refusals, and what happens when something of ours raises."""
 
 import importlib.metadata
+import importlib.util
 import re
 import textwrap
 
@@ -275,6 +276,198 @@ def test_a_reload_of_an_edited_file_is_judged_by_the_new_text(fake):
         """,
         fake,
     )
+
+
+# --- what has moved ----------------------------------------------------------------------------
+
+MOVED = {
+    "unsloth/kernels/utils.py": """
+        from .moved import fast, Layer
+        LIMIT = 3
+        """,
+    "unsloth/kernels/moved.py": """
+        def fast(x): return ("stock", x)
+        class Layer:
+            @staticmethod
+            def scale(x): return ("stock", x)
+        """,
+}
+
+
+@pytest.mark.parametrize(
+    "name, relies",
+    [
+        ("fast", ""),
+        ("fast", "signature = ('x',)"),
+        ("Layer", ""),
+        ("Layer.scale", ""),
+        ("Layer.scale", "signature = ('x',)"),
+    ],
+)
+def test_what_has_moved_is_skipped_with_what_needs_it(fake, name, relies):
+    """Its replacement relies on what stands beside it; known from the source, before anything is imported."""
+    write(fake, MOVED)
+    run(
+        f"""
+        catalogue(
+            Patch("p", "t", (T("unsloth.kernels.utils:{name}", "replace_scale", {relies}),)),
+            Patch("q", "t", (T("unsloth.user:use", "replace_slow"),), requires = ("p",)),
+        )
+        expected = "unsloth.kernels.utils:{name} moved to unsloth.kernels.moved, where this patch does not follow"
+        assert reasons()["p"].startswith(f"will be skipped: {{expected}}; `python -m unsloth_patches doctor`")
+        import unsloth
+        assert states() == {{"p": "skipped", "q": "skipped"}} and reasons()["p"].startswith(expected)
+        assert unsloth.user.use(1) == unsloth.fast(1) == unsloth.kernels.utils.Layer.scale(1) == ("stock", 1)
+        """,
+        fake,
+    )
+
+
+def test_what_a_module_only_imports_is_replaced_in_that_module_alone(fake):
+    """Where the catalogue says so; whoever else has it keeps what was imported."""
+    write(fake, MOVED)
+    run(
+        """
+        catalogue(Patch("p", "t", (T("unsloth.kernels.utils:fast", "replace_fast", imported = True),)))
+        import unsloth
+        assert states() == {"p": "applied"} and unsloth.fast(1) == ("patched", ("stock", 1))
+        assert unsloth.kernels.moved.fast(1) == ("stock", 1)
+        """,
+        fake,
+    )
+
+
+LIVE_ELSEWHERE = """
+    try:
+        from .moved import fast, Layer
+    except ImportError:
+        def fast(x): pass
+        class Layer:
+            @staticmethod
+            def scale(x): pass
+    """
+
+
+@pytest.mark.parametrize("name", ["fast", "Layer", "Layer.scale"])
+def test_the_definition_that_is_live_can_be_elsewhere(fake, name):
+    """The source has one here too, for another installation."""
+    write(fake, {**MOVED, "unsloth/kernels/utils.py": LIVE_ELSEWHERE})
+    run(
+        f"""
+        catalogue(Patch("p", "t", (T("unsloth.kernels.utils:{name}", "replace_scale"),)))
+        assert "will apply" in reasons()["p"]
+        import unsloth
+        assert states() == {{"p": "skipped"}} and "moved to unsloth.kernels.moved" in reasons()["p"], reasons()
+        assert unsloth.fast(1) == unsloth.kernels.utils.Layer.scale(1) == ("stock", 1)
+        """,
+        fake,
+    )
+
+
+MADE = """
+    import functools
+    from .moved import fast as other, decorator, Made
+    {}
+    """
+DECORATORS = """
+    def fast(x): return ("stock", x)
+    def decorator(function):
+        return lambda x: function(x)
+    class Made:
+        def __init__(self, function): functools.update_wrapper(self, function)
+        def __call__(self, x): return ("stock", x)
+    """
+
+
+@pytest.mark.parametrize(
+    "definition",
+    [
+        "@functools.wraps(other)\n    def fast(x): return other(x)",
+        "@decorator\n    def fast(x): return other(x)",
+        "@Made\n    def fast(x): return other(x)",
+        "@functools.lru_cache\n    def fast(x): return other(x)",
+        "fast = functools.partial(other)",
+        "fast = lambda x: other(x)",
+        "fast = decorator(other)",
+    ],
+)
+def test_what_is_made_of_another_modules_function_has_not_moved(fake, definition):
+    """Whatever its ``__module__`` says: ``functools.wraps`` takes the other's, a closure has its maker's."""
+    made = {
+        "unsloth/kernels/utils.py": textwrap.dedent(MADE).format(
+            textwrap.dedent("    " + definition)
+        ),
+        "unsloth/kernels/moved.py": "import functools\n" + textwrap.dedent(DECORATORS),
+    }
+    write(fake, made)
+    run(
+        """
+        catalogue(FAST)
+        assert "will apply" in reasons()["fast"]
+        import unsloth
+        assert states() == {"fast": "applied"} and unsloth.fast(1) == ("patched", ("stock", 1)), reasons()
+        """,
+        fake,
+    )
+
+
+def test_a_method_that_its_class_took_from_another_module_has_not_moved(fake):
+    """Who calls it, does so by the class, which is where it was."""
+    utils = """
+        from .moved import fast
+        class Layer:
+            scale = staticmethod(fast)
+        """
+    write(fake, {**MOVED, "unsloth/kernels/utils.py": utils})
+    run(
+        """
+        catalogue(Patch("p", "t", (T("unsloth.kernels.utils:Layer.scale", "replace_scale"),)))
+        import unsloth
+        assert states() == {"p": "applied"}, reasons()
+        assert unsloth.kernels.utils.Layer.scale(1)[0] == "patched" and unsloth.fast(1) == ("stock", 1)
+        """,
+        fake,
+    )
+
+
+def test_a_module_that_took_a_name_before_it_was_replaced_gets_the_new_one(fake):
+    """Imported by the name's own module, as it was executed; of two decorators it gets the last."""
+    utils = "TABLE = ['stock']\ndef fast(x): return ('stock', x)\nfrom .early import read, call\n"
+    early = "from .utils import TABLE, fast as mine\ndef read(): return TABLE\ndef call(x): return mine(x)\n"
+    write(fake, {"unsloth/kernels/utils.py": utils, "unsloth/kernels/early.py": early})
+    run(
+        """
+        table = Patch("table", "t", (T("unsloth.kernels.utils:TABLE", "replace_table"),))
+        catalogue(FAST, Patch("again", "t", FAST.targets), table)
+        import unsloth_patches.unsloth.repl as repl
+        repl.replace_table = lambda stock: [*stock, "patched"]
+        from unsloth.kernels import utils
+        twice, once = ("patched", ("patched", ("stock", 1))), ("stock", 1)
+        assert set(states().values()) == {"applied"}
+        assert utils.read() == utils.TABLE == ["stock", "patched"] and utils.call(1) == utils.fast(1) == twice
+        with unsloth_patches.stock():
+            assert utils.read() == ["stock"] and utils.call(1) == once
+        assert utils.read() == ["stock", "patched"] and utils.call(1) == twice
+        unsloth_patches.undo()
+        assert utils.read() == utils.TABLE == ["stock"] and utils.call(1) == utils.fast(1) == once
+        """,
+        fake,
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason = "Unsloth is not installed")
+def test_the_catalogue_says_which_targets_are_only_imported():
+    from unsloth_patches.fingerprints import find_definitions
+    from unsloth_patches.registry import PATCHES
+    from unsloth_patches.upstream_source import source_file
+
+    for target in (target for patch in PATCHES for target in patch.targets):
+        home, found = find_definitions(target.module, target.name, source_file)
+        if found:
+            assert target.imported == (home != target.module), target
+    marks = {}
+    for target in (target for patch in PATCHES for target in patch.targets):
+        assert marks.setdefault(target.attribute, target.imported) == target.imported, target
 
 
 # --- requirements ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Dict, FrozenSet, Tuple
 class Target:
     """One attribute of Unsloth (or unsloth_zoo) and what replaces it.
 
-    attribute: ``"package.module:name"``, on the leaf module that defines the name.
+    attribute: ``"package.module:name"``, on the leaf module that defines the name (see ``imported``).
     replacement: ``"path.below.unsloth:decorator"``, a function ``stock -> new object``; of a staticmethod or
         classmethod it takes the plain function. In the fork it stands as ``@decorator`` above the
         definition, or as ``name = decorator(name)`` after an import or assignment.
@@ -32,6 +32,8 @@ class Target:
         before it; ``check`` names patches that meet there. ``"beside"``: right above the definition,
         as Unsloth does itself where a module's top has no place for it.
     optional: a supported release lacks the module or the name; the rest of the patch holds without it.
+    imported: the module takes what another one defines, and only its own name for it is replaced. What is
+        not marked so has moved where it is found in another module, and its patch is skipped.
     """
 
     attribute: str
@@ -43,6 +45,7 @@ class Target:
     signature: Tuple[str, ...] = ()
     names: Tuple[str, ...] = ()
     uses: Tuple[str, ...] = ()
+    imported: bool = False
 
     @property
     def module(self) -> str:

@@ -74,10 +74,12 @@ PATCHES: Tuple[Patch, ...] = (
             Target(
                 attribute = "unsloth.chat_templates:standardize_data_formats",
                 replacement = "tool_calls.datasets:standardize_tool_calls",
+                imported = True,
             ),
             Target(
                 attribute = "unsloth.chat_templates:standardize_sharegpt",
                 replacement = "tool_calls.datasets:standardize_tool_calls",
+                imported = True,
             ),
             # unsloth.standardize_sharegpt without a GPU; 2026.10.7 has no CPU backend.
             Target(

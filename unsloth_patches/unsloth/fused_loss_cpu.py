@@ -168,7 +168,8 @@ def _forward_of_scaled_logits(plain, in_force: Callable[[], bool]):
         n_items = kwargs.pop("num_items_in_batch", None)
         for name in ("labels", "shift_labels", "logits_to_keep"):
             kwargs.pop(name, None)
-        outputs = getattr(self, self.base_model_prefix)(*args, **{**kwargs, "return_dict": True})
+        # Not by base_model_prefix, which transformers 4.57 states wrongly for Gemma 3.
+        outputs = self.model(*args, **{**kwargs, "return_dict": True})
         scales = {word: getattr(self.config, name, None) for name, word in _SCALES.items()}
         count_call("cpu")
         loss = head_loss(
