@@ -35,7 +35,7 @@ class Recipe:
 
 
 SCRATCH = Recipe(
-    steps = 700,
+    steps = 600,
     batch_size = 32,
     learning_rate = 6e-3,  # of the embeddings
     lora_alpha = 64,
