@@ -84,6 +84,7 @@ def _import_unsloth(console: Console) -> None:
     """Settings that libraries read when they are imported, then Unsloth with the patches."""
     for name, value in (
         ("HF_HUB_OFFLINE", "1"),  # everything is local: no waiting for a hub that is not needed
+        ("OMP_WAIT_POLICY", "PASSIVE"),  # threads that spin slow each other down on a busy host
         ("TOKENIZERS_PARALLELISM", "false"),
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("UNSLOTH_DISABLE_STATISTICS", "1"),
