@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from unsloth_patches import demo
-from unsloth_patches.demo import checks, data, model, phrases, report, tools, train
+from unsloth_patches.demo import checks, data, job, model, phrases, report, tools, train
 from unsloth_patches.demo.checks import DemoError, check_model, check_numbers, check_out
 from unsloth_patches.demo.evaluate import Answer, count_right, run_calls
 
@@ -126,6 +126,20 @@ def test_training_set_holds_the_bundled_conversations_and_the_asked_number():
     assert len(data.training_set(16, seed = 5, pairs = 0.4)) == 16
 
 
+def test_batches_hold_conversations_of_similar_length():
+    """All of them once, in batches that need little padding and are not in order of length."""
+    rows = data.training_set(512, seed = 5, pairs = 0.5)
+    ordered = train.bucket(rows, batch_size = 16, seed = 5)
+    assert sorted(map(str, ordered)) == sorted(map(str, rows))
+
+    def longest(order):
+        words = [len(str(row["messages"]).split()) for row in order]
+        return [max(words[i : i + 16]) for i in range(0, len(words), 16)]
+
+    assert sum(longest(ordered)) < 0.85 * sum(longest(rows))
+    assert longest(ordered) != sorted(longest(ordered))
+
+
 # ---------------------------------------------------------------- tools
 
 
@@ -202,17 +216,21 @@ def test_tokenizer_has_llamas_special_tokens_and_loses_nothing(tokenizer):
         assert tokenizer.decode(tokenizer(text, add_special_tokens = False).input_ids) == text
 
 
-def test_lines_of_the_chat_template_become_single_tokens():
-    """Else every prompt would begin with hundreds of tokens that are always the same."""
+def test_pieces_of_the_chat_template_become_single_tokens():
+    """Else every prompt would begin with dozens of tokens that are always the same."""
     template = (
         "{% for t in tools %}{{ t | tojson(indent = 4) }}\n\n{% endfor %}"
         "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
         "Answer with JSON, please.\n\n{{ m.content }}<|eot_id|>{% endfor %}"
     )
-    tokenizer = model.make_tokenizer(model.corpus(model.template_text(template)))
-    text = "Answer with JSON, please.\n\n" + json.dumps(tools.TOOLS["calculate"], indent = 4) + "\n\n"
-    assert len(tokenizer.tokenize(text)) == text.count("\n") - 2  # two blank lines
-    assert len(tokenizer.tokenize("assistant")) == 1
+    tokenizer = model.make_tokenizer(model.corpus(), model.template_pieces(template))
+    schemas = [json.dumps(tool, indent = 4) + "\n\n" for tool in tools.TOOLS.values()]
+    text = "\n\nAnswer with JSON, please.\n\n"
+    assert tokenizer.tokenize("".join([*schemas, text])) == [*schemas, text]
+    changed = text + schemas[0].replace("city", "town")
+    assert tokenizer.decode(tokenizer(changed).input_ids) == changed
+    for role in ("system", "user", "assistant", "ipython", "\n\n"):
+        assert len(tokenizer.tokenize(role)) == 1
 
 
 def test_values_are_the_same_tokens_in_a_question_and_in_a_call(tokenizer):
@@ -263,7 +281,7 @@ def test_orthogonalize_brings_singular_values_near_one():
     for shape in ((64, 256), (256, 64), (8, 8)):
         left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices = False)
         matrix = left @ torch.diag(torch.logspace(0, -1, min(shape))) @ right
-        values = torch.linalg.svdvals(orthogonalize(matrix))
+        values = torch.linalg.svdvals(orthogonalize(torch.stack([matrix, 5 * matrix])))
         assert 0.6 < values.min() and values.max() < 1.3
 
 
@@ -434,11 +452,17 @@ def test_plot_and_record_are_written(tmp_path):
     assert document["losses"] == [3.0, 2.0]
 
 
-def test_output_fits_100_columns(capsys):
-    """Tables and the curve, at the width of a usual terminal."""
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_output_fits_the_terminal(capsys, width):
+    """Tables, the curve and the progress, at the widths of usual terminals."""
     answers = example_answers()
-    console = Console(width = 100)
-    console.print(report.terminal_plot([5 - i / 100 for i in range(400)], width = 100, color = False))
+    console = Console(width = width)
+    console.print(
+        report.terminal_plot([5 - i / 100 for i in range(400)], min(width, 100), color = False)
+    )
+    with job._bar(console) as bar:
+        for what, note in (("prompts before training", ""), ("training", "loss 0.012")):
+            bar.update(bar.add_task(what, total = 1000, note = note), completed = 1000)
     console.print(report.score_table(answers, answers))
     console.print(report.settings_table({"model": "m"}))
     console.print(report.files_table(Path("out"), Path("m")))
@@ -446,6 +470,9 @@ def test_output_fits_100_columns(capsys):
         console.print(report.answers_table(kind, group))
         console.print(report.call_table(kind, group[0], run_calls(group[0])))
     output = capsys.readouterr().out
-    assert max(map(len, output.splitlines())) <= 100
+    assert max(map(len, output.splitlines())) <= width
+    assert re.search(r"1 +50 +100 +150 +200 +250 +300 +350 +400", output)
+    assert re.search(r"prompts before training .*1000/1000 .*left 0:00:00", output)
+    assert re.search(r"training .*1000/1000 loss 0.012 .*left 0:00:00", output)
     assert "1 of 2" in output and "0 of 1" in output and count_right(answers["one call"]) == 1
     assert "training loss" in output and "wrong" in output and "result" in output

@@ -35,7 +35,7 @@ def run(
 
         --model    "Folder of a local checkpoint to train. Default: make a small random model."
         --out      "Folder for the adapter, the plot and the report."
-        --steps    "Optimizer steps. Default: 650 for the small model, 60 for a checkpoint."
+        --steps    "Optimizer steps. Default: 600 for the small model, 60 for a checkpoint."
         --seed     "Order of the training data."
         --prompts  "Held-out prompts with one call; half as many with two."
     """

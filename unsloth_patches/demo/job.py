@@ -28,7 +28,7 @@ from .data import Example, held_out, training_set
 from .evaluate import Answer, answer, run_calls
 from .model import save_scratch
 
-PAIR_SHARE = 0.3  # of the generated training prompts, those that need two calls at once
+PAIR_SHARE = 0.6  # of the generated training prompts, those that need two calls at once
 
 
 def fine_tune(
@@ -65,8 +65,7 @@ def fine_tune(
 
     with console.status("rendering and tokenizing the conversations …"):
         conversations = training_set(recipe.steps * recipe.batch_size, seed, PAIR_SHARE)
-        rows = train.texts(conversations, tokenizer)
-        trainer = train.make_trainer(model, tokenizer, rows, out, recipe, seed, on_step)
+        trainer = train.make_trainer(model, tokenizer, conversations, out, recipe, seed, on_step)
     exams = {"one call": held_out(prompts), "two calls": held_out((prompts + 1) // 2, pairs = True)}
     before = _examine(console, model, tokenizer, exams, recipe, "before training")
     settings["trained"] = _train(console, trainer, bar, losses)
@@ -85,6 +84,7 @@ def _import_unsloth(console: Console) -> None:
     """Settings that libraries read when they are imported, then Unsloth with the patches."""
     for name, value in (
         ("HF_HUB_OFFLINE", "1"),  # everything is local: no waiting for a hub that is not needed
+        ("OMP_WAIT_POLICY", "PASSIVE"),  # threads that spin slow each other down on a busy host
         ("TOKENIZERS_PARALLELISM", "false"),
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("UNSLOTH_DISABLE_STATISTICS", "1"),
@@ -146,7 +146,7 @@ def _is_4bit(module) -> bool:
 def _bar(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width = 30),
+        BarColumn(bar_width = 20),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
@@ -180,7 +180,7 @@ def _examine(
 ) -> Dict[str, List[Answer]]:
     with _bar(console) as bar:
         total = sum(map(len, exams.values()))
-        task = bar.add_task(f"held-out prompts {when}", total = total, note = "")
+        task = bar.add_task(f"prompts {when}", total = total, note = "")
 
         def advance(count: int) -> None:
             bar.advance(task, count)
@@ -206,10 +206,10 @@ def _show(
     if losses:
         width = min(console.width, 100)
         console.print(report.terminal_plot(losses, width = width, color = console.is_terminal))
-    console.print(report.score_table(before, after))
     for kind, answers in after.items():
         console.print(report.answers_table(kind, answers))
     for kind, answers in after.items():
         shown = next((a for a in answers if a.right), answers[0])
         console.print(report.call_table(kind, shown, run_calls(shown)))
+    console.print(report.score_table(before, after))
     console.print(report.files_table(out, settings["model"]))

@@ -10,7 +10,8 @@ Source: Keller Jordan et al., "Muon: an optimizer for hidden layers in neural ne
 
 from __future__ import annotations
 
-from typing import Iterable
+from collections import defaultdict
+from typing import Iterable, List
 
 import torch
 
@@ -18,20 +19,20 @@ import torch
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The nearest matrix with all singular values about 1 (0.7 to 1.2), by Newton-Schulz iteration.
+def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """For each the nearest matrix with all singular values about 1 (0.7 to 1.2), by Newton-Schulz iteration.
 
-    matrix: (m, n), any float dtype; the result is float32.
+    matrices: (count, m, n), any float dtype; the result is float32.
     """
     a, b, c = COEFFICIENTS
-    x = matrix.float()
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / (x.norm() + 1e-7)
+    x = matrices.float()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim = (1, 2), keepdim = True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta = b, alpha = c), x, beta = a)
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -67,20 +68,30 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            update = self._muon if group["orthogonal"] else self._adam
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    update(parameter, group)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if group["orthogonal"]:
+                self._muon(parameters, group)
+            else:
+                for parameter in parameters:
+                    self._adam(parameter, group)
         return loss
 
-    def _muon(self, parameter: torch.Tensor, group: dict) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-        direction = orthogonalize(parameter.grad.lerp(momentum, group["momentum"]))
-        scale = max(1.0, parameter.shape[0] / parameter.shape[1]) ** 0.5
-        parameter.add_(direction.to(parameter.dtype), alpha = -group["lr"] * scale)
+    def _muon(self, parameters: List[torch.Tensor], group: dict) -> None:
+        # All matrices of a shape at once: on a CPU a third of the time.
+        by_shape = defaultdict(list)
+        for parameter in parameters:
+            by_shape[parameter.shape].append(parameter)
+        for (rows, columns), alike in by_shape.items():
+            momenta = []
+            for parameter in alike:
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                momenta.append(parameter.grad.lerp(momentum, group["momentum"]))
+            step = -group["lr"] * max(1.0, rows / columns) ** 0.5
+            for parameter, direction in zip(alike, orthogonalize(torch.stack(momenta))):
+                parameter.add_(direction.to(parameter.dtype), alpha = step)
 
     def _adam(self, parameter: torch.Tensor, group: dict) -> None:
         state = self.state[parameter]

@@ -69,6 +69,11 @@ def _plot_scores(axes, before: Dict[str, List[Answer]], after: Dict[str, List[An
     axes.legend(frameon = False, loc = "upper left", fontsize = 8)
 
 
+def _round_step(count: int) -> int:
+    """1, 2 or 5 times a power of ten, such that at most eight of them make ``count``."""
+    return next(s * 10**e for e in range(9) for s in (1, 2, 5) if 8 * s * 10**e >= count)
+
+
 def terminal_plot(
     losses: Sequence[float],
     width: int = 90,
@@ -84,7 +89,10 @@ def terminal_plot(
     figure.plot_size(width, height)
     figure.title("training loss (mean of 10 steps)")
     figure.label("optimizer step")
-    figure.draw(figure.signal(list(range(1, len(losses) + 1)), smooth(losses)))
+    steps = range(1, len(losses) + 1)
+    ticks = [1, *(step for step in steps if step % _round_step(len(steps)) == 0 and step > 1)]
+    figure.ruler("x").ticks(ticks, list(map(str, ticks)))
+    figure.draw(figure.signal(list(steps), smooth(losses)))
     return Text.from_ansi(str(figure.build()))
 
 
@@ -113,7 +121,7 @@ def answers_table(
     """Prompts with what the model replied: wrong ones first, so that none of them hides."""
     shown = sorted(answers, key = lambda answer: answer.right)[:limit]
     title = f"needs {kind}: {len(shown)} of {len(answers)} replies, the wrong ones first"
-    table = Table(title = title, title_justify = "left")
+    table = Table(title = title, title_justify = "left", show_lines = True)
     table.add_column("", no_wrap = True)
     table.add_column("prompt", overflow = "fold", ratio = 2)
     table.add_column("reply", overflow = "fold", ratio = 3)
