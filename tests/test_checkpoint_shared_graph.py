@@ -67,13 +67,15 @@ def test_rows_and_lengths_that_change():
     # Where Unsloth marks no number of rows as dynamic, before 2026.10.9, Dynamo finds that out itself.
     most = 2 if hasattr(_block_compile, "_mark_batch_dynamic") else 4
     blocks = make_blocks()
+    sizes = ((4, 10), (3, 17), (1, 7), (2, 5), (1, 23), (4, 31), (1, 10))
+    # Before anything is compiled: under the mode that counts products Dynamo gives blocks up for good.
+    expected = [without_checkpoint(blocks, rows = rows) for rows in sizes]
     with compiled(blocks) as counters:
-        for rows in ((4, 10), (3, 17), (1, 7), (2, 5), (1, 23), (4, 31), (1, 10)):
+        for rows, references in zip(sizes, expected):
             result, _ = train_step(blocks, rows = rows, counting = False)
-            expected = without_checkpoint(blocks, rows = rows)
-            for value, reference in zip(result, expected):
+            for value, reference in zip(result, references):
                 torch.testing.assert_close(value, reference)
-        assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= most
+        assert not counters["graph_break"] and 2 <= counters["stats"]["unique_graphs"] <= most
 
 
 @traced
