@@ -3,7 +3,7 @@
 # or the tests of every patch that an older Unsloth has the feature for, which has no CPU backend to run a demo.
 #   bash scripts/overlay.sh              transformers 4.57.6 and TRL 0.24.0, which many users have
 #   bash scripts/overlay.sh 5.5.0        transformers 5.5.0 and TRL 1.0.0
-#   bash scripts/overlay.sh 2026.10.8    Unsloth 2026.10.8 (half an hour)
+#   bash scripts/overlay.sh 2026.10.8    Unsloth 2026.10.8 (eight minutes and more)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
