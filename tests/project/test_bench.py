@@ -24,6 +24,7 @@ from unsloth_patches.bench import (
     fsdp2_launch,
     fsdp2_worker,
     harness,
+    models,
     steps,
     steps_worker,
     train,
@@ -156,7 +157,7 @@ def test_compare_share():
         "stock": measured_run([slow + [0.2] * 9, slow + [0.4] * 9, slow + [0.2] * 9], [4.0, 2.0]),
         "patched": measured_run([slow + [0.1] * 9] * 3, [4.0, 2.002]),
     }
-    result = train.compare_share(runs, "half", train.MODELS["llama-1b"])
+    result = train.compare_share(runs, "half", models.MODELS["llama-1b"])
     assert result["speedup"] == pytest.approx(2.0)
     assert result["stretch_speedups"] == pytest.approx([2.0, 4.0, 2.0])
     assert result["stock"]["tokens_per_second"] == pytest.approx(4 * 2048 / 0.2)
@@ -164,7 +165,7 @@ def test_compare_share():
     assert result["relative_difference"] == pytest.approx([0.0, 0.001])
     assert train.CONTROL not in result
     runs[train.CONTROL] = measured_run([slow], [4.0, 2.0002])
-    control = train.compare_share(runs, "half", train.MODELS["llama-1b"])[train.CONTROL]
+    control = train.compare_share(runs, "half", models.MODELS["llama-1b"])[train.CONTROL]
     assert control["largest_difference"] == pytest.approx(1e-4)
 
 
@@ -172,7 +173,7 @@ def test_breakdown_ends_with_idle_time():
     """What a step took without the profiler, less what the GPU was busy, is idle."""
     steps = [[0.02] * 9]
     runs = {"stock": measured_run(steps, [1.0], 18.0), "patched": measured_run(steps, [1.0], 15.0)}
-    shares = {name: train.compare_share(runs, name, train.TOY) for name in train.SHARES}
+    shares = {name: train.compare_share(runs, name, models.TOY) for name in train.SHARES}
     found = train.breakdowns({"shares": shares, "runs": runs})
     assert found["stock"] == pytest.approx({"base GEMMs": 17.0, "loss": 1.0, "idle": 2.0})
     assert found["patched"]["idle"] == pytest.approx(5.0)
@@ -488,13 +489,23 @@ def test_unknown_model_is_named(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", models.TRAINED_OTHERWISE)
+def test_steps_measures_qlora_only(tmp_path, capsys, name):
+    """Under that name QLoRA would be measured: its worker knows no options."""
+    assert steps.run(tmp_path, model = name) == 2
+    assert f"no model {name!r}" in capsys.readouterr().err
+    assert not any(model.options for model in models.MODELS.values())
+
+
 def test_float32_is_a_llamas(tmp_path):
     """Another model's norms would be left out of the reference in silence."""
     name = "qwen3-4b-12-layers"
     with pytest.raises(RuntimeError, match = "is a Qwen3, and only Llama .* --model llama-1b"):
-        train._add_float32(tmp_path / "train.json", name, train.MODELS[name])
-    with pytest.raises(RuntimeError, match = "all weights trained.*only QLoRA .* --model llama-1b"):
-        train._add_float32(tmp_path / "train.json", "llama-1b-full", train.MODELS["llama-1b-full"])
+        train._add_float32(tmp_path / "train.json", name, models.MODELS[name])
+    with pytest.raises(RuntimeError, match = "all weights trained.*is no QLoRA.* --model llama-1b"):
+        train._add_float32(
+            tmp_path / "train.json", "llama-1b-full", train.EVERY_MODEL["llama-1b-full"]
+        )
 
 
 @pytest.mark.parametrize(
@@ -522,7 +533,7 @@ def test_train_asks_unsloth_for_what_the_model_says(tmp_path, monkeypatch, name,
 
     unsloth = types.SimpleNamespace(FastLanguageModel = FastLanguageModel)
     monkeypatch.setitem(sys.modules, "unsloth", unsloth)
-    job = train.job_for("stock", name, train.MODELS[name], tmp_path, {})
+    job = train.job_for("stock", name, train.EVERY_MODEL[name], tmp_path, {})
     assert train_worker.load(json.loads(json.dumps(job))) == ("model", "tokenizer")
     assert asked.items() >= loaded.items()
     assert asked.get("checkpoint_skip_layers") == skipped

@@ -11,7 +11,7 @@ import torch
 from toy_project import ROOT
 from typer.testing import CliRunner
 
-from unsloth_patches.bench import train, train_float32
+from unsloth_patches.bench import models, train, train_float32
 from unsloth_patches.cli import app
 
 
@@ -22,7 +22,7 @@ def peft_model():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**train.TOY.shape, num_hidden_layers = 2, rope_theta = 5000.0)
+    config = LlamaConfig(**models.TOY.shape, num_hidden_layers = 2, rope_theta = 5000.0)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = LoraConfig(r = 4, lora_alpha = 6, target_modules = targets, init_lora_weights = False)
     return get_peft_model(LlamaForCausalLM(config), lora)
@@ -31,7 +31,7 @@ def peft_model():
 def batches(count):
     make = torch.Generator().manual_seed(1)
     for _ in range(count):
-        ids = torch.randint(0, train.TOY.shape["vocab_size"], (2, 24), generator = make)
+        ids = torch.randint(0, models.TOY.shape["vocab_size"], (2, 24), generator = make)
         labels = ids.clone()
         labels[0, :9] = labels[1, :1] = -100
         yield {"input_ids": ids, "labels": labels}

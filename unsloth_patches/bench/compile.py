@@ -22,7 +22,8 @@ from typing import Dict, Iterator, List, NamedTuple, Tuple
 
 from . import DONE, FAILED, compile_attention, harness
 from .fsdp2_checkpoint import fast_folder, make_checkpoint
-from .train import MODELS, free_gpu, slug
+from .models import MODELS
+from .train import free_gpu
 
 COMMAND = "python -m unsloth_patches bench compile"
 LENGTHS = (512, 1024, 2048, 4096)
@@ -188,7 +189,7 @@ def attention(out: Path) -> bool:
             print(f"bench compile: the attention comparison failed ({code})", file = sys.stderr)
             return False
         found = json.loads(written.read_text(encoding = "utf-8"))
-    harness.save_json(out / f"compile_attention_{slug()}.json", found, COMMAND)
+    harness.save_json(out / f"compile_attention_{harness.slug()}.json", found, COMMAND)
     compile_attention.show(found)
     return True
 
@@ -206,7 +207,7 @@ def run(out: Path, quick: bool = False) -> int:
         return on_cpu(Path(out))
     chosen = [run._replace(cache = "") for run in RUNS[:2]] if quick else RUNS
     compared = quick or attention(Path(out))
-    path = Path(out) / f"compile_{slug()}.json"
+    path = Path(out) / f"compile_{harness.slug()}.json"
     payload = {"title": MODELS["llama-8b-8-layers"].title, "complete": False, "runs": []}
     for seen in measure(chosen):
         payload["runs"].append(seen)

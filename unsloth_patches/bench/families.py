@@ -16,7 +16,6 @@ from typing import Any, Dict, NamedTuple, Optional
 from . import harness
 from .fsdp2_checkpoint import fast_folder, save_word_tokenizer
 from .steps import ACCUMULATION, BATCH, LONGEST, MEDIAN, compare_case
-from .train import slug
 from .train_turns import alternate, own_caches, set_off, working
 
 FORMS = {"stock": "all", "patched": "", "stock again": "all"}  # -> UNSLOTH_PATCHES_DISABLE
@@ -172,7 +171,7 @@ def run(
         except RuntimeError as error:
             families[name] = {"error": str(error)}
         print(f"{name}: {'failed' if 'error' in families[name] else 'done'}", flush = True)
-        path = Path(out) / f"families_{slug()}.json"
+        path = Path(out) / f"families_{harness.slug()}.json"
         harness.save_json(path, {"shape": WIDE, "families": families}, COMMAND)
     show(families)
     return 1 if any("error" in found for found in families.values()) else 0

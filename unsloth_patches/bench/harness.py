@@ -63,6 +63,15 @@ def environment(command: Optional[str] = None) -> dict:
     }
 
 
+def slug() -> str:
+    """The GPU's short name in file names."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return gpu_slug(torch.cuda.get_device_name())
+
+
 def gpu_slug(name: str) -> str:
     """``h200`` of "NVIDIA H200": how results files are named."""
     return name.replace("NVIDIA", "").strip().split()[0].lower().replace("-", "_")

@@ -18,8 +18,8 @@ from typing import Dict, Iterable, List, Optional
 
 from . import harness
 from .fsdp2_checkpoint import fast_folder, make_checkpoint
+from .models import MODELS, Model, start
 from .steps_worker import PROFILED_FORM
-from .train import MODELS, Model, slug, start
 from .train_turns import alternate, own_caches, set_off, working
 
 FORMS = {"stock": "0", "patched": "0", "graphs": "auto"}  # form -> UNSLOTH_STEP_GRAPHS
@@ -229,8 +229,10 @@ def run(
         except RuntimeError as error:
             print(error, file = sys.stderr)
             return 1
-        harness.save_json(Path(out) / f"steps_{slug()}_{name}.json", payloads[-1], command(name))
+        harness.save_json(
+            Path(out) / f"steps_{harness.slug()}_{name}.json", payloads[-1], command(name)
+        )
         show(payloads[-1])
     if not quick:
-        harness.draw("steps", plot, payloads, Path(out) / f"steps_{slug()}.png")
+        harness.draw("steps", plot, payloads, Path(out) / f"steps_{harness.slug()}.png")
     return 0

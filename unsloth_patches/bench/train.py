@@ -15,12 +15,12 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Dict, List, Optional
 
 from . import harness
 from .fsdp2_checkpoint import fast_folder, make_checkpoint
+from .models import MODELS, TRAINED_OTHERWISE, Model, start
 from .train_plot import plot
 from .train_turns import Worker, alternate, own_caches, set_off, working
 
@@ -34,93 +34,12 @@ STRETCH = 15  # steps between two turns
 SKIPPED = 2  # steps at the start of a stretch that do not count, beside its very first
 PROFILE_STEPS = 3
 LOSS_BOUND = 1e-3
-
-
-@dataclass(frozen = True)
-class Model:
-    """A model of this shape with random weights, the batch that it is trained on, and what a user asks
-    Unsloth for: QLoRA, unless ``options`` says otherwise (see `train_worker.load`).
-    """
-
-    title: str
-    shape: Dict[str, Any]
-    layers: int
-    tied: bool
-    batch: int = 4
-    length: int = 2048
-    options: Dict[str, Any] = field(default_factory = dict)
-    way: str = "QLoRA rank 16"
-    shares: Tuple[str, ...] = ("half", "a third", "none")
-
-
-_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
-MODELS = {
-    "llama-8b-8-layers": Model("Llama-3.1-8B shape, 8 of its layers", _8B, layers = 8, tied = False),
-    "llama-8b": Model("Llama-3.1-8B shape", _8B, layers = 32, tied = False),
-    "llama-1b": Model(
-        "Llama-3.2-1B shape",
-        {
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-        },
-        layers = 16,
-        tied = True,
-    ),
-    "qwen3-4b-12-layers": Model(
-        "Qwen3-4B shape, 12 of its layers",
-        {
-            "kind": "Qwen3",
-            "hidden_size": 2560,
-            "intermediate_size": 9728,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "vocab_size": 151936,
-        },
-        layers = 12,
-        tied = True,
-    ),
-}
-_1B = replace(MODELS["llama-1b"], shares = ("half",))
-MODELS.update(
-    {
-        "llama-1b-skip": replace(
-            _1B,
-            options = {"checkpoint_skip_layers": "auto"},
-            way = "QLoRA rank 16, checkpoint_skip_layers = 'auto'",
-        ),
-        "llama-1b-lora": replace(_1B, options = {"load_in_4bit": False}, way = "16-bit LoRA rank 16"),
-        "llama-1b-full": replace(_1B, options = {"full_finetuning": True}, way = "all weights trained"),
-    }
-)
-TOY = Model(
-    "a toy of two layers",
-    {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 1024,
-    },
-    layers = 2,
-    tied = True,
-    batch = 2,
-    length = 64,
-)
+EVERY_MODEL = {**MODELS, **TRAINED_OTHERWISE}
 
 
 def command(name: Optional[str]) -> str:
     """How to repeat the figures of a model."""
-    chosen = f" --model {name}" if name in MODELS else " --quick"
+    chosen = f" --model {name}" if name in EVERY_MODEL else " --quick"
     return f"python -m unsloth_patches bench train{chosen}"
 
 
@@ -169,7 +88,7 @@ def compare(name: str, model: Model, shares: dict) -> dict:
     if not complete:
         raise RuntimeError("bench train: stopped before anything was measured")
     compared = {share: compare_share(runs, share, model) for share in complete}
-    found = {"model": name, "title": model.title, "way": model.way}
+    found = {"model": name, "title": model.title, "options": model.options}
     return {**found, "shares": compared, "runs": runs}
 
 
@@ -235,34 +154,6 @@ def differences(stock: List[float], other: List[float]) -> dict:
     return {"relative_difference": each, "largest_difference": max(each)}
 
 
-def slug() -> str:
-    """The GPU's short name in file names."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "cpu"
-    return harness.gpu_slug(torch.cuda.get_device_name())
-
-
-def start(
-    bench: str, models: Dict[str, Model], model: Optional[str], quick: bool
-) -> Dict[str, Model]:
-    """The models to train: all, the one named, or a toy where it is quick or there is no GPU; {} if there
-    is none of that name."""
-    if model is not None and model not in models:
-        print(f"bench {bench}: no model {model!r}; there are: {', '.join(models)}", file = sys.stderr)
-        return {}
-    import torch
-
-    if not torch.cuda.is_available() and not quick:
-        print(
-            f"bench {bench}: torch sees no CUDA GPU; comparing the losses of a toy on the CPU only.",
-            flush = True,
-        )
-        quick = True
-    return {"toy": TOY} if quick else {model: models[model]} if model else models
-
-
 def run(
     out: Path,
     quick: bool = False,
@@ -274,25 +165,27 @@ def run(
     Without a GPU a toy trains on Unsloth's CPU backend: losses are compared, times mean nothing.
     float32: instead, adds the losses of float32 to what an earlier run wrote there.
     """
-    chosen = start("train", MODELS, model, quick)
+    chosen = start("train", EVERY_MODEL, model, quick)
     quick = "toy" in chosen
     if not chosen:
         return 2
     for name, shape in chosen.items():
-        path = Path(out) / f"train_{slug()}_{name}.json"
+        path = Path(out) / f"train_{harness.slug()}_{name}.json"
         try:
             if float32:
                 _add_float32(path, name, shape)
                 continue
-            of_model = QUICK_SHARES if quick else SHARES
-            payload = compare(name, shape, {share: of_model[share] for share in shape.shares})
+            shares = QUICK_SHARES if quick else SHARES
+            if shape.options:
+                shares = {PROFILED: shares[PROFILED]}
+            payload = compare(name, shape, shares)
         except RuntimeError as error:
             print(error, file = sys.stderr)
             return 1
         harness.save_json(path, payload, command(name))
         show(payload)
     if not quick:
-        draw(Path(out), slug())
+        draw(Path(out), harness.slug())
     return 0
 
 
@@ -303,8 +196,8 @@ def _add_float32(path: Path, name: str, model: Model) -> None:
 
     if model.options:
         raise RuntimeError(
-            f"bench train --float32: {name} is trained otherwise ({model.way}), and only QLoRA is written "
-            "out in float32; name one of those, as --model llama-1b"
+            f"bench train --float32: {name} ({model.title}) is no QLoRA, the only one written "
+            "out in float32; name another, as --model llama-1b"
         )
     kind = model.shape.get("kind", "Llama")
     if kind != "Llama":
@@ -365,7 +258,8 @@ def show(payload: dict) -> None:
     columns = ["ignored", "form", "first loss", "last loss", "differ by at most"]
     if measured:
         columns += ["step ms", "quartiles", "tokens/s", "peak MiB", "speedup"]
-    harness.print_table(f"{payload['title']}, {payload['way']}", columns, rows)
+    way = "" if payload["options"] else ", QLoRA rank 16"
+    harness.print_table(payload["title"] + way, columns, rows)
     for share, result in payload["shares"].items():
         if FLOAT32 in result:
             print(_float32_line(share, result[FLOAT32]))
