@@ -2,7 +2,7 @@
 # Copyright 2026 the unsloth_patches authors
 """Benchmarks' own arithmetic and command line: what is computed from samples, and what is said."""
 
-import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -31,6 +31,7 @@ from unsloth_patches.bench import (
     train_profile,
     train_turns,
     train_worker,
+    vision_worker,
 )
 from unsloth_patches.cli import app
 
@@ -143,11 +144,55 @@ def measured_run(
     losses,
     busy = None,
 ):
-    share = {"stretches": stretches, "losses": losses, "peak_mib": 100.0}
+    memory = {"peak_mib": 100.0, "reserved_mib": 120.0}
+    share = {"stretches": stretches, "losses": losses, **memory, "graphs": {}}
     run = {"shares": {name: share for name in train.SHARES}}
     if busy is not None:
         run["profile"] = {"ms": {"base GEMMs": busy - 1, "loss": 1.0}, "busy_ms": busy}
     return run
+
+
+class Allocator:
+    """torch.cuda of three steps: one that captures 500 bytes and leaves 400 of them free, two replays."""
+
+    peaks, reserved, captures = [700, 300, 250], [900, 800, 800], [2, 2, 2]
+
+    def __init__(self):
+        self.step = 0
+
+    def __getattr__(self, name):
+        return lambda: None  # empty_cache and its like
+
+    def max_memory_allocated(self):
+        return self.peaks[self.step] * 2**20
+
+    def max_memory_reserved(self):
+        return self.reserved[self.step] * 2**20
+
+    def memory_snapshot(self):
+        sizes = [((0, 0), 400, 300), ((0, 1), 500, 100)]
+        return [
+            {"segment_pool_id": p, "total_size": t * 2**20, "allocated_size": a * 2**20}
+            for p, t, a in sizes
+        ]
+
+
+def test_peak_counts_what_graphs_hold(monkeypatch):
+    """A replay allocates nothing, and what its pool holds is taken all the same; a capture's is allocated."""
+    gpu, model = train_worker.Gpu(), object()
+    gpu.cuda = allocator = Allocator()
+    monkeypatch.setattr(
+        train_worker,
+        "replay_summary",
+        lambda model: {"captures": allocator.captures[allocator.step]},
+    )
+    gpu.reset_peak()
+    gpu.step_done(model)
+    assert gpu.memory() == {"peak_mib": 700, "reserved_mib": 900}
+    gpu.reset_peak()
+    for allocator.step in (1, 2):
+        gpu.step_done(model)
+    assert gpu.memory() == {"peak_mib": 300 + 400, "reserved_mib": 800}
 
 
 def test_compare_share():
@@ -541,13 +586,17 @@ def test_train_asks_unsloth_for_what_the_model_says(tmp_path, monkeypatch, name,
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
-def test_every_family_has_its_own_architecture(tmp_path, name):
+def test_every_family_has_its_own_architecture(tmp_path, monkeypatch, name):
     """The checkpoint is one that transformers makes a model of that family from."""
     family = families.FAMILIES[name]
+    if importlib.util.find_spec("torchvision") is None:  # its processor of videos wants it
+        monkeypatch.setattr(vision_worker, "save_processor", families.save_word_tokenizer)
     families.make(tmp_path, family, quick = True)
     config = json.loads((tmp_path / "config.json").read_text())
     stem = family.config.removesuffix("Config").removesuffix("Text")
-    assert config["architectures"] == [f"{stem}ForCausalLM"]
+    kind = "ConditionalGeneration" if "text_config" in config else "CausalLM"
+    assert config["architectures"] == [f"{stem}For{kind}"]
+    config = config.get("text_config", config)
     assert config["hidden_size"] == families.TINY["hidden_size"] and config["vocab_size"] == 512
     assert (tmp_path / "model.safetensors").exists() and (tmp_path / "tokenizer.json").exists()
 

@@ -30,6 +30,7 @@ BENCHMARKS = {
     "loss": Benchmark("loss"),
     "steps": Benchmark("steps", "the losses of a toy"),
     "train": Benchmark("train", "the losses of a toy"),
+    "trainers": Benchmark("trainers", "the losses of a toy"),
 }
 # What run() returns: done (without a GPU: what without_gpu says), failed, and cannot run here.
 DONE, FAILED, NOT_HERE = 0, 1, 2

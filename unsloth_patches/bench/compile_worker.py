@@ -53,7 +53,9 @@ class Steps:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none = True)
         self.gpu.drain()
-        return {"seconds": time.perf_counter() - begin, "loss": float(loss.detach())}
+        seconds = time.perf_counter() - begin
+        self.gpu.step_done(self.model)
+        return {"seconds": seconds, "loss": float(loss.detach())}
 
 
 def at_length(steps: Steps, length: int, gpu, rounds: int) -> dict:
@@ -66,8 +68,7 @@ def at_length(steps: Steps, length: int, gpu, rounds: int) -> dict:
     ms = [steps(length)["seconds"] * 1e3 for _ in range(rounds)]
     found: Dict[str, Any] = {"ms": ms}
     if gpu.cuda:
-        found["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
-        found["reserved_mib"] = torch.cuda.max_memory_reserved() / 2**20
+        found.update(gpu.memory())
         found["above_weights_mib"] = found["peak_mib"] - held / 2**20
     return found
 

@@ -9,11 +9,12 @@ Stock runs twice, for how far two of its runs lie apart.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional
 
-from . import harness
+from . import harness, vision_worker
 from .fsdp2_checkpoint import fast_folder, save_word_tokenizer
 from .steps import ACCUMULATION, BATCH, LONGEST, MEDIAN, compare_case
 from .train_turns import alternate, own_caches, set_off, working
@@ -46,12 +47,14 @@ class Family(NamedTuple):
     config: str
     vocab: int
     more: Dict[str, Any] = {}
+    worker: str = "steps_worker"
 
 
 FAMILIES = {
     "Llama 3": Family("LlamaConfig", 128256),
     "Mistral": Family("MistralConfig", 32768),
     "Qwen 2.5": Family("Qwen2Config", 151936),
+    "Qwen 2.5 VL": Family("Qwen2_5_VLConfig", 151936, worker = "vision_worker"),
     "Qwen 3": Family("Qwen3Config", 151936),
     "Qwen 3 MoE": Family("Qwen3MoeConfig", 151936, EXPERTS),
     "Gemma 2": Family("Gemma2Config", 256000, {"head_dim": 256, "num_attention_heads": 8}),
@@ -71,51 +74,64 @@ def make(folder: Path, family: Family, quick: bool) -> None:
 
     shape = {**WIDE, **family.more, "vocab_size": family.vocab}
     shape.update({**TINY, "vocab_size": 512} if quick else {})
-    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
-    config = getattr(transformers, family.config)(
-        **shape, **special, max_position_embeddings = 8192, dtype = torch.bfloat16
-    )
+    shape.update(bos_token_id = 1, eos_token_id = 2, pad_token_id = 3, max_position_embeddings = 8192)
+    if family.worker == "vision_worker":
+        config, kind = vision_worker.config(shape), transformers.AutoModelForImageTextToText
+        save_tokenizer = vision_worker.save_processor
+    else:
+        config = getattr(transformers, family.config)(**shape)
+        kind, save_tokenizer = transformers.AutoModelForCausalLM, save_word_tokenizer
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype = torch.bfloat16)
+        model = kind.from_config(config, dtype = torch.bfloat16)
     model.save_pretrained(folder)
-    save_word_tokenizer(folder, shape["vocab_size"])
+    save_tokenizer(folder, shape["vocab_size"])
 
 
 def compare(name: str, quick: bool) -> dict:
     """Trains a family in all forms by turns. Raises RuntimeError with the end of its output if a
     process fails."""
-    runs: Dict[str, dict] = {}
     steps, stretch = (4, 2) if quick else (STEPS, STRETCH)
-    case = {
-        "path": "default",
-        "median": 30 if quick else MEDIAN,
-        "batch": BATCH,
-        "steps": steps,
-    }
+    case = {"path": "default", "median": 30 if quick else MEDIAN, "batch": BATCH, "steps": steps}
+    runs = train_forms(FAMILIES[name], {"default": case}, stretch, quick, COMMAND)
+    found = compare_case(runs, "default", FORMS)
+    found["patched"].update({key: runs["patched"][key] for key in ("loss_calls", "acting")})
+    return found
+
+
+def train_forms(
+    family: Family,
+    cases: Dict[str, dict],
+    stretch: int,
+    quick: bool,
+    command: str,
+    worker: Optional[str] = None,
+) -> Dict[str, dict]:
+    """form -> what its process measured of the cases. worker: another module than the family's."""
+    runs: Dict[str, dict] = {}
     with tempfile.TemporaryDirectory(prefix = "bench-families-", dir = fast_folder()) as scratch:
         folder = Path(scratch)
         jobs = {
             form: {
-                "worker": "steps_worker",
+                "worker": worker or family.worker,
                 "form": form,
                 "checkpoint": str(folder / "model"),
                 "scratch": str(folder / f"scratch-{form.replace(' ', '-')}"),
                 "longest": 64 if quick else LONGEST,
                 "accumulation": ACCUMULATION,
-                "cases": {"default": case},
+                "cases": cases,
                 "stretch": stretch,
-                "command": COMMAND,
+                "acting": True,
+                "command": command,
             }
             for form in FORMS
         }
         with working(jobs, _environment, folder) as workers:
-            make(folder / "model", FAMILIES[name], quick)
+            make(folder / "model", family, quick)
             set_off(workers)
-            alternate(workers, steps, stretch, runs)
-    found = compare_case(runs, "default", FORMS)
-    found["patched"]["loss_calls"] = runs["patched"]["loss_calls"]
-    return found
+            for case in cases.values():
+                alternate(workers, case["steps"], stretch, runs)
+    return runs
 
 
 def _environment(form: str, folder: Path) -> dict:
@@ -148,12 +164,17 @@ def show(families: Dict[str, dict]) -> None:
     harness.print_table("QLoRA rank 16, plain SFTTrainer, 4 x 2 rows a step", columns, rows)
 
 
+def _earlier(path: Path) -> Dict[str, dict]:
+    return json.loads(path.read_text(encoding = "utf-8"))["families"] if path.exists() else {}
+
+
 def run(
     out: Path,
     quick: bool = False,
     model: Optional[str] = None,
 ) -> int:
-    """Compares every family, or the one named, and writes JSON under out after each.
+    """Compares every family, or the one named, and writes JSON under out after each, beside the other
+    families of an earlier run.
 
     A family that does not train in one of the forms is reported with its error. Without a GPU toys
     train on Unsloth's CPU backend: losses are compared, times mean nothing.
@@ -164,14 +185,16 @@ def run(
     if model is not None and model not in FAMILIES:
         print(f"bench families: no family {model!r}; there are: {', '.join(FAMILIES)}")
         return 2
-    families: Dict[str, dict] = {}
-    for name in (model,) if model else QUICK if quick else FAMILIES:
+    path = Path(out) / f"families_{harness.slug()}.json"
+    families: Dict[str, dict] = _earlier(path)
+    chosen = (model,) if model else QUICK if quick else tuple(FAMILIES)
+    for name in chosen:
         try:
             families[name] = compare(name, quick)
-        except RuntimeError as error:
+        except (ImportError, RuntimeError) as error:
             families[name] = {"error": str(error)}
+        families[name]["environment"] = harness.environment(f'{COMMAND} --model "{name}"')
         print(f"{name}: {'failed' if 'error' in families[name] else 'done'}", flush = True)
-        path = Path(out) / f"families_{harness.slug()}.json"
         harness.save_json(path, {"shape": WIDE, "families": families}, COMMAND)
     show(families)
-    return 1 if any("error" in found for found in families.values()) else 0
+    return 1 if any("error" in families[name] for name in chosen) else 0

@@ -87,12 +87,18 @@ def make_checkpoint(
     return folder
 
 
-def save_word_tokenizer(folder: Path, vocab: int) -> None:
-    """A tokenizer of so many words into a checkpoint's folder."""
+def save_word_tokenizer(
+    folder: Path,
+    vocab: int,
+    special: Sequence[str] = (),
+) -> None:
+    """A tokenizer of so many words into a checkpoint's folder; special tokens are numbered from 4 on."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, **{f"w{i}": i for i in range(4, vocab)}}
+    names = ["<unk>", "<s>", "</s>", "<pad>", *special]
+    names += [f"w{i}" for i in range(len(names), vocab)]
+    words = {name: i for i, name in enumerate(names)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token = "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
@@ -101,6 +107,7 @@ def save_word_tokenizer(folder: Path, vocab: int) -> None:
         eos_token = "</s>",
         pad_token = "<pad>",
         unk_token = "<unk>",
+        additional_special_tokens = list(special),
     ).save_pretrained(folder)
 
 

@@ -136,7 +136,7 @@ def compare_case(
         mine = result[form]
         mine["speedup"] = stock["step_seconds"]["median"] / mine["step_seconds"]["median"]
         pairs = zip(stock["losses"], mine["losses"])
-        mine["largest_difference"] = max(abs(b - a) / abs(a) for a, b in pairs)
+        mine["largest_difference"] = max(abs(b - a) / (abs(a) or 1.0) for a, b in pairs)
     return result
 
 

@@ -13,11 +13,13 @@ import math
 import os
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Iterator
 
 from . import harness
 from .train_turns import Turns
-from .train_worker import RANK, Gpu, _patches, _trainable, restore
+from .train_worker import RANK, Gpu, _patches, _trainable, replay_summary, restore
 
 PROFILED, PROFILED_FORM = 3, "graphs"  # steps of which the GPU's own time is taken
 PATHS = {"default": {}, "padded": {"padding_free": False}, "packing": {"packing": True}}
@@ -56,9 +58,30 @@ def load(job: dict):
     return model, tokenizer
 
 
+def settings(job: dict, case: dict) -> dict:
+    """TrainingArguments of so many steps."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    return {
+        "output_dir": job["scratch"],
+        "per_device_train_batch_size": case["batch"],
+        "gradient_accumulation_steps": job["accumulation"],
+        "max_steps": case["steps"],
+        "learning_rate": 2e-4,
+        "warmup_steps": min(5, case["steps"]),
+        "logging_steps": 1,
+        "optim": "adamw_8bit" if gpu else "adamw_torch",
+        "bf16": gpu,
+        "report_to": "none",
+        "save_strategy": "no",
+        "seed": 0,
+        "disable_tqdm": True,
+    }
+
+
 def trainer_for(model, tokenizer, job: dict, case: dict, callback):
     """SFTTrainer over so many steps; packing gets more rows, since a packed one holds several."""
-    import torch
     from trl import SFTConfig, SFTTrainer
 
     batch, accumulated, steps = case["batch"], job["accumulation"], case["steps"]
@@ -69,29 +92,14 @@ def trainer_for(model, tokenizer, job: dict, case: dict, callback):
         job["longest"],
         model.config.vocab_size,
     )
-    settings = SFTConfig(
-        output_dir = job["scratch"],
-        per_device_train_batch_size = 1 if path == "packing" else batch,
-        gradient_accumulation_steps = accumulated,
-        max_steps = steps,
-        learning_rate = 2e-4,
-        warmup_steps = min(5, steps),
-        logging_steps = 1,
-        optim = "adamw_8bit" if torch.cuda.is_available() else "adamw_torch",
-        bf16 = torch.cuda.is_available(),
-        report_to = "none",
-        save_strategy = "no",
-        seed = 0,
-        max_length = job["longest"],
-        dataset_num_proc = 1,
-        disable_tqdm = True,
-        **PATHS[path],
-    )
+    chosen = {**settings(job, case), **PATHS[path]}
+    if path == "packing":
+        chosen["per_device_train_batch_size"] = 1
     trainer = SFTTrainer(
         model = model,
         processing_class = tokenizer,
         train_dataset = rows,
-        args = settings,
+        args = SFTConfig(max_length = job["longest"], dataset_num_proc = 1, **chosen),
         callbacks = [callback],
     )
     collate, trainer.rows_tokens = trainer.data_collator, []
@@ -105,7 +113,10 @@ def trainer_for(model, tokenizer, job: dict, case: dict, callback):
 
 
 def step_tokens(trainer) -> list:
-    """Tokens of each step, without padding."""
+    """Tokens of each step, without padding; as TRL logs them where its batches were not counted."""
+    if not hasattr(trainer, "rows_tokens"):
+        sums = [entry["num_tokens"] for entry in trainer.state.log_history if "loss" in entry]
+        return [b - a for a, b in zip([0, *sums], sums)]
     each, counts = trainer.args.gradient_accumulation_steps, trainer.rows_tokens
     return [sum(counts[n : n + each]) for n in range(0, trainer.state.global_step * each, each)]
 
@@ -149,7 +160,7 @@ def busy_share(model, tokenizer, job: dict, case: dict, gpu: Gpu) -> dict:
     return {"busy_seconds": _busy_seconds(profile), "tokens": tokens, "steps": PROFILED}
 
 
-def train(model, tokenizer, job: dict, case: dict, gpu: Gpu, turns: Turns) -> dict:
+def train(make, model, tokenizer, job: dict, case: dict, gpu: Gpu, turns: Turns) -> dict:
     """Losses, seconds of each step (the GPU's work included), tokens of each, peak memory."""
     from transformers import TrainerCallback
 
@@ -162,36 +173,73 @@ def train(model, tokenizer, job: dict, case: dict, gpu: Gpu, turns: Turns) -> di
         def on_step_end(self, args, state, control, **kwargs):
             gpu.drain()
             ends[-1].append(time.time())
+            gpu.step_done(model)
             if state.global_step % job["stretch"] == 0 and state.global_step < steps:
                 turns.wait()
                 ends.append([])
 
-    trainer = trainer_for(model, tokenizer, job, case, Clock())
+    trainer = make(model, tokenizer, job, case, Clock())
     gpu.reset_peak()
     trainer.train()
-    reserved = gpu.cuda.max_memory_reserved() / 2**20 if gpu.cuda else 0.0
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "losses": [entry["loss"] for entry in logged],
+        "rewards": [entry["reward"] for entry in logged if "reward" in entry],  # GRPO's
         "stretches": [[b - a for a, b in zip(part, part[1:])] for part in ends],
         "first_step": ends[0][0] - began[0],
-        "peak_mib": gpu.peak_mib(),
-        "reserved_mib": reserved,
+        **gpu.memory(),
         "tokens": step_tokens(trainer),
         "graphs": replay_summary(model),
     }
 
 
-def replay_summary(model) -> dict:
-    """What was replayed; {} without step graphs."""
+@contextmanager
+def patches_that_run() -> Iterator[list]:
+    """Gives the names of patches whose functions run in the block, without what an import or a graph ran
+    before. [] below Python 3.12, which has no sys.monitoring."""
+    from unsloth_patches import registry, unsloth
+
+    names: list = []
+    if sys.version_info < (3, 12):
+        yield names
+        return
+    home = os.path.dirname(unsloth.__file__) + os.sep
+    watch, ran = sys.monitoring, set()
+
+    def started(code, offset):
+        if code.co_filename.startswith(home):
+            ran.add(code.co_filename[len(home) :])
+        return watch.DISABLE  # that code once
+
+    watch.use_tool_id(watch.PROFILER_ID, "bench")
+    watch.register_callback(watch.PROFILER_ID, watch.events.PY_START, started)
+    watch.set_events(watch.PROFILER_ID, watch.events.PY_START)
     try:
-        from unsloth.models.step_graphs import summary
-    except ImportError:
-        return {}
-    return summary(model)
+        yield names
+    finally:
+        watch.set_events(watch.PROFILER_ID, 0)
+        watch.free_tool_id(watch.PROFILER_ID)
+    names += [patch.name for patch in registry.PATCHES if ran.intersection(patch.modules)]
 
 
-def run(job: dict, turns: Turns) -> dict:
-    """Everything one process measures. Turns: to load, and each stretch of each case."""
+def acting(make, model, tokenizer, job: dict, case: dict) -> list:
+    """Names of the patches whose functions run in a step that is neither replayed nor compiled."""
+    import torch
+    from transformers import TrainerCallback
+
+    torch.compiler.set_stance("force_eager")
+    os.environ["UNSLOTH_STEP_GRAPHS"] = "0"
+    trainer = make(model, tokenizer, job, {**case, "steps": 1}, TrainerCallback())
+    with patches_that_run() as names:
+        trainer.train()
+    return names
+
+
+def run(job: dict, turns: Turns, load, trainer_for) -> dict:
+    """Everything one process measures. Turns: to load, and each stretch of each case.
+
+    load, trainer_for: as those above.
+    """
     import unsloth  # noqa: F401  (first, as Unsloth wants it)
 
     turns.wait()
@@ -202,8 +250,11 @@ def run(job: dict, turns: Turns) -> dict:
     for name, case in job["cases"].items():
         restore(model, adapters)
         turns.wait(found)
-        found["cases"][name] = train(model, tokenizer, job, case, gpu, turns)
+        found["cases"][name] = train(trainer_for, model, tokenizer, job, case, gpu, turns)
         found.update(_patches())
+    if job["form"] == "patched" and job.get("acting"):
+        case = next(iter(job["cases"].values()))
+        found["acting"] = acting(trainer_for, model, tokenizer, job, case)
     profiled = job["cases"] if gpu.cuda and job["form"] == PROFILED_FORM else {}
     for name, case in profiled.items():  # last: a profiler may leave traces
         turns.wait(found)
@@ -212,8 +263,12 @@ def run(job: dict, turns: Turns) -> dict:
     return found
 
 
-if __name__ == "__main__":
+def main(load = load, trainer_for = trainer_for) -> None:
     described = json.loads(Path(sys.argv[1]).read_text(encoding = "utf-8"))
     line = Turns(int(sys.argv[2]) if len(sys.argv) > 2 else None)
-    line.wait(run(described, line))
+    line.wait(run(described, line, load, trainer_for))
     os._exit(0)  # nothing that a library does at exit may change the result
+
+
+if __name__ == "__main__":
+    main()

@@ -135,8 +135,7 @@ def compare_share(runs: Dict[str, dict], share: str, model: Model) -> dict:
         result[form] = {
             "step_seconds": step,
             "tokens_per_second": model.batch * model.length / step["median"],
-            "peak_mib": found["peak_mib"],
-            "losses": found["losses"],
+            **{key: found[key] for key in ("peak_mib", "reserved_mib", "graphs", "losses")},
         }
     stock, patched = (result[form] for form in FORMS)
     result["speedup"] = stock["step_seconds"]["median"] / patched["step_seconds"]["median"]

@@ -51,23 +51,56 @@ def dataset(rows: int, length: int, vocab_size: int, ignored: float):
 
 
 class Gpu:
-    """The CUDA calls that are needed; nothing and zeros on a machine without a GPU."""
+    """The CUDA calls that are needed; nothing and zeros on a machine without a GPU.
+
+    Between two replays a graph's pool holds memory that no tensor has: nobody else can use it, and the
+    allocator's peak leaves it out. So it is added to the peak of every step that captured nothing.
+    """
 
     def __init__(self):
         import torch
         self.cuda = torch.cuda if torch.cuda.is_available() else None
+        self._captures, self._pools, self._peak, self._reserved = 0, 0, 0, 0
 
     def drain(self) -> None:
         if self.cuda:
             self.cuda.synchronize()
 
     def reset_peak(self) -> None:
+        self._peak, self._reserved = 0, 0
         if self.cuda:
             self.cuda.empty_cache()
             self.cuda.reset_peak_memory_stats()
 
-    def peak_mib(self) -> float:
-        return self.cuda.max_memory_allocated() / 2**20 if self.cuda else 0.0
+    def step_done(self, model) -> None:
+        """Take the step's peak into the run's."""
+        if not self.cuda:
+            return
+        peak, captures = self.cuda.max_memory_allocated(), replay_summary(model).get("captures", 0)
+        self._reserved = max(self._reserved, self.cuda.max_memory_reserved())
+        self.cuda.reset_peak_memory_stats()
+        if captures == self._captures:
+            peak += self._pools
+        else:  # a capture's own work is allocated, in what the pools hold from now on
+            self._captures, self._pools = captures, self._held_by_pools()
+        self._peak = max(self._peak, peak)
+
+    def _held_by_pools(self) -> int:
+        private = [s for s in self.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0)]
+        return sum(segment["total_size"] - segment["allocated_size"] for segment in private)
+
+    def memory(self) -> dict:
+        """MiB since `reset_peak`, at most: what steps took, and what was reserved for the process."""
+        return {"peak_mib": self._peak / 2**20, "reserved_mib": self._reserved / 2**20}
+
+
+def replay_summary(model) -> dict:
+    """What was replayed by step graphs; {} without them."""
+    try:
+        from unsloth.models.step_graphs import summary
+    except ImportError:
+        return {}
+    return summary(model)
 
 
 def load(job: dict):
@@ -149,7 +182,7 @@ def trainer_for(model, tokenizer, job: dict, rows, steps: int, callback):
     )
 
 
-def stretches(gpu: Gpu, turns: Turns, length: int, steps: int):
+def stretches(model, gpu: Gpu, turns: Turns, length: int, steps: int):
     """A callback that gives the turn away after every ``length`` steps, and what it measures: a list
     of the moments at which steps were done for each stretch between."""
     from transformers import TrainerCallback
@@ -160,6 +193,7 @@ def stretches(gpu: Gpu, turns: Turns, length: int, steps: int):
         def on_step_end(self, args, state, control, **kwargs):
             gpu.drain()
             ends[-1].append(time.time())
+            gpu.step_done(model)
             if state.global_step % length == 0 and state.global_step < steps:
                 turns.wait()
                 ends.append([])
@@ -169,7 +203,7 @@ def stretches(gpu: Gpu, turns: Turns, length: int, steps: int):
 
 def train(model, tokenizer, job: dict, rows, steps: int, gpu: Gpu, turns: Turns) -> dict:
     """Losses, the moments at which steps were done (the GPU's work included), and peak memory."""
-    callback, ends = stretches(gpu, turns, job["stretch"], steps)
+    callback, ends = stretches(model, gpu, turns, job["stretch"], steps)
     trainer = trainer_for(model, tokenizer, job, rows, steps, callback)
     gpu.reset_peak()
     trainer.train()
@@ -178,7 +212,8 @@ def train(model, tokenizer, job: dict, rows, steps: int, gpu: Gpu, turns: Turns)
         # A stretch's first step is not timed: it begins with the end of the wait.
         "stretches": [[b - a for a, b in zip(part, part[1:])] for part in ends],
         "first_step_end": ends[0][0],
-        "peak_mib": gpu.peak_mib(),
+        **gpu.memory(),
+        "graphs": replay_summary(model),
     }
 
 
