@@ -117,9 +117,7 @@ def compare_case(
     result = {}
     for form in forms:
         found = runs[form]["cases"][case]
-        later = [part[SKIPPED:] for part in found["stretches"][1:]]
-        seconds = [s for part in later for s in part] or [s for p in found["stretches"] for s in p]
-        step = harness.summarize(seconds)
+        step = harness.summarize(_timed(found))
         each = sum(found["tokens"]) / len(found["tokens"])
         result[form] = {
             "step_seconds": step,
@@ -135,9 +133,17 @@ def compare_case(
     for form in forms:
         mine = result[form]
         mine["speedup"] = stock["step_seconds"]["median"] / mine["step_seconds"]["median"]
+        steps = zip(_timed(runs["stock"]["cases"][case]), _timed(runs[form]["cases"][case]))
+        mine["speedup_by_step"] = harness.summarize([a / b for a, b in steps])
         pairs = zip(stock["losses"], mine["losses"])
         mine["largest_difference"] = max(abs(b - a) / (abs(a) or 1.0) for a, b in pairs)
     return result
+
+
+def _timed(found: dict) -> List[float]:
+    """Seconds of the steps that count; the same rows at the same place in every form."""
+    later = [part[SKIPPED:] for part in found["stretches"][1:]]
+    return [s for part in later for s in part] or [s for p in found["stretches"] for s in p]
 
 
 def _busy(found: Optional[dict], tokens_per_second: float) -> dict:

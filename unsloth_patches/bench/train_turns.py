@@ -123,10 +123,15 @@ def set_off(workers: Dict[str, Worker]) -> None:
     """Wait until every worker has imported Unsloth, let them load at once, and wait for all."""
     for worker in workers.values():
         worker.wait()
+    at_once(workers, {})
+
+
+def at_once(workers: Dict[str, Worker], runs: Dict[str, dict]) -> None:
+    """One turn of every worker at the same time."""
     for worker in workers.values():
         worker.go()
-    for worker in workers.values():
-        worker.wait()
+    for form, worker in workers.items():
+        runs[form] = worker.wait() or runs.get(form, {})
 
 
 def alternate(workers: Dict[str, Worker], steps: int, stretch: int, runs: Dict[str, dict]) -> None:
