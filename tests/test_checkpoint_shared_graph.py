@@ -143,6 +143,39 @@ def test_first_runs_that_stay_without_grad(shared_graph):
         assert wanting.grad_fn is None and run(blocks[0], wanting)[0].requires_grad
 
 
+def test_where_the_gpu_waits_first_runs_go_without_grad(shared_graph, monkeypatch):
+    """Once it has waited in so many more first runs than not, and then for good: the run with grad keeps
+    the host longer. Nobody is asked while a CUDA graph is captured."""
+    blocks = make_blocks(count = 1)
+    monkeypatch.setattr(shared_graph, "WAITED_RUNS", 3)
+    x = torch.randn(*ROWS, HIDDEN, device = DEVICE, requires_grad = True)
+    run = shared_graph._first_run_with_grad(lambda self, x: torch.is_grad_enabled())
+    capturing, busy, waiting = "capturing", "busy", "waiting"
+    course = [waiting, capturing, waiting, busy, waiting, waiting, capturing, busy]
+    with_grad = []
+    for now in course:
+        monkeypatch.setattr(shared_graph, "_capturing", lambda x: now == capturing)
+        monkeypatch.setattr(shared_graph, "_gpu_waits", lambda x: now == waiting)
+        with torch.no_grad():
+            with_grad.append(run(blocks[0], x))
+    assert with_grad == [True] * 5 + [False] * 3  # what is captured then has been compiled
+
+
+def test_whether_the_gpu_waits(shared_graph):
+    """Asked of the stream that the block runs on; without a GPU nobody waits."""
+    x = torch.ones(1024, 1024, device = DEVICE)
+    if DEVICE == "cpu":
+        assert not shared_graph._gpu_waits(x) and not shared_graph._capturing(x)
+        return
+    torch.cuda.synchronize()
+    assert shared_graph._gpu_waits(x)
+    for _ in range(200):
+        x = torch.mm(x, x)
+    assert not shared_graph._gpu_waits(x)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert shared_graph._capturing(x)
+
+
 @traced
 def test_a_first_run_that_raises_leaves_grad_mode_as_it_was(shared_graph):
     """Out of memory in the run with grad, caught by a caller without: the next run is as before."""

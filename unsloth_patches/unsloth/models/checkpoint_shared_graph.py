@@ -7,6 +7,9 @@ what its backward pass reads. Dynamo guards on grad mode, so block compile trace
 block for both: a third of the seconds before the first step. Here the first run takes the graph of
 the second. It runs with grad, and what it saves for a backward pass is dropped with its output's
 graph; that is no more than the second run holds, and the kernels are the same.
+
+The host works longer for it (0.1 to 1 ms a block). Where the GPU turns out to wait for the host, as
+with short sequences, first runs go without grad after all, in a graph of their own.
 """
 
 from __future__ import annotations
@@ -36,6 +39,9 @@ VARIABLE = "UNSLOTH_CHECKPOINT_ONE_GRAPH"
 # shared: True if both runs of a checkpoint take one graph.
 AROUND_COMPILED = "_unsloth_around_compiled"
 _ADAPTER = "_unsloth_first_adapter"
+# By how many more of its first runs the GPU was waiting than not, until a block's class has two graphs.
+# A second one takes about as long to compile as some thousand runs lose, and short trainings end before.
+WAITED_RUNS = 1000
 # How Dynamo marks a tensor, beside the attributes that begin with _dynamo_: PyTorch 2.13 and newer.
 _MARKS = ("_has_dynamo_dim_marking", "_specialize_on")
 
@@ -114,11 +120,28 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
+def _gpu_waits(hidden_states: torch.Tensor) -> bool:
+    """True if the GPU has finished all that the host gave it so far."""
+    return hidden_states.is_cuda and torch.cuda.current_stream(hidden_states.device).query()
+
+
+def _capturing(hidden_states: torch.Tensor) -> bool:
+    return hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _first_run_with_grad(compiled: Callable) -> Callable:
+    waited = 0
+
     @functools.wraps(compiled, updated = ())
     def run(self, hidden_states, *args, **kwargs):
-        if not _is_first_run(self, hidden_states):
+        nonlocal waited
+        if waited >= WAITED_RUNS or not _is_first_run(self, hidden_states):
             return compiled(self, hidden_states, *args, **kwargs)
+        # Not while a CUDA graph is captured: nothing can be asked or compiled then.
+        if not _capturing(hidden_states):
+            waited = max(0, waited + (1 if _gpu_waits(hidden_states) else -1))
+            if waited >= WAITED_RUNS:
+                return compiled(self, hidden_states, *args, **kwargs)
         with torch.enable_grad():
             out = compiled(self, _as_leaf(hidden_states), *args, **kwargs)
         return pytree.tree_map(_detached, out)
