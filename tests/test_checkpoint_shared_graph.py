@@ -103,10 +103,14 @@ def test_marked_sizes_stay_marked(shared_graph, mark):
     assert vars(leaf) != vars(marked)
 
 
+class ToyExperts(torch.nn.Module):
+    """As GraniteMoeParallelExperts, which goes by another name in its block."""
+
+
 @traced
 def test_first_runs_that_stay_without_grad(shared_graph):
-    """No second run will follow: the input wants no grad, or the adapters are off. And what a run
-    with grad saves must not go through somebody's hooks."""
+    """No second run will follow: the input wants no grad, or the adapters are off. What a run with grad
+    saves must not go through somebody's hooks, and experts save other things in it."""
     blocks = make_blocks(count = 1)
     grad_modes = []
     attend = blocks[0].self_attn.forward
@@ -138,6 +142,15 @@ def test_first_runs_that_stay_without_grad(shared_graph):
             adapter.enable_adapters(True)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
             assert not runs_in_mode(wanting)
+        for name, experts in (("experts", torch.nn.ModuleList()), ("inner", ToyExperts())):
+            blocks[0].mlp.add_module(name, experts)
+            del blocks[0].__dict__[
+                "_unsloth_has_experts"
+            ]  # remembered: a trained block stays what it is
+            assert not runs_in_mode(wanting)
+            delattr(blocks[0].mlp, name)
+        del blocks[0].__dict__["_unsloth_has_experts"]
+        assert runs_in_mode(wanting)
         blocks[0].gradient_checkpointing = False
         assert not runs_in_mode(wanting)
         assert wanting.grad_fn is None and run(blocks[0], wanting)[0].requires_grad

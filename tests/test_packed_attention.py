@@ -202,3 +202,20 @@ def test_inference_mode_makes_no_row_for_training(monkeypatch):
         assert packed_attention._row(attention, hidden, given).is_inference()
     row = packed_attention._row(attention, hidden, given)
     assert not row.is_inference() and packed_attention._row(attention, hidden, given) is row
+
+
+def test_blocks_with_experts_stay_uncompiled():
+    """Their packed batches run as without this change."""
+    from unsloth.models.llama import LlamaAttention_fast_forward
+    from unsloth.utils.packed_attention import prepare_packed_rows
+
+    class Attention(torch.nn.Module):
+        forward = LlamaAttention_fast_forward
+
+    class ToyExperts(torch.nn.Module):
+        """As GraniteMoeParallelExperts, which goes by another name in its block."""
+
+    parts = {"mlp": torch.nn.Linear(1, 1), "experts": torch.nn.ModuleList(), "inner": ToyExperts()}
+    blocks = [torch.nn.ModuleDict({"self_attn": Attention(), name: parts[name]}) for name in parts]
+    prepare_packed_rows(blocks)
+    assert [bool(block._forward_pre_hooks) for block in blocks] == [True, False, False]

@@ -38,7 +38,7 @@ VARIABLE = "UNSLOTH_CHECKPOINT_ONE_GRAPH"
 # Attribute of a block's forward: around(forward, shared) is put around it once it is compiled;
 # shared: True if both runs of a checkpoint take one graph.
 AROUND_COMPILED = "_unsloth_around_compiled"
-_ADAPTER = "_unsloth_first_adapter"
+_ADAPTER, _EXPERTS = "_unsloth_first_adapter", "_unsloth_has_experts"
 # By how many more of its first runs the GPU was waiting than not, until a block's class has two graphs.
 # A second one takes about as long to compile as some thousand runs lose, and short trainings end before.
 WAITED_RUNS = 1000
@@ -84,6 +84,17 @@ def _adapters_work(layer: torch.nn.Module) -> bool:
     return adapter is None or not (adapter.disable_adapters or adapter.merged)
 
 
+def _has_experts(layer: torch.nn.Module) -> bool:
+    """True for a mixture of experts. What its functions save depends on which run of a checkpoint they
+    are in, so its runs keep a graph each."""
+    if _EXPERTS not in layer.__dict__:
+        layer.__dict__[_EXPERTS] = any(
+            name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts")
+            for name, module in layer.named_modules()
+        )
+    return layer.__dict__[_EXPERTS]
+
+
 def reentrant(layer: torch.nn.Module) -> bool:
     """True if the layer's own checkpoint function is known to be reentrant."""
     try:
@@ -101,6 +112,7 @@ def _is_first_run(layer: torch.nn.Module, hidden_states: torch.Tensor) -> bool:
         and getattr(layer, "gradient_checkpointing", False)
         and reentrant(layer)
         and _adapters_work(layer)
+        and not _has_experts(layer)
         # What is saved would go through such hooks: to the CPU, or into another checkpoint.
         and not torch._C._autograd._top_saved_tensors_default_hooks(False)
     )
