@@ -190,7 +190,9 @@ def check(
                     messages,
                     tools = own,
                     arrange = checks.arrange,
-                    warn = lambda where, notice: notices.append(notice),
+                    warn = lambda where, notice: notices.append(
+                        where.replace("Unsloth: ", "", 1) + notice
+                    ),
                 )
                 messages = prepare_conversation(messages, tools = own, arrange = keep)
             text = render(tokenizer, given, tools = own, tokenize = False)
@@ -324,7 +326,8 @@ def _print(report: Report, console: Console, fix: Optional[Path]) -> None:
             if len(rows) > SHOWN_ROWS:
                 places += ", … (--json lists all)"
             console.print(Text(f"{len(rows)} x {reason}"))
-            console.print(Text(f"    row{'s' * (len(rows) > 1)} {places}", "dim"))
+            of = f"; the text is of row {rows[0]}" if len(rows) > 1 else ""
+            console.print(Text(f"    row{'s' * (len(rows) > 1)} {places}{of}", "dim"))
     if any("pass parallel_tool_calls" in reason for reason in report.kinds):
         console.print(Text("Here: --parallel-tool-calls split, or join, as in training", "dim"))
     if report.first_rendered:

@@ -46,7 +46,7 @@ def status(
     as_json: bool = typer.Option(False, "--json", help = "Print JSON, with all that is known."),
     verbose: bool = typer.Option(False, help = "Show what each patch replaces, and whole reasons."),
 ) -> None:
-    """Import Unsloth and show each patch on a line: its state, what it gives; then why some are not in."""
+    """Import Unsloth and show each patch, its state and what it gives; then why some are not in."""
     from . import status as current
 
     with console.status("importing unsloth …"):
@@ -168,7 +168,8 @@ def bench(
         None, help = "Of `train`, `steps` and `families`: one of their models, not all."
     ),
     float32: bool = typer.Option(
-        False, help = "Of `train`: add float32's losses to the results of an earlier run."
+        False,
+        help = "Of `train`: add float32's losses to an earlier run's results, of Llamas with QLoRA.",
     ),
 ) -> None:
     """Measure stock Unsloth, peers and the patches side by side on this machine."""

@@ -54,15 +54,14 @@ def listing(title: str, entries: Iterable[Entry]) -> Group:
 
 
 def status_listing(rows: Sequence) -> Group:
-    """``status()``, one line a patch: name, state, what it gives (cut where the line is full); below,
-    each reason why patches are not in, once."""
+    """``status()``: each patch with its state and what it gives, and below each reason why patches are
+    not in, once."""
     table = Table.grid(padding = (0, 2, 0, 0))
     table.add_column("patch", no_wrap = True)
     table.add_column("state", no_wrap = True)
-    table.add_column("what it gives")
+    table.add_column("what it gives", overflow = "fold")
     for row in rows:
-        title = Text(row.title, no_wrap = True, overflow = "ellipsis")
-        table.add_row(Text(row.name, "bold"), Text(_state(row), _style(row.state)), title)
+        table.add_row(Text(row.name, "bold"), Text(_state(row), _style(row.state)), Text(row.title))
     return Group(Text(f"unsloth_patches {__version__}", "italic"), table, *_reasons(rows))
 
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from unsloth_patches.bench import (
     BENCHMARKS,
+    chunk_size,
     every,
     families,
     fsdp2,
@@ -540,6 +541,22 @@ def test_steps_measures_qlora_only(tmp_path, capsys, name):
     assert steps.run(tmp_path, model = name) == 2
     assert f"no model {name!r}" in capsys.readouterr().err
     assert not any(model.options for model in models.MODELS.values())
+
+
+def test_the_chunk_size_picture_shows_every_swept_shape(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    results = ROOT / "docs" / "results" / "chunk_size_h100.json"
+    payload = json.loads(results.read_text(encoding = "utf-8"))
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    chunk_size.plot(payload, tmp_path / "picture.png")
+    legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert legend == [part["shape"] for part in payload["swept"]]
+    times, memory, _ = (
+        [line for line in a.lines if line.get_marker() == "o"] for a in drawn[0].axes
+    )
+    assert len(times) == len(memory) == len({line.get_color() for line in times}) == len(legend)
 
 
 def test_float32_is_a_llamas(tmp_path):

@@ -106,6 +106,23 @@ def test_losses_are_added_to_the_earlier_results(tmp_path, monkeypatch, capsys):
     assert "patched is nearer at 1 of 2 steps" in capsys.readouterr().out
 
 
+def test_without_a_model_named_the_possible_ones_are_done(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "start", lambda bench, every, model, quick: every)
+    done = []
+    monkeypatch.setattr(train, "_add_float32", lambda path, name, model: done.append(name))
+    monkeypatch.setattr(train, "draw", lambda out, gpu: None)
+    assert train.run(tmp_path, float32 = True) == 1 and not done
+    for name in ("llama-1b", "llama-8b", "qwen3-4b-12-layers"):
+        (tmp_path / f"train_{train.harness.slug()}_{name}.json").write_text("{}")
+    capsys.readouterr()
+    assert train.run(tmp_path, float32 = True) == 0
+    assert sorted(done) == ["llama-1b", "llama-8b"]
+    left_out = capsys.readouterr().err
+    assert "left out: qwen3-4b-12-layers is a Qwen3" in left_out
+    assert "llama-1b-full (Llama-3.2-1B shape, all weights trained) is no QLoRA" in left_out
+    assert "train_cpu_llama-8b-8-layers.json; run `" in left_out
+
+
 def test_results_of_an_earlier_run_are_needed(tmp_path, capsys):
     assert train.run(tmp_path, quick = True, float32 = True) == 1
     error = capsys.readouterr().err

@@ -78,6 +78,31 @@ def test_every_bad_row_is_named(kind, tmp_path, capsys):
     assert sum(report["lengths"].values()) == len(ROWS) - len(BAD)
 
 
+def test_every_summary_line_names_its_subject(tmp_path, capsys):
+    """Errors and notices say which message or call they are about, and of which row that is true."""
+    answered = {"role": "tool", "tool_call_id": "y", "content": "1"}
+    rows = [
+        *ROWS[1:4],
+        *[{"messages": [*CALLING, GOOD[0]], "tools": [TOOL]}] * 2,
+        {"messages": [*CALLING, answered], "tools": [TOOL]},
+        {"messages": [{"role": "developer", "content": "s"}, *GOOD]},
+        {"messages": [*GOOD, answered]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding = "utf-8")
+    assert check_chats.run(path) == check_chats.BAD_ROWS
+    screen = " ".join(capsys.readouterr().out.split())
+    for line in (
+        "1 x messages[0]: the user message has neither",
+        "2 x messages[1], call 1 ('f'): has no result.",
+        "rows 3, 4; the text is of row 3",
+        "1 x messages[2]: is the result of call id 'y', and the only call",
+        "1 x messages[0]: has role 'developer'",
+        "1 x messages[2]: is the result of call id 'y', but no call",
+    ):
+        assert line in screen, line
+
+
 def test_parquet_and_saved_datasets(tmp_path, capsys):
     datasets = pytest.importorskip("datasets")
     rows = [{"messages": GOOD}, {"messages": [{"role": "user", "content": None}]}]

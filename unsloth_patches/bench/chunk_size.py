@@ -327,13 +327,13 @@ def _print_model(model: List[dict]) -> None:
 
 def plot(payload: dict, path: Path) -> None:
     """Draws a results file's figures."""
-    colors = [harness.COLORS[name] for name in ("ours", "upstream", "peer", "extra", "baseline")]
+    colors = [*harness.COLORS.values(), "#111827", "#65a30d", "#0284c7"]  # one a shape
     with harness.plot_style() as plt:
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize = (13, 4))
+        figure, (top, middle, bottom) = plt.subplots(3, 1, figsize = (harness.WIDTH, 10))
         for part, color in zip(payload["swept"], colors):
             budgets = [int(b) for b in part["time_us"]]
             times = [t["median"] / 1e3 for t in part["time_us"].values()]
-            left.plot(
+            top.plot(
                 budgets,
                 [t / min(times) for t in times],
                 marker = "o",
@@ -341,21 +341,31 @@ def plot(payload: dict, path: Path) -> None:
                 label = part["shape"],
             )
             middle.plot(budgets, list(part["peak_mib"].values()), marker = "o", color = color)
-        left.axvline(payload["choice_mib"], color = "black", lw = 0.8, ls = "--")
-        left.text(payload["choice_mib"], left.get_ylim()[1], " chosen", va = "top", fontsize = 8)
-        left.set_title("Measured time over the best")
+        top.axvline(payload["choice_mib"], color = "black", lw = 0.8, ls = "--")
+        top.text(payload["choice_mib"], top.get_ylim()[1], " chosen", va = "top", fontsize = 8)
+        top.set_title("Measured time over the best")
         middle.set_title("Measured peak memory above inputs, MiB")
         for part, color in zip(payload["model"], colors):
             budgets, seconds = [int(b) for b in part["seconds"]], list(part["seconds"].values())
             label = f"{part['gpu']} (computed): {part['choice_mib']} MiB"
-            right.plot(
+            bottom.plot(
                 budgets, [t / min(seconds) for t in seconds], marker = ".", color = color, label = label
             )
-        right.set_title("Computed time over the best")
-        right.set_ylim(0.98, 1.5)
-        for axis in (left, middle, right):
+        bottom.set_title("Computed time over the best (the axis ends at 1.5)")
+        bottom.set_ylim(0.98, 1.5)
+        for axis in (top, middle, bottom):
             axis.set_xscale("log", base = 2)
+            ticks = [b for b in budgets if b & (b - 1) == 0]
+            axis.set_xticks(ticks, ticks)
             axis.set_xlabel("logits held at once, MiB")
-        left.legend(fontsize = 7, frameon = True, framealpha = 1, edgecolor = "white")
-        right.legend(fontsize = 7)
+        lines = top.get_legend_handles_labels()
+        figure.legend(
+            *lines,
+            title = "tokens x hidden size x vocabulary, head, labels",
+            title_fontsize = 8,
+            alignment = "left",
+            loc = "outside upper left",
+            ncols = 2,
+        )
+        bottom.legend()
         figure.savefig(path)

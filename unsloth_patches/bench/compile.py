@@ -267,18 +267,21 @@ def plot(payload: dict, path: Path) -> None:
         medians[variant] = [harness.quantile(sum((f["ms"] for f in fs), []), 0.5) for fs in found]
         peaks[variant] = [max(f.get("peak_mib", 0.0) for f in fs) / 1024 for fs in found]
     with harness.plot_style() as plt:
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize = (13, 3.4))
+        figure, (top, middle, bottom) = plt.subplots(3, 1, figsize = (harness.WIDTH, 9))
         names = [f"{r['variant']}, {r['phase']}".replace(" ", "\n") for r in payload["runs"]]
         two = [r["seconds"]["first_step"] + r["seconds"]["second_step"] for r in payload["runs"]]
         colors = [harness.COLORS[COLORS[r["variant"]]] for r in payload["runs"]]
-        bars = left.bar(range(len(names)), two, color = colors)
-        left.bar_label(bars, [f"{value:.1f}" for value in two], fontsize = 7)
-        left.set_xticks(range(len(names)), names, fontsize = 7)
-        left.set_title("First two steps, seconds, by caches found")
+        bars = top.bar(range(len(names)), two, color = colors)
+        top.bar_label(bars, [f"{value:.1f}" for value in two], fontsize = 7)
+        top.set_xticks(range(len(names)), names)
+        top.set_ylabel("seconds")
+        top.set_title("First two steps, by caches found")
         harness.grouped_bars(middle, lengths, medians, "ms", COLORS, "{:.0f}")
         middle.set_title("Step time by length, batch 4")
-        harness.grouped_bars(right, lengths, peaks, "GiB", COLORS, "{:.1f}")
-        right.set_title("Peak memory by length")
+        harness.grouped_bars(bottom, lengths, peaks, "GiB", COLORS, "{:.1f}")
+        bottom.set_title("Peak memory by length, batch 4")
+        for axes in (middle, bottom):
+            axes.set_xlabel("length, tokens")
         figure.savefig(path)
 
 

@@ -77,12 +77,9 @@ def _plot_single(axes, rows, quant_type):
 def plot(results: dict, path: Path, gpu: str) -> None:
     """Writes the PNG: NF4 and FP4 by shape, host time of a call."""
     with harness.plot_style() as plt:
-        figure = plt.figure(figsize = (11, 9.5))
-        grid = figure.add_gridspec(3, 2)
-        _plot_single(figure.add_subplot(grid[0, :]), results["single"], "nf4")
-        _plot_single(figure.add_subplot(grid[1, :]), results["single"], "fp4")
-
-        axes = figure.add_subplot(grid[2, :])
+        figure, (nf4, fp4, axes) = plt.subplots(3, 1, figsize = (harness.WIDTH, 9.5))
+        _plot_single(nf4, results["single"], "nf4")
+        _plot_single(fp4, results["single"], "fp4")
         host = {name: time["median"] for name, time in results["host"].items()}
         kinds = {"NF4": "", "NF4, global buffer": ", global buffer", "FP4": ", FP4"}
         names = {"upstream": "upstream", "ours": "ours"}

@@ -292,6 +292,7 @@ def _cell(value: object) -> str:
     return "" if value is None else str(value)
 
 
+WIDTH = 8  # inches of a picture: a README on GitHub is 830 pixels wide, so 7 points are 10 pixels
 COLORS = {
     "ours": "#0f766e",
     "upstream": "#b45309",
@@ -323,6 +324,7 @@ def plot_style():
         "axes.axisbelow": True,
         "grid.color": "#e2e8f0",
         "legend.frameon": False,
+        "legend.fontsize": 8,
     }
     with plt.rc_context(look):
         yield plt
@@ -345,13 +347,21 @@ def grouped_bars(
     colors: Dict[str, str],
     number: str = "{:.2f}",
 ) -> None:
-    """Grouped bars, values above. series: name -> values; colors: name -> key of COLORS."""
+    """Grouped bars, values above, upright where they are many. series: name -> values;
+    colors: name -> key of COLORS."""
+    upright = len(labels) * len(series) > 24
     width = 0.84 / len(series)
     for position, (name, values) in enumerate(series.items()):
         places = [i - 0.42 + width * (position + 0.5) for i in range(len(labels))]
         bars = axes.bar(places, values, width * 0.94, color = COLORS[colors[name]], label = name)
-        axes.bar_label(bars, [number.format(v) for v in values], fontsize = 5.5, padding = 1)
+        axes.bar_label(
+            bars,
+            [number.format(v) for v in values],
+            fontsize = 7,
+            padding = 2,
+            rotation = 90 if upright else 0,
+        )
     axes.set_xticks(range(len(labels)), labels)
     axes.set_ylabel(unit)
-    axes.margins(y = 0.16)
-    axes.legend(ncols = len(series), loc = "upper left", fontsize = 7)
+    axes.margins(y = 0.36 if upright else 0.2)
+    axes.legend(ncols = len(series), loc = "upper left")

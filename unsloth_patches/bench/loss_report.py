@@ -118,10 +118,10 @@ def plot(payload: dict, path: Path) -> None:
     }
     rows = payload["rows"]
     with harness.plot_style() as plt:
-        figure, axes = plt.subplots(3, 1, figsize = (10, 12))
+        figure, axes = plt.subplots(3, 1, figsize = (harness.WIDTH, 11))
         for axis, kind in zip(axes, ("time", "memory")):
             names = [name for name in look if name in rows[0]["time_us"]]
-            width = 0.8 / len(names)
+            width = 0.9 / len(names)
             for number, name in enumerate(names):
                 where, values, heights = [], [], []
                 for place, row in enumerate(rows):
@@ -134,23 +134,25 @@ def plot(payload: dict, path: Path) -> None:
                     where.append(place + (number - (len(names) - 1) / 2) * width)
                 bars = axis.bar(where, heights, width * 0.92, color = look[name], label = name)
                 text = [f"{v:.2f}" if kind == "time" else _short(v) for v in values]
-                axis.bar_label(bars, text, fontsize = 6, padding = 2, rotation = 90)
+                axis.bar_label(bars, text, fontsize = 7, padding = 2, rotation = 90)
             shapes = [row["shape"].replace(" x ", " x\n").replace(", ", "\n") for row in rows]
             axis.set_xticks(range(len(rows)), shapes, fontsize = 7)
             if kind == "time":
                 floors = [row["products_us"]["median"] / _median(row, "ours") for row in rows]
                 for place, floor in enumerate(floors):
                     label = "matrix products alone" if place == 0 else None
-                    axis.hlines(floor, place - 0.42, place + 0.42, color = "black", lw = 1, label = label)
+                    axis.hlines(floor, place - 0.45, place + 0.45, color = "black", lw = 1, label = label)
                 axis.set_title(
                     "Forward + backward: time over ours (lower is better; bars end at 4)"
                 )
-                axis.set_ylim(0, 5.2)
+                axis.set_ylim(0, 6)
             else:
                 axis.set_yscale("log")
                 axis.set_title("Peak memory above inputs, MiB; k: 1024 (lower is better)")
-                axis.set_ylim(10, 3e5)
-            axis.legend(ncols = 7, fontsize = 7, loc = "upper left")
+                axis.set_ylim(10, 2e6)
+            axis.set_xlabel("tokens x hidden size x vocabulary, head, labels", fontsize = 8)
+            axis.margins(x = 0.01)
+            axis.legend(ncols = 4, loc = "upper left")
         axis = axes[2]
         for sums, color in (("bfloat16", "upstream"), ("float32", "ours")):
             by_count = payload["chunks"]["errors"][sums]

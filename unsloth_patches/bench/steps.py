@@ -186,13 +186,13 @@ def show(payload: dict) -> None:
 
 
 def plot(payloads: List[dict], path: Path) -> None:
-    """Tokens a second against the median length, a line a form; one panel a model."""
+    """Tokens a second against the median length, a line a form; one panel a model, below each other."""
     colors = {"stock": "upstream", "patched": "peer", "graphs": "ours"}
     with harness.plot_style() as plt:
         figure, panels = plt.subplots(
-            1, len(payloads), figsize = (5.2 * len(payloads), 3.4), squeeze = False
+            len(payloads), 1, figsize = (5.2, 3.4 * len(payloads)), squeeze = False
         )
-        for payload, axes in zip(payloads, panels[0]):
+        for payload, axes in zip(payloads, panels[:, 0]):
             measured = {
                 int(case.split()[1]) if " " in case else MEDIAN: forms
                 for case, forms in payload["cases"].items()
@@ -211,7 +211,7 @@ def plot(payloads: List[dict], path: Path) -> None:
             axes.set_xlabel("median length, tokens")
             axes.set_ylabel("tokens a second")
             axes.set_title(f"{payload['title']}, plain SFTTrainer")
-            axes.legend(fontsize = 7)
+            axes.legend()
         figure.savefig(path)
 
 

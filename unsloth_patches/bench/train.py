@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Callable, Dict, List, Optional
 
 from . import harness
 from .fsdp2_checkpoint import fast_folder, make_checkpoint
@@ -162,14 +162,20 @@ def run(
     """Compares each model, or the one named, and writes JSON and a plot under out.
 
     Without a GPU a toy trains on Unsloth's CPU backend: losses are compared, times mean nothing.
-    float32: instead, adds the losses of float32 to what an earlier run wrote there.
+    float32: instead, adds the losses of float32 to what an earlier run wrote there; without a model
+    named, to those that it can.
     """
     chosen = start("train", EVERY_MODEL, model, quick)
     quick = "toy" in chosen
     if not chosen:
         return 2
+    path_of = lambda name: Path(out) / f"train_{harness.slug()}_{name}.json"  # noqa: E731
+    if float32 and model is None:
+        chosen = _in_float32(chosen, path_of)
+        if not chosen:
+            return 1
     for name, shape in chosen.items():
-        path = Path(out) / f"train_{harness.slug()}_{name}.json"
+        path = path_of(name)
         try:
             if float32:
                 _add_float32(path, name, shape)
@@ -188,26 +194,38 @@ def run(
     return 0
 
 
-def _add_float32(path: Path, name: str, model: Model) -> None:
-    """Adds the losses of float32 to a results file, share by share. Raises RuntimeError without it,
-    and for a model that is no Llama."""
-    from .train_float32 import distances, reference
+def _in_float32(chosen: Dict[str, Model], path_of: Callable[[str], Path]) -> Dict[str, Model]:
+    """Those that --float32 can do; says on stderr why the others are left out."""
+    refusals = {name: _float32_refusal(path_of(name), name, m) for name, m in chosen.items()}
+    for refusal in filter(None, refusals.values()):
+        print(f"bench train --float32: left out: {refusal}", file = sys.stderr)
+    return {name: model for name, model in chosen.items() if not refusals[name]}
 
+
+def _float32_refusal(path: Path, name: str, model: Model) -> str:
+    """Why there are no float32 losses for this model's results, and what to do; "" where there are."""
     if model.options:
-        raise RuntimeError(
-            f"bench train --float32: {name} ({model.title}) is no QLoRA, the only one written "
-            "out in float32; name another, as --model llama-1b"
+        return (
+            f"{name} ({model.title}) is no QLoRA, the only one written out in float32; name "
+            "another, as --model llama-1b"
         )
     kind = model.shape.get("kind", "Llama")
     if kind != "Llama":
-        raise RuntimeError(
-            f"bench train --float32: {name} is a {kind}, and only Llama is written out in float32; "
-            "name one of those, as --model llama-1b"
+        return (
+            f"{name} is a {kind}, and only Llama is written out in float32; name one of those, "
+            "as --model llama-1b"
         )
-    if not path.exists():
-        raise RuntimeError(
-            f"bench train --float32: no {path}; run `{command(name)} --out {path.parent}` first"
-        )
+    return "" if path.exists() else f"no {path}; run `{command(name)} --out {path.parent}` first"
+
+
+def _add_float32(path: Path, name: str, model: Model) -> None:
+    """Adds the losses of float32 to a results file, share by share. Raises RuntimeError where it
+    cannot."""
+    from .train_float32 import distances, reference
+
+    refusal = _float32_refusal(path, name, model)
+    if refusal:
+        raise RuntimeError(f"bench train --float32: {refusal}")
     payload = json.loads(path.read_text(encoding = "utf-8"))
     shares = {
         share: (SHARES[share][0], len(found["stock"]["losses"]))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""The picture of `bench train`: step time, where it goes, losses; one row a model."""
+"""The picture of `bench train`: of each model step time, losses and where the time goes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SLICES = ("#334155", "#b45309", "#0f766e", "#6d28d9", "#be123c", "#64748b", "#a3
 def plot(results: List[Tuple[dict, dict]], path: Path, bound: float) -> None:
     """results: (payload of `train.compare`, its `train.breakdowns`) of each model."""
     with harness.plot_style() as plt:
-        figure, rows = plt.subplots(
-            len(results), 3, figsize = (12, 3.1 * len(results)), squeeze = False,
-            gridspec_kw = {"width_ratios": (1, 1.35, 1)},
-        )  # fmt: skip
-        for (payload, kinds), (left, middle, right) in zip(results, rows):
-            _step_times(left, payload)
-            _kinds(middle, kinds)
-            _differences(right, payload, bound)
+        figure = plt.figure(figsize = (harness.WIDTH, 6 * len(results)))
+        parts = figure.subfigures(len(results), 1, squeeze = False)[:, 0]
+        for (payload, kinds), part in zip(results, parts):
+            part.suptitle(payload["title"], fontsize = 11, fontweight = "bold")
+            panels = part.subplot_mosaic([["times", "losses"], ["kinds", "kinds"]])
+            _step_times(panels["times"], payload)
+            _differences(panels["losses"], payload, bound)
+            _kinds(panels["kinds"], kinds)
         figure.savefig(path)
 
 
@@ -43,13 +43,13 @@ def _step_times(axes, payload: dict) -> None:
         bars = axes.bar(
             places, medians, 0.38, yerr = spread, color = harness.COLORS[color], label = label
         )
-        axes.bar_label(bars, [f"{m:.0f}" for m in medians], fontsize = 7, padding = 2)
+        axes.bar_label(bars, [f"{m:.0f}" for m in medians], fontsize = 8, padding = 2)
     names = [f"{name}\n{share['speedup']:.2f}x" for name, share in shares.items()]
     axes.set_xticks(range(len(names)), names)
-    axes.set_title(f"{payload['title']}: ms a step")
-    axes.set_xlabel("labels ignored; stock / patched", fontsize = 8)
+    axes.set_title("Step time, ms")
+    axes.set_xlabel("labels ignored; stock / patched")
     axes.margins(y = 0.3)
-    axes.legend(fontsize = 7, loc = "upper left", ncols = 2)
+    axes.legend(loc = "upper left", ncols = 2, columnspacing = 1)
 
 
 def _kinds(axes, kinds: dict) -> None:
@@ -65,12 +65,12 @@ def _kinds(axes, kinds: dict) -> None:
                 ink = "black" if name == "idle" else "white"
                 middle = start + ms[name] / 2
                 axes.text(
-                    middle, row, f"{ms[name]:.0f}", ha = "center", va = "center", color = ink, fontsize = 7
+                    middle, row, f"{ms[name]:.0f}", ha = "center", va = "center", color = ink, fontsize = 8
                 )
             start += ms[name]
     axes.set_yticks(range(len(kinds)), list(kinds))
     axes.set_ylim(len(kinds) + 0.5, -0.6)  # room for the legend below
-    axes.legend(fontsize = 6.5, ncols = 3, loc = "lower left")
+    axes.legend(ncols = 4, loc = "lower left")
 
 
 def _differences(axes, payload: dict, bound: float) -> None:
@@ -92,6 +92,6 @@ def _differences(axes, payload: dict, bound: float) -> None:
         axes.semilogy(far, color = "#111827", ls = "-.", lw = 0.9, label = label)
     axes.axhline(bound, color = "black", lw = 0.8, ls = ":")
     axes.set_title("Losses: stock to patched, relative")
-    axes.set_xlabel(f"step; dotted: {bound:g}", fontsize = 8)
-    axes.set_ylim(5e-10, 1e5 * bound)  # room for the legend above the bound
-    axes.legend(fontsize = 7, loc = "upper left")
+    axes.set_xlabel(f"step; dotted: {bound:g}")
+    axes.set_ylim(5e-10, 1e7 * bound)  # room for the legend above the bound
+    axes.legend(loc = "upper left")
