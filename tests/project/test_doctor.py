@@ -250,14 +250,25 @@ def test_every_switch_belongs_to_a_patch():
         ("UNSLOTH_COMPILE_REPORT", "2", "0"),
         ("UNSLOTH_TOOL_CHECKS", "of", " OFF"),
         ("UNSLOTH_STEP_GRAPHS", "never", "auto"),
-        ("UNSLOTH_LOSS_CHUNK_FILE", "pyproject.toml", "docs/results/chat.json"),
+        ("UNSLOTH_LOSS_CHUNK_FILE", "pyproject.toml", "sizes.json"),
+        ("UNSLOTH_LOSS_CHUNK_FILE", "wrong.json", "sizes.json"),
         ("UNSLOTH_FSDP2_SHARDED_LOAD", "maybe", "off"),
         ("UNSLOTH_COMPILE_CACHE_DIR", "pyproject.toml", "no/such/folder"),
+        ("UNSLOTH_COMPILE_CACHE_DIR", "/dev/null/cache", "~nobody-of-this-name/cache"),
         *((name, "true", "0") for name in ON_OR_OFF),
     ],
 )
-def test_switches_are_read_as_training_reads_them(machine, monkeypatch, variable, bad, good):
-    monkeypatch.chdir(ROOT)
+def test_switches_are_read_as_training_reads_them(
+    machine, monkeypatch, tmp_path, variable, bad, good
+):
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "pyproject.toml": "[x]",
+        "sizes.json": '{"A GPU": 384}',
+        "wrong.json": '{"A GPU": "x"}',
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
     monkeypatch.setenv(variable, bad)
     finding = found("switches", "problem")
     assert finding.found == f"{variable}={bad}"
