@@ -301,12 +301,15 @@ def test_kernels_of_triton_are_kept_too(cache, new_machine, watching, tmp_path):
     assert cache.save_compile_cache(folder) is None, "nothing new"
 
 
+@pytest.mark.parametrize("folder", ["file/cache", "~nobody-of-this-name/../file/cache"])
 def test_a_folder_that_cannot_be_used_stops_training_before_its_first_step(
-    cache, new_machine, trainer, tmp_path, monkeypatch
+    cache, new_machine, trainer, tmp_path, monkeypatch, folder
 ):
     """The folder was asked for: better an error now than a lost cache after hours."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "file" / "cache"))
+    (tmp_path / "~nobody-of-this-name").mkdir()
+    monkeypatch.setenv(VARIABLE, folder)
     model = Compiled()
     _set_up(model)
     with pytest.raises(cache.CompileCacheError, match = "cannot be written"):

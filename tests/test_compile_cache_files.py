@@ -91,10 +91,11 @@ def _change(path, change):
         lambda line, data: b"",
         lambda line, data: b"no JSON\n" + data,
         lambda line, data: b"[]\n" + data,
+        lambda line, data: b"[" * 10**5 + b"\n" + data,
         lambda line, data: line + b"\n" + data[: len(data) // 2],
         lambda line, data: line + b"\n" + data[:-1] + bytes([data[-1] ^ 1]),
     ],
-    ids = ["empty", "no header", "wrong header", "cut", "one bit"],
+    ids = ["empty", "no header", "wrong header", "nested header", "cut", "one bit"],
 )
 def test_a_damaged_file_is_left_out_with_a_message(read, saved, change):
     """Its checksum tells; the message says what to do."""

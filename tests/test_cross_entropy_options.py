@@ -98,6 +98,20 @@ def test_weights_of_rows_and_reductions_of_dense_logits(reduction):
         torch.testing.assert_close(group, rows.sum() / 4, rtol = 1e-5, atol = 1e-5)
 
 
+def test_a_second_derivative_of_dense_logits_is_refused():
+    """By the logits and by the upstream gradient, which a weighted loss reaches."""
+    from unsloth.kernels.dense_cross_entropy import dense_cross_entropy
+
+    logits = torch.randn(3, 5, device = DEVICE, requires_grad = True)
+    scale = torch.ones((), device = DEVICE, requires_grad = True)
+    loss = dense_cross_entropy(logits, torch.tensor([0, 4, 2], device = DEVICE)) * scale
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph = True)
+    penalty = gradient.square().sum() + logits.square().sum() + scale
+    for by in (logits, scale):
+        with pytest.raises(RuntimeError, match = "no second derivative.*whole logits"):
+            torch.autograd.grad(penalty, by, retain_graph = True)
+
+
 def test_arguments_of_dense_logits_that_do_not_fit_are_named():
     from unsloth.kernels import fast_cross_entropy_loss
     logits, labels = torch.zeros(1, 3, 9, device = DEVICE), torch.zeros(1, 3, device = DEVICE).long()

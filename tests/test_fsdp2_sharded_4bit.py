@@ -298,9 +298,12 @@ def _wrap_with(folder, options):
     shard_model(model)
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "loftq"}],
+)
 def test_adapters_that_read_whole_weights_are_refused(checkpoints, options):
-    """DoRA and PiSSA need the whole base weight, which no rank has."""
+    """DoRA, PiSSA and LoftQ need the whole base weight, which no rank has."""
     for error, _ in run_ranks(_wrap_with, 2, checkpoints("packed"), options, check = False):
         assert "reads whole base weights" in error and next(iter(options)) in error
 

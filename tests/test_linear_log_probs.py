@@ -45,9 +45,14 @@ def test_second_derivatives_are_refused(losses, name):
         value = losses.linear_log_probs(hidden, weight, labels).log_probs.sum()
     else:
         value = losses.linear_loss(hidden, weight, lambda logits: logits.logsumexp(1).sum())
-    (gradient,) = torch.autograd.grad(value, hidden, create_graph = True)
+    scale = torch.ones((), dtype = value.dtype, device = DEVICE, requires_grad = True)
+    (gradient,) = torch.autograd.grad(value * scale, hidden, create_graph = True)
+    penalty = gradient.square().sum() + hidden.square().sum() + scale
+    for by in (hidden, weight, scale):  # autograd runs only what leads to it
+        with pytest.raises(RuntimeError, match = f"linear_{name} has no second derivative.*logits"):
+            torch.autograd.grad(penalty, by, retain_graph = True, allow_unused = True)
     with pytest.raises(RuntimeError, match = "no second derivative"):
-        gradient.sum().backward()
+        penalty.backward()
 
 
 def dense_statistics(hidden, weight, labels):

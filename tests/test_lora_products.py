@@ -231,6 +231,27 @@ def test_gradcheck(fast_lora, kind):
     assert torch.autograd.gradcheck(run, (X, *factors))
 
 
+@pytest.mark.parametrize("inplace", (False, True))
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives_are_right_or_refused(fast_lora, kind, inplace):
+    """What the forward keeps has no history: computed again, except the MLP's, behind a kernel."""
+    projections = make_projections(kind, torch.float64)
+    leaves = [make_X(torch.float64).requires_grad_(), *(t for p in projections for t in p[2:4])]
+    rest = () if kind == "LoRA_W" else (inplace,)
+
+    def second(run):
+        outputs = run(leaves[0] * 1)
+        first = torch.autograd.grad(sum((o**3).sum() for o in outputs), leaves, create_graph = True)
+        return torch.autograd.grad(sum((g**2).sum() for g in first), leaves)
+
+    if kind == "LoRA_MLP":
+        with pytest.raises(RuntimeError, match = "LoRA_MLP has no second derivative.*target_modules"):
+            second(lambda x: call(fast_lora, kind, x, projections, *rest))
+        return
+    found = second(lambda x: call(fast_lora, kind, x, projections, *rest))
+    torch.testing.assert_close(found, second(lambda x: plain(kind, x, projections)))
+
+
 @pytest.mark.parametrize("lora_dtype", (torch.float32, None))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,7 @@
 """How many rows of logits a chunked loss holds at once."""
 
 import types
+import warnings
 
 import pytest
 import torch
@@ -38,12 +39,46 @@ def test_chunk_rows_come_from_caller_environment_and_store(chunk_size, monkeypat
     assert large * 128256 * 2 <= 64 << 20 < (large + 1) * 128256 * 2
     stored = tmp_path / "chunk.json"
     monkeypatch.setenv("UNSLOTH_LOSS_CHUNK_FILE", str(stored))
-    assert chunk_size.stored_budget("A GPU") is None
-    for text, found in (('{"A GPU": 384}', 384), ('{"A GPU": "x"}', None), ("[384]", None)):
-        stored.write_text(text)
-        assert chunk_size.stored_budget("A GPU") == found
+    stored.write_text('{"A GPU": 384}')
+    assert (chunk_size.stored_budget("A GPU"), chunk_size.stored_budget("B GPU")) == (384, None)
     fitted = {most: chunk_size.fit_rows(most) for most in (1, 20, 130, 300, 511, 700, 1308)}
     assert fitted == {1: 16, 20: 20, 130: 128, 300: 256, 511: 384, 700: 512, 1308: 1280}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\x00",
+        b"[384]",
+        b"[" * 10**5,
+        b"{}",
+        b'{"A GPU": "x"}',
+        b'{"A GPU": true}',
+        "folder",
+        None,
+    ],
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_a_file_without_sizes_is_named_and_passed_over(
+    chunk_size, monkeypatch, tmp_path, content, named
+):
+    """Empty, garbage, of another type, a folder in its place, or none where a variable names one."""
+    path = tmp_path / "unsloth" / "loss_chunk.json"
+    path.parent.mkdir()
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("UNSLOTH_LOSS_CHUNK_FILE", "~/unsloth/loss_chunk.json" if named else "")
+    with warnings.catch_warnings(record = True) as told:
+        warnings.simplefilter("always")
+        assert chunk_size.stored_budget("A GPU") is None
+    assert len(told) == (named or content is not None)
+    for warning in told:
+        assert f"{path} is ignored" in str(warning.message) and "A GPU" in str(warning.message)
 
 
 def test_chunk_rows_follow_the_memory_that_is_free(chunk_size, monkeypatch):

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import sys
+from collections import Counter
 from typing import Iterator, List, NamedTuple
 
 from .hooks import imported_late
@@ -155,11 +156,20 @@ def _device() -> Finding:
         return Finding("device", f"torch does not import: {error}", "problem", remedy)
     if not torch.cuda.is_available():
         return _without_gpu(torch)
-    properties = torch.cuda.get_device_properties(0)
-    gib = properties.total_memory / 2**30
-    found = f"{torch.cuda.device_count()} x {properties.name}, sm_{properties.major}{properties.minor}, {gib:.0f} GiB"
-    if (properties.major, properties.minor) < (7, 5):
+    try:
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        remedy = "run nvidia-smi: does it work? A GPU that is lost needs its machine restarted"
+        return Finding("device", f"the GPU does not answer: {reason}", "problem", remedy)
+    kinds = Counter(
+        f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus
+    )
+    found = "; ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    if any((gpu.major, gpu.minor) < (7, 5) for gpu in gpus):
         remedy = "Unsloth's kernels need compute capability 7.5 or newer (T4, RTX 20 and later)"
+        if len(kinds) > 1:
+            remedy += "; leave the older GPU out of CUDA_VISIBLE_DEVICES"
         return Finding("device", found, "problem", remedy)
     return Finding("device", found, "ok")
 
@@ -177,6 +187,8 @@ def _without_gpu(torch) -> Finding:
         found = f"CPU: CUDA_VISIBLE_DEVICES={visible} hides the GPU"
         return Finding("device", found, "note", "unset it to train on the GPU")
     found = f"nvidia-smi is here, but torch {torch.__version__} sees no GPU"
+    if visible:
+        found += f" (CUDA_VISIBLE_DEVICES={visible}: does nvidia-smi -L list it?)"
     remedy = (
         f"run nvidia-smi: does it work, and is its driver new enough for CUDA {torch.version.cuda}?"
     )

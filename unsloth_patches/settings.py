@@ -94,20 +94,28 @@ def _read_sharded_load() -> None:
 
 
 def _read_chunk_file() -> None:
-    """A file that cannot be read is passed over in training."""
-    from .unsloth.kernels.loss_chunk_size import read_store
-    if not read_store():
+    """What is no size is passed over in training, with a warning."""
+    from .unsloth.kernels.loss_chunk_size import is_budget, read_store
+    if not all(map(is_budget, read_store().values() or [None])):
         raise ValueError("no JSON of sizes is there; `bench chunk-size` writes it, or unset it")
 
 
 def _read_cache_folder() -> None:
     from .unsloth.models.compile_cache_files import CompileCacheError, check_folder
-    folder = Path(os.environ["UNSLOTH_COMPILE_CACHE_DIR"]).expanduser()
-    if folder.exists():  # training makes it
-        try:
-            check_folder(folder)
-        except CompileCacheError as error:
-            raise ValueError(str(error)) from error
+
+    folder = Path(os.path.expanduser(os.environ["UNSLOTH_COMPILE_CACHE_DIR"]))
+    parent = next(filter(os.path.exists, (folder, *folder.parents)), Path("."))
+    if parent != folder:  # training makes it
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise ValueError(
+                f"folder {str(folder)!r} cannot be made: {str(parent)!r} is no folder that can be "
+                "written; give one that can."
+            )
+        return
+    try:
+        check_folder(folder)
+    except CompileCacheError as error:
+        raise ValueError(str(error)) from error
 
 
 def _on_or_off(patch: str, variable: str) -> Switch:

@@ -8,7 +8,6 @@ aot_eager. A test file that takes the fixture ``build`` imports ``unsloth_module
 """
 
 import contextlib
-import importlib.util
 import os
 import sys
 from types import SimpleNamespace
@@ -357,43 +356,45 @@ def assert_bit_equal(ours, reference):
         assert torch.equal(a, b)
 
 
-def in_place(module):
-    """Whether Unsloth has this module: some figures are those of several patches."""
-    return importlib.util.find_spec(f"unsloth.{module}") is not None
+def in_place(module, place, name):
+    """Whether this module, which is there where its patch is skipped, too, decorates a function."""
+    function = getattr(place, name, None)
+    while function and not function.__globals__["__name__"].endswith(f".{module}"):
+        function = getattr(function, "__wrapped__", None)
+    return function is not None
 
 
 def shares_graph_between_runs():
     """Whether both runs of a checkpoint take one graph."""
-    return in_place("models.checkpoint_shared_graph")
+    from unsloth.models import _block_compile
+    return in_place("checkpoint_shared_graph", _block_compile, "_wrap")
 
 
 def many_steps(build, family, bits, checkpointing, packing):
     """Train a model and return it: batches of 1 to 4 rows, 5 to LONGEST tokens, four LoRA scales, an evaluation after step 13.
 
-    One graph for one row and one for more; twice that under checkpointing where a block has a graph
-    for each of its two runs.
-    Packed, every batch is one row, with position ids. Qwen2's q, k and v, which have biases, run
-    PEFT's forward: the first scale's graph comes on top.
+    One graph for one row and one for more, twice where a checkpoint's two runs have one each. Packed,
+    every batch is one row, with position ids. Qwen2's q, k and v run PEFT's forward: one graph more.
     """
-    from unsloth.models import _block_compile
+    from unsloth.models import _block_compile, llama
 
-    # Dynamo makes the graphs; going on through AOTAutograd, which other tests do, takes as long again. So
-    # do batches of one row beside others, which without a GPU one family alone has.
+    # Going on through AOTAutograd, as other tests do, takes as long again. So do batches of one row.
     fewest = 2 if DEVICE == "cpu" and not packing and family != "llama" else 1
-    scales = {"alpha_pattern": SCALES} if in_place("models.compile_lora_scales") else {}
+    scaled = in_place("compile_lora_scales", llama, "_legacy_block_compile")
+    scales = {"alpha_pattern": SCALES} if scaled else {}
     model = build(family, bits = bits, checkpointing = checkpointing, backend = "eager", **scales)
     runs = 2 if checkpointing and not shares_graph_between_runs() else 1
     kinds = 1 if packing or fewest == 2 else 2
     if not packing and not hasattr(_block_compile, "_mark_batch_dynamic"):
         kinds += 1  # before 2026.10.9 the first batch's rows are a constant of its graph
     most = (2 if family == "qwen2" else 1) * runs * kinds
-    shortest = 5 if in_place("models.compile_rope_tables") else HEAD_DIM + 1
+    any_length = in_place("compile_rope_tables", _block_compile, "_mark_seq_dynamic")
+    shortest = 5 if any_length else HEAD_DIM + 1
     make = torch.Generator().manual_seed(0)
     for index in range(STEPS):
         rows = max(1 + (index + 1) % 4, fewest)
         length = int(torch.randint(5, 201, (), generator = make))
         length = HEAD_DIM if index in (7, 8) else min(length, 64 if packing else MOST_TOKENS)
-        # Of 4, 1 and 1 rows.
         length = {10: LONGEST // 6, 11: LONGEST, 15: LONGEST // 3}.get(index, length)
         length = max(length, shortest)
         documents = 2 + index % 3 if packing else 1

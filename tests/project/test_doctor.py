@@ -154,6 +154,30 @@ def test_old_gpu(machine, monkeypatch):
     assert "7.5" in found("device", "problem").remedy
 
 
+def test_gpus_of_several_kinds(machine, monkeypatch):
+    """Each kind is told; one that is too old is a problem, wherever it stands."""
+    give_gpu(monkeypatch, 9, 0)
+    new, old = torch.cuda.get_device_properties(0), types.SimpleNamespace(total_memory = 2**33)
+    old.name, old.major, old.minor = "Old GPU", 6, 1
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: (new, new, old)[index])
+    finding = found("device", "problem")
+    assert finding.found == "2 x Some GPU, sm_90, 16 GiB; 1 x Old GPU, sm_61, 8 GiB"
+    assert "leave the older GPU out of CUDA_VISIBLE_DEVICES" in finding.remedy
+
+
+def test_a_gpu_that_does_not_answer(machine, monkeypatch):
+    """A row, and the checks after it."""
+    give_gpu(monkeypatch, 9, 0)
+
+    def fail(index):
+        raise RuntimeError("CUDA error: unknown error\nmore")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
+    finding = found("device", "problem")
+    assert finding.found.endswith("CUDA error: unknown error") and "nvidia-smi" in finding.remedy
+
+
 def test_no_gpu(machine):
     assert "CPU backend" in found("device", "note").remedy
 
@@ -168,6 +192,8 @@ def test_gpu_that_torch_does_not_see(machine, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "CUDA 13.0" in found("device", "problem").remedy
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert "CUDA_VISIBLE_DEVICES=7" in found("device", "problem").found
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert "unset it" in found("device", "note").remedy
 
@@ -250,14 +276,25 @@ def test_every_switch_belongs_to_a_patch():
         ("UNSLOTH_COMPILE_REPORT", "2", "0"),
         ("UNSLOTH_TOOL_CHECKS", "of", " OFF"),
         ("UNSLOTH_STEP_GRAPHS", "never", "auto"),
-        ("UNSLOTH_LOSS_CHUNK_FILE", "pyproject.toml", "docs/results/chat.json"),
+        ("UNSLOTH_LOSS_CHUNK_FILE", "pyproject.toml", "sizes.json"),
+        ("UNSLOTH_LOSS_CHUNK_FILE", "wrong.json", "sizes.json"),
         ("UNSLOTH_FSDP2_SHARDED_LOAD", "maybe", "off"),
         ("UNSLOTH_COMPILE_CACHE_DIR", "pyproject.toml", "no/such/folder"),
+        ("UNSLOTH_COMPILE_CACHE_DIR", "/dev/null/cache", "~nobody-of-this-name/cache"),
         *((name, "true", "0") for name in ON_OR_OFF),
     ],
 )
-def test_switches_are_read_as_training_reads_them(machine, monkeypatch, variable, bad, good):
-    monkeypatch.chdir(ROOT)
+def test_switches_are_read_as_training_reads_them(
+    machine, monkeypatch, tmp_path, variable, bad, good
+):
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "pyproject.toml": "[x]",
+        "sizes.json": '{"A GPU": 384}',
+        "wrong.json": '{"A GPU": "x"}',
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
     monkeypatch.setenv(variable, bad)
     finding = found("switches", "problem")
     assert finding.found == f"{variable}={bad}"

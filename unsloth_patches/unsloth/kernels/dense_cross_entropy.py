@@ -142,4 +142,4 @@ class _DenseCrossEntropy(torch.autograd.Function):
             losses, gradient = torch.empty_like(upstream), torch.empty_like(logits)
             scale = upstream.contiguous()
             cross_entropy_rows(logits, labels, ctx.spec, losses, gradient, scale)
-        return (*refuse_second_derivative(_NAME, (gradient,)), None, None)
+        return (*refuse_second_derivative(_NAME, (gradient,), logits, upstream), None, None)

@@ -266,7 +266,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # A leaf that receives these gradients may write over them, so they are handed out once.
         with torch.no_grad(), without_autocast(upstream.device.type):
             gradients = _backward(ctx, upstream)
-        return (*refuse_second_derivative(_NAME, gradients), None, None)
+        given = (*ctx.saved_tensors, upstream)
+        return (*refuse_second_derivative(_NAME, gradients, *given), None, None)
 
 
 def _backward(ctx, upstream):

@@ -245,7 +245,8 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         with torch.no_grad(), without_autocast(upstream.device.type):
             gradients = _backward(ctx, upstream)
-        return (None, *refuse_second_derivative(ctx.job.name, gradients))
+        given = (*ctx.saved_tensors, upstream)
+        return (None, *refuse_second_derivative(ctx.job.name, gradients, *given))
 
 
 def _backward(ctx, upstream):

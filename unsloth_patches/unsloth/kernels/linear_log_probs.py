@@ -145,4 +145,5 @@ class _LinearLogProbs(torch.autograd.Function):
                 )
                 gradients.add(chunk, into)
             found = gradients.scaled(torch.ones((), device = hidden.device), bias)
-        return (*refuse_second_derivative(_NAME, found), None, None)
+        given = (hidden, weight, bias, by_log_probs, by_lse, by_entropy)
+        return (*refuse_second_derivative(_NAME, found, *given), None, None)

@@ -52,8 +52,10 @@ def _saved(ctx: Any) -> Tuple[List[torch.Tensor], List[Projection]]:
 
 
 def _buffer_for_dX(X: torch.Tensor, inplace: bool) -> torch.Tensor:
-    # Eager code reuses X, as stock does; AOT autograd rejects a backward that mutates an input.
-    return X if inplace and not torch.compiler.is_compiling() else torch.empty_like(X)
+    # Eager code reuses X, as stock does; AOT autograd rejects a backward that mutates an input, and a
+    # second derivative reads X.
+    kept = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    return X if inplace and not kept else torch.empty_like(X)
 
 
 def _per_argument(found: Sequence[torch.Tensor]) -> List[Any]:
@@ -77,6 +79,10 @@ def _parallel_forward(ctx: Any, X: torch.Tensor, inplace: bool, *arguments: Any)
 def _parallel_backward(ctx: Any, *dYs: torch.Tensor) -> Tuple[Any, ...]:
     (X, XA), projections = _saved(ctx)
     x = _rows(X)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        XA = narrow(
+            x, stacked_A(projections, X.dtype).t()
+        )  # create_graph: the kept one is a constant
     dX = _buffer_for_dX(x, ctx.inplace)
     found = gradients([_rows(dY) for dY in dYs], x, XA, projections, dX)
     return (dX.view(X.shape), None, *_per_argument(found))
@@ -118,6 +124,11 @@ def _down_(
 
 
 def _mlp_backward(ctx: Any, dY: torch.Tensor) -> Tuple[Any, ...]:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "Unsloth: LoRA_MLP has no second derivative, as its activation's backward is a kernel. "
+            "Leave out create_graph=True, or gate_proj, up_proj and down_proj of target_modules."
+        )
     (X, XA, e, g), (gate, up, down) = _saved(ctx)
     dY, x, dtype = _rows(dY), _rows(X), X.dtype
     dYB = narrow(dY, down.B.to(dtype))

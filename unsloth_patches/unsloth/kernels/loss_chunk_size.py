@@ -11,6 +11,7 @@ free. Of the row counts that a budget leaves, a frozen head's first loss tries w
 import functools
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
@@ -209,7 +210,7 @@ def store_path() -> Path:
     """
     explicit = os.environ.get("UNSLOTH_LOSS_CHUNK_FILE")
     if explicit:
-        return Path(explicit)
+        return Path(os.path.expanduser(explicit))
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(cache) / "unsloth" / "loss_chunk.json"
 
@@ -217,12 +218,31 @@ def store_path() -> Path:
 def read_store() -> dict:
     try:
         stored = json.loads(store_path().read_text(encoding = "utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return stored if isinstance(stored, dict) else {}
 
 
+def is_budget(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
 def stored_budget(device_name: str) -> Optional[int]:
-    """MiB of logits that the file has for GPUs of this name, or None."""
-    value = read_store().get(device_name)
-    return value if isinstance(value, int) and value > 0 else None
+    """MiB of logits that the file has for GPUs of this name, or None; warns of a file without sizes."""
+    stored, path = read_store(), store_path()
+    value = stored.get(device_name)
+    if is_budget(value):
+        return value
+    named = os.environ.get("UNSLOTH_LOSS_CHUNK_FILE") or path.exists()
+    if device_name in stored or not stored and named:
+        what = (
+            f"{device_name!r} is {value!r}"
+            if device_name in stored
+            else "no JSON of sizes is there"
+        )
+        warnings.warn(
+            f"Unsloth: {path} is ignored, and the size of a loss's chunks computed: {what}. Write "
+            f'{{"{device_name}": MiB of logits}}, or delete the file and unset UNSLOTH_LOSS_CHUNK_FILE.',
+            stacklevel = 2,
+        )
+    return None

@@ -44,6 +44,10 @@ _held: Dict[Path, FrozenSet[str]] = {}
 _automatic: Dict[str, Any] = {"folder": None, "error": None, "saves": False}
 
 
+def _path(folder: Folder) -> Path:
+    return Path(os.path.expanduser(folder))  # Path.expanduser raises for an unknown ~user
+
+
 def _say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(f"Unsloth: {text}", flush = True)
@@ -64,7 +68,7 @@ def load_compile_cache(folder: Folder) -> int:
     message. Returns the number of artifacts loaded, 0 if there were none. Raises CompileCacheError
     if ``folder`` exists and is no folder.
     """
-    folder = Path(folder).expanduser()
+    folder = _path(folder)
     if folder.exists() and not folder.is_dir():
         raise CompileCacheError(f"compile cache {str(folder)!r} is no folder; give a folder.")
     began = time.perf_counter()
@@ -103,7 +107,7 @@ def save_compile_cache(folder: Folder) -> Optional[Path]:
     was nothing that the folder does not hold already. Raises CompileCacheError if the folder cannot
     be written or everybody may write to it.
     """
-    folder = Path(folder).expanduser()
+    folder = _path(folder)
     check_folder(folder)
     made = torch.compiler.save_cache_artifacts()
     if made is None:
@@ -150,7 +154,7 @@ def _start() -> None:
         atexit.register(_finish)
         _automatic["saves"] = True
     try:
-        check_folder(Path(folder).expanduser())
+        check_folder(_path(folder))
         load_compile_cache(folder)
     except CompileCacheError as error:
         # Unsloth makes a warning of what is raised here; the callback raises it before step one.

@@ -134,7 +134,7 @@ def _read(path: Path) -> Tuple[Dict[str, Any], bytes]:
         whole = {name: header.get(name) for name in wanted} == wanted
         whole = whole and isinstance(header["artifacts"], list) and "environment" in header
         whole = whole and isinstance(header["torch_bytes"], int)
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, RecursionError):
         whole = False
     if not whole:
         raise ValueError("it is damaged (remedy: delete it; the next run writes a new one)")
