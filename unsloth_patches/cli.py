@@ -91,7 +91,7 @@ def demo(
         Path("demo_output"), help = "Folder for the adapter, the plot and the report."
     ),
     steps: Optional[int] = typer.Option(
-        None, help = "Optimizer steps. Default: 650 for the small model, 60 for a checkpoint."
+        None, help = "Optimizer steps. Default: 600 for the small model, 60 for a checkpoint."
     ),
     seed: int = typer.Option(3407, help = "Order of the training data."),
     prompts: int = typer.Option(30, help = "Held-out prompts with one call; half as many with two."),

@@ -272,6 +272,15 @@ def test_model_is_llama_3_1_shaped_and_seeded(tokenizer):
 # ---------------------------------------------------------------- optimizer
 
 
+def test_help_says_how_many_steps_there_are():
+    import inspect
+
+    from unsloth_patches import cli
+
+    told = inspect.signature(cli.demo).parameters["steps"].default.help
+    assert f"{train.SCRATCH.steps} for the small model, {train.CHECKPOINT.steps} for" in told
+
+
 def test_orthogonalize_brings_singular_values_near_one():
     import torch
 

@@ -30,14 +30,6 @@ def run(
     Exit codes: 0 done, 2 an argument is wrong or a library is missing (one line says which and what to do), 130 Ctrl-C
     outside training. Ctrl-C during training ends it after the running step: the adapter is saved,
     the report is shown, and the code is 0. A second Ctrl-C leaves at once; the adapter is kept.
-
-    Help texts of the options on the command line::
-
-        --model    "Folder of a local checkpoint to train. Default: make a small random model."
-        --out      "Folder for the adapter, the plot and the report."
-        --steps    "Optimizer steps. Default: 600 for the small model, 60 for a checkpoint."
-        --seed     "Order of the training data."
-        --prompts  "Held-out prompts with one call; half as many with two."
     """
     from rich.console import Console
 
