@@ -31,6 +31,26 @@ from _patches.project import Project
 # ------------------------------------------------------------------------- export, check, fork
 
 
+def _imported(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding = "utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module
+
+
+def test_a_patch_alone_has_what_its_tests_import():
+    """The helpers below tests/_shared come with this patch or with one that it needs."""
+    project, lacking = Project(), []
+    owners = {name.removesuffix(".py"): p.name for p in project.patches for name in p.shared}
+    for patch in project.patches:
+        there = {each.name for each in project.required(patch)}
+        for file in (*patch.tests, *(f"tests/_shared/{name}" for name in patch.shared)):
+            used = owners.keys() & _imported(project.root / file)
+            lacking += [(file, name, owners[name]) for name in used if owners[name] not in there]
+    assert lacking == []
+
+
 def test_export_is_clean_and_stable(root, tmp_path):
     """What was exported passes every check, and exporting again changes no byte."""
     assert check_all(root, tmp_path / "check") == []

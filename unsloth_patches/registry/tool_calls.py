@@ -180,7 +180,7 @@ PATCHES: Tuple[Patch, ...] = (
         ),
         modules = ("tool_calls/other_templates.py",),
         tests = {"tests/test_tool_call_other_templates.py": "cpu"},
-        requires = ("tool-call-checks",),
+        requires = ("test-backends", "tool-call-checks"),
         after = ("parallel-tool-calls", "assistant-masks", "tool-call-ollama"),
     ),
 )
