@@ -32,6 +32,8 @@ from unsloth_patches.bench import (
     train_profile,
     train_turns,
     train_worker,
+    trainers,
+    trainers_worker,
     vision_worker,
 )
 from unsloth_patches.cli import app
@@ -631,6 +633,25 @@ def test_a_checkpoint_has_every_weight_of_its_model(tmp_path, kind):
     )
     assert type(model).__name__ == f"{kind}ForCausalLM"
     assert not any(info.values()), info
+
+
+def test_which_patches_ran():
+    """Those whose functions are called in the block, from Python 3.12 on."""
+    from unsloth_patches.unsloth.kernels.loss_chunk_size import is_budget
+
+    with steps_worker.patches_that_run() as names:
+        assert is_budget(3)
+    assert names == (["loss-chunking"] if sys.version_info >= (3, 12) else [])
+
+
+def test_what_trainers_are_compared_by():
+    """GRPO's reward, the steps that sampled alike, and tokens where TRL alone counts them."""
+    assert trainers_worker.even_words(["w2 w3 other", "w4", ""]) == [0.5, 1.0, 0.0]
+    assert trainers.alike([0.5, 1.0, 0.0], [0.5, 1.0, 0.5]) == 2
+    assert trainers.alike([0.5, 1.0], [0.5, 1.0]) == 2
+    log = [{"loss": 1.0, "num_tokens": 30}, {"loss": 0.9, "num_tokens": 70}, {"train_runtime": 3.0}]
+    trainer = types.SimpleNamespace(state = types.SimpleNamespace(log_history = log))
+    assert steps_worker.step_tokens(trainer) == [30, 40]
 
 
 def test_a_family_that_does_not_train_is_told(tmp_path, monkeypatch, capsys):

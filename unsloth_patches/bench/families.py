@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 from . import harness, vision_worker
 from .fsdp2_checkpoint import fast_folder, save_word_tokenizer
@@ -139,10 +139,27 @@ def _environment(form: str, folder: Path) -> dict:
     return {**own_caches(form, folder), "UNSLOTH_PATCHES_DISABLE": FORMS[form]}
 
 
+MEASURED = ("step ms", "patched", "first step s", "patched", "peak MiB", "patched")
+
+
+def measured(stock: dict, patched: dict) -> List[str]:
+    """Cells of the columns MEASURED; empty without a GPU."""
+    cells = []
+    for key, scale, digits in (
+        ("step_seconds", 1e3, 0),
+        ("first_step_seconds", 1, 1),
+        ("peak_mib", 1, 0),
+    ):
+        for form in (stock, patched):
+            value = form[key]["median"] if key == "step_seconds" else form[key]
+            cells.append(f"{value * scale:.{digits}f}" if stock["peak_mib"] else "")
+    return cells
+
+
 def show(families: Dict[str, dict]) -> None:
     """Prints a row for each family; times and memory only where a GPU was measured."""
     columns = ["family", "loss differs by", "two stock runs by"]
-    columns += ["step ms", "patched", "first step s", "patched", "peak MiB", "patched", "replayed"]
+    columns += [*MEASURED, "replayed"]
     rows = []
     for name, found in families.items():
         if "error" in found:
@@ -151,14 +168,7 @@ def show(families: Dict[str, dict]) -> None:
         stock, patched = found["stock"], found["patched"]
         row = [name, f"{patched['largest_difference']:.1e}"]
         row += [f"{found['stock again']['largest_difference']:.1e}"]
-        for key, scale, digits in (
-            ("step_seconds", 1e3, 0),
-            ("first_step_seconds", 1, 1),
-            ("peak_mib", 1, 0),
-        ):
-            for form in (stock, patched):
-                value = form[key]["median"] if key == "step_seconds" else form[key]
-                row.append(f"{value * scale:.{digits}f}" if stock["peak_mib"] else "")
+        row += measured(stock, patched)
         rows.append([*row, f"{patched['graphs'].get('share', 0):.0%}"])
     harness.print_table("QLoRA rank 16, plain SFTTrainer, 4 x 2 rows a step", columns, rows)
 

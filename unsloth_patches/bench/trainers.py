@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Dict
 
 from . import harness
-from .families import FAMILIES, FORMS, train_forms
+from .families import FAMILIES, FORMS, MEASURED, measured, train_forms
 from .steps import compare_case
 
 COMMAND = "python -m unsloth_patches bench trainers"
@@ -54,22 +54,14 @@ def alike(a: list, b: list) -> int:
 def show(trainers: Dict[str, Dict[str, Any]]) -> None:
     """Prints a row for each trainer; times and memory only where a GPU was measured."""
     columns = ["trainer", "loss differs by", "two stock runs by", "rewards equal for"]
-    columns += ["step ms", "patched", "first step s", "patched", "peak MiB", "patched"]
+    columns += MEASURED
     rows = []
     for name, forms in trainers.items():
         stock, patched = forms["stock"], forms["patched"]
         row = [name, *(f"{forms[form]['furthest']:.1e}" for form in ("patched", "stock again"))]
         steps = alike(stock["rewards"], patched["rewards"])
         row += [f"{steps} of {len(stock['rewards'])} steps" if stock["rewards"] else ""]
-        for key, scale, digits in (
-            ("step_seconds", 1e3, 0),
-            ("first_step_seconds", 1, 1),
-            ("peak_mib", 1, 0),
-        ):
-            for form in (stock, patched):
-                value = form[key]["median"] if key == "step_seconds" else form[key]
-                row.append(f"{value * scale:.{digits}f}" if stock["peak_mib"] else "")
-        rows.append(row)
+        rows.append(row + measured(stock, patched))
     harness.print_table("QLoRA rank 16 with each trainer", columns, rows)
 
 
