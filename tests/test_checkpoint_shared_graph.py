@@ -174,6 +174,32 @@ def test_where_the_gpu_waits_first_runs_go_without_grad(shared_graph, monkeypatc
     assert with_grad == [True] * 5 + [False] * 3  # what is captured then has been compiled
 
 
+def test_a_second_graph_that_cannot_be_compiled_stops_no_training(shared_graph, monkeypatch):
+    """Block compile falls back in the first step only. Out of memory is told."""
+    blocks = make_blocks(count = 1)
+    monkeypatch.setattr(shared_graph, "WAITED_RUNS", 1)
+    monkeypatch.setattr(shared_graph, "_gpu_waits", lambda x: True)
+    x = torch.randn(*ROWS, HIDDEN, device = DEVICE, requires_grad = True)
+    for error in (ValueError, torch.OutOfMemoryError):
+        runs = []
+
+        def compiled(self, x):
+            runs.append(torch.is_grad_enabled())
+            if not runs[-1]:
+                raise error("ours")
+
+        run = shared_graph._first_run_with_grad(compiled)
+        with torch.no_grad():
+            if error is ValueError:
+                with pytest.warns(UserWarning, match = "keeps one graph: ours"):
+                    run(blocks[0], x)
+                run(blocks[0], x)
+                assert runs == [False, True, True]
+            else:
+                with pytest.raises(error, match = "ours"):
+                    run(blocks[0], x)
+
+
 def test_whether_the_gpu_waits(shared_graph):
     """Asked of the stream that the block runs on; without a GPU nobody waits."""
     x = torch.ones(1024, 1024, device = DEVICE)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import math
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -151,9 +152,17 @@ def _first_run_with_grad(compiled: Callable) -> Callable:
             return compiled(self, hidden_states, *args, **kwargs)
         # Not while a CUDA graph is captured: nothing can be asked or compiled then.
         if not _capturing(hidden_states):
-            waited = max(0, waited + (1 if _gpu_waits(hidden_states) else -1))
+            waited = max(min(waited, 0), waited + (1 if _gpu_waits(hidden_states) else -1))
             if waited >= WAITED_RUNS:
-                return compiled(self, hidden_states, *args, **kwargs)
+                try:
+                    return compiled(self, hidden_states, *args, **kwargs)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # block compile's own fallback was for the first step
+                    waited = -math.inf  # for good
+                    warnings.warn(
+                        f"Unsloth: {type(self).__name__} keeps one graph: {error}", stacklevel = 2
+                    )
         with torch.enable_grad():
             out = compiled(self, _as_leaf(hidden_states), *args, **kwargs)
         return pytree.tree_map(_detached, out)
