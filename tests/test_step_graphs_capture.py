@@ -228,3 +228,17 @@ def test_a_gpu_that_takes_longer_than_its_bound_is_not_captured(blocks, monkeypa
     assert capture(2.0) is captured and pool.owner is None
     gc.collect()  # no graph is left that holds the pool
     assert capture(None)
+
+
+@pytest.mark.skipif(not GPU, reason = "asks the GPU's allocator")
+def test_what_the_allocator_gave_back_meanwhile_is_not_taken_off_the_pool(blocks):
+    from unsloth.models.step_graphs_capture import Bucket, Pool, make_recorder
+
+    recorder = make_recorder(torch.device(DEVICE, 0))
+    pool, x = Pool(recorder, 0.5), torch.randn(2, 5, 8, device = DEVICE, requires_grad = True)
+    bucket = Bucket(pool, list(blocks), (2, 8, 8), {"scale": 0.5}, x, False, False)
+    torch.empty(256 << 20, dtype = torch.uint8, device = DEVICE)  # in the allocator's cache now
+    assert bucket.capture()
+    segments = torch.cuda.memory_snapshot()
+    held = [s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == recorder._handle]
+    assert pool.bytes >= sum(held) > 0
