@@ -361,9 +361,9 @@ def test_columns_of_the_loss_survive_train_on_responses_only(checkpoint):
         lambda model: set_loss_options(model, loss_fn = loss, loss_columns = "ids"),
         rows,
         collator = None,
-        remove_unused_columns = True,
     )
     collator = trainer.data_collator
+    trainer.args.remove_unused_columns = True  # which Unsloth unsets for rows without padding
     trainer = train_on_responses_only(trainer, instruction_part = "w3", response_part = "w4")
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["labels"].tolist() == [[-100, -100, -100, 20]]

@@ -58,7 +58,17 @@ FAMILIES = {
     "Qwen 3": Family("Qwen3Config", 151936),
     "Qwen 3 MoE": Family("Qwen3MoeConfig", 151936, EXPERTS),
     "Gemma 2": Family("Gemma2Config", 256000, {"head_dim": 256, "num_attention_heads": 8}),
-    "Gemma 3": Family("Gemma3TextConfig", 262144, {"head_dim": 256, "num_attention_heads": 8}),
+    # One layer of each kind.
+    "Gemma 3": Family(
+        "Gemma3TextConfig",
+        262144,
+        {
+            "head_dim": 256,
+            "num_attention_heads": 8,
+            "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "Granite": Family("GraniteConfig", 49155, {"logits_scaling": 8.0}),
     "gpt-oss": Family(
         "GptOssConfig", 201088, {"num_local_experts": 8, "intermediate_size": 2048, "head_dim": 64}

@@ -20,7 +20,7 @@ def _texts(rows: int, median: int, job: dict, model) -> list:
 
 
 def dpo(model, tokenizer, job: dict, case: dict, callback):
-    """DPOTrainer; the reference is the model without its adapter."""
+    """DPOTrainer; the reference is the model with the adapter as it is now."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -28,6 +28,8 @@ def dpo(model, tokenizer, job: dict, case: dict, callback):
     texts = _texts(3 * rows, case["median"], job, model)
     columns = ("prompt", "chosen", "rejected")
     pairs = {name: texts[i * rows : (i + 1) * rows] for i, name in enumerate(columns)}
+    if "ref" in model.peft_config:  # the reference of an earlier trainer, which the next one adds again
+        model.delete_adapter("ref")
     return DPOTrainer(
         model = model,
         ref_model = None,
