@@ -301,6 +301,28 @@ def test_kernels_of_triton_are_kept_too(cache, new_machine, watching, tmp_path):
     assert cache.save_compile_cache(folder) is None, "nothing new"
 
 
+def test_a_triton_folder_that_cannot_be_written_costs_its_kernels_alone(
+    cache, new_machine, watching, tmp_path, monkeypatch, capsys
+):
+    """PyTorch's graphs are found all the same; the message and the count say what was loaded."""
+    from triton.runtime.cache import get_cache_manager
+
+    folder, file = tmp_path / "cache", tmp_path / "file"
+    cache.load_compile_cache(folder)
+    get_cache_manager("ab" * 32).put(b"code" * 2**20, "kernel.cubin")
+    first = trained()
+    cache.save_compile_cache(folder)
+    new_machine()
+    file.write_text("")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(file / "triton"))
+    count = cache.load_compile_cache(folder)
+    said = capsys.readouterr().out
+    assert "PyTorch's artifacts are loaded, but Triton's kernels are not" in said
+    assert f"{file}/triton" in said and "TRITON_CACHE_DIR" in said and "is ignored" not in said
+    assert f"loaded {count} compiled artifacts (0." in said, "the kernel has 4 MiB"
+    assert torch.equal(trained(), first) and hits() == 1
+
+
 @pytest.mark.parametrize("folder", ["file/cache", "~nobody-of-this-name/../file/cache"])
 def test_a_folder_that_cannot_be_used_stops_training_before_its_first_step(
     cache, new_machine, trainer, tmp_path, monkeypatch, folder

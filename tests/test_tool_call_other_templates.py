@@ -79,6 +79,33 @@ def test_arguments_become_text_where_a_template_joins_them():
     assert tokenizer.apply_chat_template(OPENAI, tokenize = False) == expected
 
 
+@pytest.mark.parametrize("missing", [{}, {"content": None}], ids = ["absent", "none"])
+@pytest.mark.parametrize("name", SHOWING + BLIND)
+def test_a_call_without_content_renders_as_one_with_an_empty_text(name, missing):
+    """OpenAI's format allows both; most templates stop there, or print None."""
+    one = made("get_weather", {"city": "Rome"})
+    text = made_for(name).apply_chat_template(
+        [user("q"), calls(one, **missing), user("And?")], tokenize = False
+    )
+    expected = [user("q"), calls(one, content = ""), user("And?")]
+    assert text == rendered_by_plain(name, expected)
+
+
+@pytest.mark.parametrize("missing", [{}, {"content": None}], ids = ["absent", "none"])
+def test_calls_are_shown_where_a_template_wants_no_content(missing, warnings):
+    """DeepSeek's way again: a text beside calls, even an empty one, hides them."""
+    tokenizer = made_for("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['content'] is none %}{% for c in m.tool_calls %}"
+        "{{ c['function']['name'] + ' ' + c['function']['arguments'] }}"
+        "{% endfor %}{% else %}{{ m['content'] + ';' }}{% endif %}{% endfor %}"
+    )
+    given = [user("q"), calls(made("get_weather", {"city": "Rome"}), **missing)]
+    expected = 'q;get_weather {"city": "Rome"}'
+    assert tokenizer.apply_chat_template(given, tokenize = False) == expected
+    assert warnings() == []
+
+
 @pytest.fixture
 def warnings(caplog, monkeypatch):
     """warnings() -> what the module has said so far in this test."""

@@ -128,6 +128,32 @@ def _four_bits() -> Iterator[Finding]:
         yield Finding("4 bits", found, "note", remedy)
 
 
+def _gpu_library() -> Iterator[Finding]:
+    """A bitsandbytes without a library for torch's CUDA version imports, and fails once it quantizes."""
+    version = _version("bitsandbytes")
+    reason = _why_no_gpu_library() if version and _has_cuda() else ""
+    if reason:
+        remedy = (
+            "no 4-bit weights on the GPU: reinstall bitsandbytes, in a version with a library for "
+            "torch's CUDA version; python -m bitsandbytes says more"
+        )
+        found = f"bitsandbytes {version} has not loaded its GPU library: {reason}"
+        yield Finding("4 bits", found, "problem", remedy)
+
+
+def _why_no_gpu_library() -> str:
+    """An empty text too where a bitsandbytes does not say what it has loaded."""
+    try:
+        from bitsandbytes import cextension
+    except Exception as error:
+        return str(error).partition("\n")[0]
+    library = getattr(cextension, "lib", None)
+    if getattr(library, "compiled_with_cuda", True):
+        return ""
+    reason = getattr(library, "error_msg", None)  # a function where the library has no such name
+    return reason.partition("\n")[0] if isinstance(reason, str) else "it has loaded the CPU's"
+
+
 def _why_not_4bit() -> str:
     try:
         import torch
@@ -292,6 +318,7 @@ def examine() -> List[Finding]:
         _device(),
         *_compiler(),
         *_four_bits(),
+        *_gpu_library(),
         _order(),
     ]
     return [*findings, *_switches(), *_patches(), *_private_names()]

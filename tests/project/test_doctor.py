@@ -2,6 +2,7 @@
 # Copyright 2026 the unsloth_patches authors
 """``doctor``: every failure that it knows, provoked once; its verdict and its remedy."""
 
+import ctypes
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import types
 
 import pytest
 import torch
+from bitsandbytes import cextension  # before a test says that there is a GPU
 from toy_project import ROOT
 
 from unsloth_patches import doctor
@@ -56,6 +58,7 @@ def give_gpu(monkeypatch, major, minor):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(cextension, "lib", types.SimpleNamespace(compiled_with_cuda = True))
 
 
 def test_a_good_machine_has_no_problem(machine, monkeypatch):
@@ -139,6 +142,37 @@ def test_a_bitsandbytes_without_kernels_for_the_cpu(machine, monkeypatch):
     assert finding.found.endswith("Device type not supported: cpu") and "0.45.5" in finding.found
     newest = doctor.tested_range("bitsandbytes")[1]
     assert "not QLoRA" in finding.remedy and f"'bitsandbytes=={newest}'" in finding.remedy
+
+
+NO_LIBRARY = "No compatible CUDA binary found at libbitsandbytes_cuda990.so"
+
+
+@pytest.mark.parametrize(
+    "library, reason",
+    [
+        (cextension.BNBNativeLibrary(ctypes.CDLL(None)), "it has loaded the CPU's"),
+        (cextension.ErrorHandlerMockBNBNativeLibrary(NO_LIBRARY + "\nmore"), NO_LIBRARY),
+    ],
+    ids = ["CPU's", "none"],
+)
+def test_a_bitsandbytes_without_a_library_for_the_gpu(machine, monkeypatch, library, reason):
+    """As it stands in bitsandbytes after a load of another library, or of none."""
+    give_gpu(monkeypatch, 9, 0)
+    monkeypatch.setattr(cextension, "lib", library)
+    finding = found("4 bits", "problem")
+    assert finding.found.endswith(f"has not loaded its GPU library: {reason}")
+    assert "reinstall bitsandbytes" in finding.remedy and "CUDA" in finding.remedy
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "4 bits" not in {finding.check for finding in doctor.examine()}
+
+
+def test_a_bitsandbytes_that_does_not_import_or_does_not_tell(machine, monkeypatch):
+    """Its error is a row; where it has no such names, nothing is known."""
+    give_gpu(monkeypatch, 9, 0)
+    monkeypatch.delattr(cextension, "lib")
+    assert "4 bits" not in {finding.check for finding in doctor.examine()}
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert "bitsandbytes" in found("4 bits", "problem").found.partition(": ")[2]
 
 
 def test_torch_does_not_import(machine, monkeypatch):

@@ -53,6 +53,10 @@ def _say(text: str) -> None:
         print(f"Unsloth: {text}", flush = True)
 
 
+def _reason(error: Exception) -> str:
+    return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+
+
 def _names(info: Any) -> FrozenSet[str]:
     """``kind:key`` of every artifact in torch's CacheInfo."""
     kinds = [name for name in dir(type(info)) if name.endswith("_artifacts")]
@@ -81,13 +85,12 @@ def load_compile_cache(folder: Folder) -> int:
             if info is None:
                 raise ValueError("PyTorch cannot read it")
             loaded |= _names(info)
-            if triton_watched:
-                loaded |= compile_cache_triton.unpack(kernels)
         except Exception as error:
-            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            _say(f"compile cache {path} is ignored: {kind}{error}.")
+            _say(f"compile cache {path} is ignored: {_reason(error)}.")
             continue
-        size += len(artifacts) + len(kernels)
+        unpacked = _unpack(kernels, path) if triton_watched else frozenset()
+        loaded |= unpacked
+        size += len(artifacts) + (len(kernels) if unpacked else 0)
     _held[folder.resolve()] = _held.get(folder.resolve(), frozenset()) | loaded
     if loaded:
         seconds = time.perf_counter() - began
@@ -96,6 +99,19 @@ def load_compile_cache(folder: Folder) -> int:
             f"in {seconds:.1f} s."
         )
     return len(loaded)
+
+
+def _unpack(kernels: bytes, path: Path) -> FrozenSet[str]:
+    """Names of Triton's kernels, now where Triton looks; none, and a message, where they cannot be."""
+    try:
+        return compile_cache_triton.unpack(kernels)
+    except Exception as error:
+        remedy = " (remedy: a TRITON_CACHE_DIR that can be written)"
+        _say(
+            f"of compile cache {path} PyTorch's artifacts are loaded, but Triton's kernels are not, or "
+            f"not all: {_reason(error)}{remedy if isinstance(error, OSError) else ''}."
+        )
+        return frozenset()
 
 
 def save_compile_cache(folder: Folder) -> Optional[Path]:

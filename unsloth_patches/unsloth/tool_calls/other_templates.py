@@ -4,7 +4,8 @@
 
 ``standardize_sharegpt`` stores arguments as JSON text, since Arrow would fill objects with nulls.
 Most templates (qwen, mistral, gpt-oss) print that text quoted a second time, and some (chatml, llama-3)
-print no calls at all. How a template takes them is found out by rendering a call with it.
+print no calls at all. Many stop at a call without content, or print "None" for it. How a template takes
+calls is found out by rendering one with it.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ def _prepared(conversation, render, template: str, name: str):
     messages = [_without_filled(message) for message in conversation]
     if not any(isinstance(m, Mapping) and _has_tools(m) for m in messages):
         return messages
+    messages = [_with_content(message, template, render) for message in messages]
     form = form_of_arguments(template, render)
     if form is None:
         _warn_once(
@@ -122,6 +124,18 @@ def _without_filled(message: Any) -> Any:
     if not isinstance(message, Mapping):
         return message
     return {k: v for k, v in message.items() if v is not None or k not in _FILLED}
+
+
+def _with_content(message: Any, template: str, render) -> Any:
+    """A call whose content is absent or None, as OpenAI allows, gets one that the template takes."""
+    calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+    if not calls or message.get("content") is not None:
+        return message
+    key = (template, "content" in message)
+    if key not in _contents:
+        given = {"content": None} if "content" in message else {}
+        _contents[key] = _content(template, render, given)
+    return {**message, **_contents[key]}
 
 
 def _in_form(message: Any, form: str) -> Any:
@@ -155,7 +169,9 @@ def _call_in_form(call: Any, form: str) -> Any:
 
 # ---------------------------------------------------------------- templates
 
-_forms: dict = {}
+_forms: dict = {}  # by template
+_contents: dict = {}  # by template, and whether the key is there
+_EMPTY = ({"content": ""}, {"content": None})
 
 
 def form_of_arguments(template: str, render) -> Optional[str]:
@@ -166,24 +182,37 @@ def form_of_arguments(template: str, render) -> Optional[str]:
 
 
 def _form(template: str, render) -> Optional[str]:
-    as_object = _rendered_probe(template, render, _PROBE)
-    if "probe_value" in as_object and "probe_tool" in as_object and "{'probe" not in as_object:
-        return "object"
-    as_text = _rendered_probe(template, render, json.dumps(_PROBE))
-    return "text" if json.dumps(_PROBE) in as_text and "probe_tool" in as_text else None
+    for content in _EMPTY:  # DeepSeek's show calls beside None alone
+        as_object = _rendered_probe(template, render, _PROBE, content)
+        if "probe_value" in as_object and "probe_tool" in as_object and "{'probe" not in as_object:
+            return "object"
+        as_text = _rendered_probe(template, render, json.dumps(_PROBE), content)
+        if json.dumps(_PROBE) in as_text and "probe_tool" in as_text:
+            return "text"
+    return None
 
 
-def _rendered_probe(template: str, render, arguments: Any) -> str:
+def _content(template: str, render, given: dict) -> dict:
+    """``given`` (no key, or None), or the empty content with which the template renders a call better."""
+    is_text = form_of_arguments(template, render) == "text"
+    arguments = json.dumps(_PROBE) if is_text else _PROBE
+
+    def merits(content):
+        text = _rendered_probe(template, render, arguments, content)
+        return bool(text), "probe_tool" in text, "None" not in text
+
+    return max((given, *_EMPTY), key = merits)
+
+
+def _rendered_probe(template: str, render, arguments: Any, content: dict) -> str:
     function = {"name": "probe_tool", "arguments": arguments}
     calls = [{"id": "probe0001", "type": "function", "function": function}]
     ask = {"role": "user", "content": "Hi"}
-    for content in ("", None):
-        messages = [ask, {"role": "assistant", "content": content, "tool_calls": calls}]
-        try:
-            return render(messages, chat_template = template, tokenize = False)
-        except Exception:  # whatever a template raises for what it does not take
-            continue
-    return ""
+    try:
+        messages = [ask, {"role": "assistant", **content, "tool_calls": calls}]
+        return render(messages, chat_template = template, tokenize = False)
+    except Exception:  # whatever a template raises for what it does not take
+        return ""
 
 
 @functools.lru_cache(maxsize = 1000)
