@@ -131,7 +131,7 @@ def train_forms(
                 "accumulation": ACCUMULATION,
                 "cases": cases,
                 "stretch": stretch,
-                "acting": True,
+                "acting": not worker,  # other trainers cannot be made twice of a model
                 "command": command,
             }
             for form in FORMS

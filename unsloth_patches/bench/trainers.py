@@ -37,7 +37,6 @@ def compare(name: str, quick: bool) -> Dict[str, Any]:
         FAMILIES["Llama 3"], {name: case}, stretch, quick, COMMAND, worker = "trainers_worker"
     )
     forms = compare_case(runs, name, FORMS)
-    forms["patched"]["acting"] = runs["patched"]["acting"]
     for form, found in forms.items():
         found["rewards"] = runs[form]["cases"][name]["rewards"]
         # Not relative to the loss, which is about nothing in GRPO.

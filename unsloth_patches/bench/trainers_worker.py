@@ -28,8 +28,6 @@ def dpo(model, tokenizer, job: dict, case: dict, callback):
     texts = _texts(3 * rows, case["median"], job, model)
     columns = ("prompt", "chosen", "rejected")
     pairs = {name: texts[i * rows : (i + 1) * rows] for i, name in enumerate(columns)}
-    if "ref" in model.peft_config:  # the reference of an earlier trainer, which the next one adds again
-        model.delete_adapter("ref")
     return DPOTrainer(
         model = model,
         ref_model = None,
