@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the unsloth_patches authors
-"""Run the patches' tests in one of four forms.
+"""Run the patches' tests in one of five forms.
 
 import:   stock Unsloth with ``import unsloth_patches`` first (tests/conftest.py does that).
 fork:     the patched Unsloth, without unsloth_patches.
+alone:    Unsloth with one patch and what it requires, for the tests of that patch, and so for each.
 stock:    Unsloth as it is. Every test file has to fail here: one that passes proves nothing.
 upstream: the patched Unsloth as in its own CI: one process for all files, no GPU, and a conftest.py that
           imports unsloth first, for CUDA. Every file passes, or skips with a reason.
 
-But for the last there is one process per backend (Unsloth chooses it once, when it is imported, and a fork
+But for the last and `alone` there is one process per backend (Unsloth chooses it once, when it is imported, and a fork
 after a backward pass hangs), or one per file with ``jobs``. Without a GPU, gloo's is the CPU backend too: both
 processes are forks of one that has imported Unsloth, which takes ten seconds.
 """
@@ -31,10 +32,10 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 from xml.etree import ElementTree
 
 from . import PatchesError
-from .build import build_base, build_fork
+from .build import build_base, build_fork, build_patches
 from .project import Project
 
-FORMS = ("import", "fork", "stock", "upstream")
+FORMS = ("import", "fork", "alone", "stock", "upstream")
 TEST_TIMEOUT_S = 600  # for one test, where pytest-timeout is installed
 SUMMARY = re.compile(r"\d+ (passed|failed|skipped|error|deselected|xfailed).* in [\d.]+s.*")
 CHOOSERS = ("TRITON_INTERPRET", "UNSLOTH_ALLOW_CPU", "UNSLOTH_FORCE_CPU")  # of Unsloth's backend
@@ -110,26 +111,31 @@ def run_form(
         backends = {file: backends[file] for file in _in_installed_release(project)}
     if form == "upstream":
         backends = dict.fromkeys(backends, "all")
-    home = project.root if form == "import" else _make_home(project, form, scratch)
+    if form == "alone":
+        homes = _make_homes(project, backends, scratch)
+    else:
+        homes = {project.root if form == "import" else _make_home(project, form, scratch): backends}
     result = FormResult(form, [], [])
     one_each = jobs > 1 and form != "upstream"
     alike = () if one_each or shutil.which("nvidia-smi") else ("cpu", "gloo")
-    processes: Dict[str, Dict[str, List[str]]] = {}  # name -> backend or file -> files
-    for file, backend in backends.items():
-        part = Path(file).stem if one_each else backend
-        name = "cpu" if part in alike else part
-        processes.setdefault(name, {}).setdefault(part, []).append(file)
+    processes: Dict[Tuple[Path, str], Dict[str, List[str]]] = {}  # -> backend or file -> files
+    for home, backends in homes.items():
+        for file, backend in backends.items():
+            part = Path(file).stem if one_each else backend
+            name = "cpu" if part in alike else part
+            processes.setdefault((home, name), {}).setdefault(part, []).append(file)
 
-    def run(parts: Dict[str, List[str]]) -> List[FileResult]:
-        began = time.monotonic()
-        found = _run_process(form, parts, backends, home, scratch, result.summaries, jobs > 1)
+    def run(process: Tuple[Path, str]) -> List[FileResult]:
+        began, home = time.monotonic(), process[0]
+        arguments = form, processes[process], homes[home], home, scratch, result.summaries
+        found = _run_process(*arguments, quiet = jobs > 1)
         if jobs > 1:  # the table comes when all are done, which may be long after this one
             counts = ", ".join(f"{r.file}: {r.passed} passed, {r.failed} failed" for r in found)
             print(f"{form}: {counts} ({time.monotonic() - began:.0f} s)", flush = True)
         return found
 
     with ThreadPoolExecutor(jobs) as pool:
-        for found in pool.map(run, processes.values()):
+        for found in pool.map(run, processes):
             result.files += found
     return result
 
@@ -187,6 +193,22 @@ def _make_home(project: Project, form: str, scratch: Path) -> Path:
     return home
 
 
+def _make_homes(
+    project: Project, backends: Dict[str, str], scratch: Path
+) -> Dict[Path, Dict[str, str]]:
+    """A patch's folder, with the patch, all that it requires, and their tests -> its test files."""
+    git, built = build_patches(project, scratch / "patches")
+    homes = {}
+    for each in built:
+        files = {file: backends[file] for file in each.patch.tests if file in backends}
+        if files:
+            home = scratch / each.patch.name
+            git.run("worktree", "add", "--quiet", "--detach", str(home), each.commit)
+            shutil.copyfile(project.root / "tests/conftest.py", home / "tests/conftest.py")
+            homes[home] = files
+    return homes
+
+
 def _run_process(
     form: str,
     parts: Dict[str, List[str]],
@@ -197,7 +219,7 @@ def _run_process(
     quiet: bool,
 ) -> List[FileResult]:
     """Run each part's files in a fork of one process; where there are several, it imports Unsloth first."""
-    folder = scratch / f"process-{'-'.join(parts)}"
+    folder = scratch / f"process-{home.name}-{'-'.join(parts)}"
     folder.mkdir()
     reports = {part: folder / f"{part}.xml" for part in parts}
     arguments = [_arguments(form, home, files, reports[part]) for part, files in parts.items()]
@@ -255,7 +277,7 @@ def _judge(form: str, code: Optional[int], results: List[FileResult]) -> List[Fi
 
 
 def _environment(form: str, gloo: bool, home: Path, scratch: Path) -> Dict[str, str]:
-    environment = {**os.environ, "UNSLOTH_PATCHES_FORM": form}
+    environment = {**os.environ, "UNSLOTH_PATCHES_FORM": "fork" if form == "alone" else form}
     # Unsloth writes generated code there; one form must never read what another one wrote.
     environment["UNSLOTH_COMPILE_LOCATION"] = str(scratch / "compiled")
     environment.pop("UNSLOTH_PATCHES_DISABLE", None)

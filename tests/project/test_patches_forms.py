@@ -8,7 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from toy_project import ENTRY, HEADER, ROOT, TEST, run_python, write, write_registry
+from toy_project import ENTRY, HEADER, MESSAGE, ROOT, TEST, run_python, write, write_registry
 
 from _patches import PatchesError, forms, upstream
 from _patches.build import build_fork
@@ -131,6 +131,25 @@ def test_parallel_processes(root, tmp_path, monkeypatch, cache):
     assert len(result.summaries) == 3 and not result.ok
     with pytest.raises(PatchesError, match = "0 processes"):
         forms.run_form(Project(root), "fork", [], tmp_path, jobs = 0)
+
+
+def test_form_alone(root, tmp_path, cache, monkeypatch):
+    """A test that needs another patch than those that its own requires passes in the fork and not alone."""
+    monkeypatch.setenv("PYTHONPATH", str(cache / "unsloth-1.0"))
+    write(root, {"tests/test_other.py": TEST, "patches/messages/other.md": MESSAGE})
+    other = (
+        'Patch(name="other", title="Test it", targets=(), tests={{"tests/test_other.py": "cpu"}}'
+    )
+    failed = {}
+    for requires in ("", ', requires=("double-area",)'):
+        write_registry(root, entry = f"{ENTRY.rstrip().removesuffix(')')}{other}{requires}),\n)\n")
+        for form in ("fork", "alone"):
+            scratch = tmp_path / f"{form}-{bool(requires)}"
+            scratch.mkdir()
+            result = forms.run_form(Project(root), form, [], scratch)
+            failed[form, requires] = [each.failed for each in result.files]
+    assert failed.pop(("alone", "")) == [0, 2]
+    assert set(map(tuple, failed.values())) == {(0, 0)}
 
 
 def test_form_upstream(root, tmp_path, monkeypatch, cache):
