@@ -91,9 +91,11 @@ def test_a_call_without_content_renders_as_one_with_an_empty_text(name, missing)
     assert text == rendered_by_plain(name, expected)
 
 
-@pytest.mark.parametrize("missing", [{}, {"content": None}], ids = ["absent", "none"])
+@pytest.mark.parametrize(
+    "missing", [{}, {"content": None}, {"content": ""}], ids = ["absent", "none", "empty"]
+)
 def test_calls_are_shown_where_a_template_wants_no_content(missing, warnings):
-    """DeepSeek's way again: a text beside calls, even an empty one, hides them."""
+    """DeepSeek's way again: a text beside calls, even an empty one, hides them; one warning says so."""
     tokenizer = made_for("chatml")
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['content'] is none %}{% for c in m.tool_calls %}"
@@ -104,6 +106,10 @@ def test_calls_are_shown_where_a_template_wants_no_content(missing, warnings):
     expected = 'q;get_weather {"city": "Rome"}'
     assert tokenizer.apply_chat_template(given, tokenize = False) == expected
     assert warnings() == []
+    given[1]["content"] = "A moment."
+    assert tokenizer.apply_chat_template(given, tokenize = False) == "q;A moment.;"
+    (said,) = warnings()
+    assert "beside a text" in said and "message of their own" in said
 
 
 @pytest.fixture

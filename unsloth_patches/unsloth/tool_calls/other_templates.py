@@ -109,6 +109,11 @@ def _prepared(conversation, render, template: str, name: str):
             "llama-3.1 or qwen-2.5, or write the calls into the content."
         )
         return messages
+    if any(map(_calls_beside_text, messages)) and not _shows_beside_text(template, render, form):
+        _warn_once(
+            f"Unsloth: the chat template {name!r} shows no tool calls beside a text: such calls are missing "
+            "from what is rendered and trained. Give them a message of their own, without content."
+        )
     return [_in_form(message, form) for message in messages]
 
 
@@ -127,15 +132,21 @@ def _without_filled(message: Any) -> Any:
 
 
 def _with_content(message: Any, template: str, render) -> Any:
-    """A call whose content is absent or None, as OpenAI allows, gets one that the template takes."""
+    """A call whose content is absent, None or empty, as OpenAI allows, gets one that the template takes."""
     calls = message.get("tool_calls") if isinstance(message, Mapping) else None
-    if not calls or message.get("content") is not None:
+    if not calls or message.get("content") not in (None, ""):
         return message
-    key = (template, "content" in message)
+    given = {"content": message["content"]} if "content" in message else {}
+    key = (template, *given.values())
     if key not in _contents:
-        given = {"content": None} if "content" in message else {}
         _contents[key] = _content(template, render, given)
     return {**message, **_contents[key]}
+
+
+def _calls_beside_text(message: Any) -> bool:
+    return isinstance(message, Mapping) and bool(
+        message.get("tool_calls") and message.get("content")
+    )
 
 
 def _in_form(message: Any, form: str) -> Any:
@@ -170,7 +181,8 @@ def _call_in_form(call: Any, form: str) -> Any:
 # ---------------------------------------------------------------- templates
 
 _forms: dict = {}  # by template
-_contents: dict = {}  # by template, and whether the key is there
+_contents: dict = {}  # by template, and the empty content that was given, if one was
+_beside_text: dict = {}  # by template
 _EMPTY = ({"content": ""}, {"content": None})
 
 
@@ -193,15 +205,27 @@ def _form(template: str, render) -> Optional[str]:
 
 
 def _content(template: str, render, given: dict) -> dict:
-    """``given`` (no key, or None), or the empty content with which the template renders a call better."""
-    is_text = form_of_arguments(template, render) == "text"
-    arguments = json.dumps(_PROBE) if is_text else _PROBE
+    """``given``, or the empty content with which the template renders a call better."""
+    form = form_of_arguments(template, render)
 
     def merits(content):
-        text = _rendered_probe(template, render, arguments, content)
+        text = _rendered_probe(template, render, _in_probe(form), content)
         return bool(text), "probe_tool" in text, "None" not in text
 
     return max((given, *_EMPTY), key = merits)
+
+
+def _shows_beside_text(template: str, render, form: str) -> bool:
+    if template not in _beside_text:
+        text = _rendered_probe(template, render, _in_probe(form), {"content": "Hi"})
+        _beside_text[template] = (
+            not text or "probe_tool" in text
+        )  # no text: the template says it itself
+    return _beside_text[template]
+
+
+def _in_probe(form: Optional[str]) -> Any:
+    return json.dumps(_PROBE) if form == "text" else _PROBE
 
 
 def _rendered_probe(template: str, render, arguments: Any, content: dict) -> str:
