@@ -5,9 +5,6 @@
 Without a GPU, blocks are compiled with aot_eager.
 """
 
-import sys
-from types import SimpleNamespace
-
 import pytest
 import torch
 from backend import DEVICE, require
@@ -25,13 +22,11 @@ from fast_models import (  # noqa: E402, F401
 from toy_blocks import (  # noqa: E402, F401
     BREAK,
     MODE,
-    Toy,
     aot_eager,
     batch,
     breaking,
     fresh_dynamo,
     toy,
-    train,
 )
 
 
@@ -67,7 +62,7 @@ def test_off_is_upstream_alone(toy):
 
 
 def test_an_unknown_mode_does_not_cost_a_model_its_compiled_blocks(toy, capsys):
-    """Blocks are set up as with auto and the value is told; the trainer refuses it (see below)."""
+    """Blocks are set up as with auto and the value is told; a trainer refuses it."""
     model = toy("full")
     assert "'full': choose one of auto, strict, off" in capsys.readouterr().out
     model(**batch()).loss.backward()
@@ -84,31 +79,6 @@ def test_strict_stops_at_a_break_with_line_and_remedy(toy):
     told = str(caught.value)
     assert BREAK in told
     assert "remedy" in told and "custom_op" in told and "FULLGRAPH=auto" in told
-
-
-def test_the_trainer_refuses_an_unknown_mode(toy, train, monkeypatch):
-    """Before a trainer is built: ValueError with the value and the choices."""
-    model = toy("auto")
-    monkeypatch.setenv(MODE, "everything")
-    with pytest.raises(ValueError, match = "'everything': choose one of auto, strict, off"):
-        train(model)
-
-
-def test_strict_stops_before_any_weight_changes(toy, train, monkeypatch):
-    """A break; blocks that nobody set up for compiling; a mode that was set too late."""
-    from unsloth.models.compile_modes import FullgraphError
-
-    model = toy("strict", between = breaking)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(FullgraphError, match = BREAK):
-        train(model)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with pytest.raises(FullgraphError, match = "no decoder block of this model is set up"):
-        train(Toy())
-    late = toy("auto")
-    monkeypatch.setenv(MODE, "strict")
-    with pytest.raises(FullgraphError, match = "set it before the model is loaded"):
-        train(late)
 
 
 def test_a_demoted_block_is_refused_with_its_reason(toy, monkeypatch):
@@ -128,23 +98,6 @@ def test_a_demoted_block_is_refused_with_its_reason(toy, monkeypatch):
     assert reason.startswith("demoted") and "no code for this device" in reason and count == 2
     with pytest.raises(FullgraphError, match = "no code for this device"):
         toy("strict")(**batch())
-
-
-def test_a_model_that_was_demoted_before_training_is_refused(toy):
-    """By Unsloth, in a call before train(): with why, where it is known."""
-    from unsloth.models.compile_modes import FullgraphError, watched_regions
-    from unsloth.models.compile_strict import require_compiled_blocks
-
-    model = toy("strict")
-    (region,) = watched_regions(model)
-    require_compiled_blocks(model)
-    layer = next(m for m in model.modules() if type(m) is region.layer_class)
-    layer.__dict__["_unsloth_block_mode"] = 0
-    with pytest.raises(FullgraphError, match = "layers are demoted already: by Unsloth"):
-        require_compiled_blocks(model)
-    region.note_failure(ValueError("no room"))
-    with pytest.raises(FullgraphError, match = "layers are demoted already: .*no room"):
-        require_compiled_blocks(model)
 
 
 def test_calls_around_the_region_are_counted_by_reason(toy, monkeypatch):
@@ -192,45 +145,6 @@ def test_a_set_up_that_raises_leaves_torch_compile_alone(fresh_dynamo, monkeypat
         _block_compile._wrap(Layer, {})
     assert torch.compile is broken and seen == [True]
     assert Layer.forward is forward and compile_modes.watched_regions() == before
-
-
-def test_a_demoted_loss_stops_before_a_weight_changes(toy, train, monkeypatch):
-    """Strict mode alone; the report's own switch does not matter."""
-    from unsloth.models import compile_strict
-    from unsloth.models.compile_modes import FullgraphError
-
-    monkeypatch.setenv("UNSLOTH_COMPILE_REPORT", "0")
-    monkeypatch.setattr(
-        compile_strict, "loss_state", lambda: "demoted to eager: it does not compile"
-    )
-    model = toy("strict")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(FullgraphError, match = "the fused loss is not one compiled graph"):
-        train(model)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    monkeypatch.setenv(MODE, "auto")
-    assert train(toy("auto")).state.global_step == 3
-
-
-@pytest.mark.parametrize(
-    "calls, compiled, told",
-    [
-        ({"fused": 3, "stock: a mask": 0}, False, "hand-written kernels"),
-        ({"fused": 3, "stock: a mask": 1}, False, "demoted to eager"),
-        ({}, True, "compiled with fullgraph"),
-        ({"stock: a mask": 2}, None, "not seen"),
-        (None, False, "demoted to eager"),
-    ],
-)
-def test_how_the_loss_ran_is_told(monkeypatch, calls, compiled, told):
-    """By its calls where it is ours alone, else by unsloth_zoo; calls None: without the loss's patch."""
-    from unsloth.models.compile_strict import loss_state
-
-    ours = None if calls is None else SimpleNamespace(calls = lambda: calls)
-    zoo = SimpleNamespace(_FUSED_CE_COMPILE_SUPPORTED = compiled)
-    monkeypatch.setitem(sys.modules, "unsloth.fused_loss", ours)
-    monkeypatch.setitem(sys.modules, "unsloth_zoo.fused_losses.cross_entropy_loss", zoo)
-    assert loss_state().startswith(told)
 
 
 # Without a GPU a model takes ten seconds: there the plainest block and the one with the most in it stand for

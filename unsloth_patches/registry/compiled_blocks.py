@@ -145,15 +145,24 @@ PATCHES: Tuple[Patch, ...] = (
                 signature = ("cls", "*"),
                 uses = ("torch.compile", "cls.forward", "forward._unsloth_block_original"),
             ),
+        ),
+        modules = ("models/compile_modes.py",),
+        tests = {"tests/test_compile_strict.py": "interpreter"},
+        requires = ("compile-events", "checkpoint-shared-graph"),
+    ),
+    Patch(
+        name = "compile-strict-trainer",
+        title = "Stop a training before its first update where strict mode does not hold",
+        targets = (
             Target(
                 attribute = "unsloth.trainer:_backwards_compatible_trainer",
                 replacement = "models.compile_strict:require_full_graphs",
                 signature = ("trainer_class", "config_class"),
             ),
         ),
-        modules = ("models/compile_modes.py", "models/compile_strict.py"),
-        tests = {"tests/test_compile_strict.py": "interpreter"},
-        requires = ("compile-events", "checkpoint-shared-graph"),
+        modules = ("models/compile_strict.py",),
+        tests = {"tests/test_compile_strict_trainer.py": "interpreter"},
+        requires = ("compile-strict",),
     ),
     Patch(
         name = "compile-report",
@@ -161,7 +170,7 @@ PATCHES: Tuple[Patch, ...] = (
         targets = (),
         modules = ("models/compile_report.py", "models/compile_table.py"),
         tests = {"tests/test_compile_report.py": "interpreter"},
-        requires = ("compile-strict",),
+        requires = ("compile-strict-trainer",),
     ),
     Patch(
         name = "compile-report-trainer",
