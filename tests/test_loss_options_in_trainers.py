@@ -91,7 +91,8 @@ def test_columns_of_the_loss_are_cut_where_a_collator_cuts_the_rows(mode):
 
 
 def test_a_trainer_with_a_loss_of_its_own_is_named():
-    """TRL's other trainers, Unsloth's over them, and compute_loss_func; a trainer of the user's is not."""
+    """TRL's other trainers, Unsloth's that are written from them, and compute_loss_func; SFT's and a user's are
+    not."""
     from unsloth import loss_in_trainers
 
     class DPOTrainer:
@@ -100,16 +101,20 @@ def test_a_trainer_with_a_loss_of_its_own_is_named():
         def compute_loss(self):
             pass
 
-    class UnslothDPOTrainer(DPOTrainer):
-        pass
+    def written(name):
+        """As Unsloth writes it: a copy of TRL's class, and a class over it."""
+        copy = type(f"_Unsloth{name}", (), {**vars(MyTrainer), "__module__": f"Unsloth{name}"})
+        return type(f"Unsloth{name}", (copy,), {"__module__": f"Unsloth{name}"})
 
     class MyTrainer:
         def compute_loss(self):
             pass
 
-    loss_in_trainers.refuse_other_losses(MyTrainer())
-    with pytest.raises(NotImplementedError, match = "DPOTrainer computes a loss of its own"):
-        loss_in_trainers.refuse_other_losses(UnslothDPOTrainer())
+    for alike in (MyTrainer, written("SFTTrainer")):
+        loss_in_trainers.refuse_other_losses(alike())
+    for own in (DPOTrainer, written("DPOTrainer")):
+        with pytest.raises(NotImplementedError, match = "^DPOTrainer computes a loss of its own"):
+            loss_in_trainers.refuse_other_losses(own())
     with pytest.raises(NotImplementedError, match = "compute_loss_func computes a loss of its own"):
         loss_in_trainers.refuse_other_losses(SimpleNamespace(compute_loss_func = print))
 

@@ -611,3 +611,13 @@ def test_a_loss_of_an_unknown_zoo_stays_stock_and_drops_no_option(name):
     assert kept(1, something_new = 2) == ("stock", 1, 2)
     with pytest.raises(NotImplementedError, match = "z_loss cannot be honoured"):
         kept(1, 2, z_loss = 0.1)
+
+
+@pytest.mark.skipif(GPU, reason = "the losses are those of the CPU backend")
+def test_a_trainer_that_unsloth_has_written_refuses_options_too(checkpoint, tmp_path):
+    """As on a GPU, where they stand in TRL's place. Last: from here on they stand there."""
+    import trl
+    import unsloth.models  # noqa: F401
+
+    assert trl.DPOTrainer.__name__ == "UnslothDPOTrainer"
+    test_preference_trainers_keep_their_losses_and_refuse_options(checkpoint, tmp_path, "DPO")

@@ -311,11 +311,11 @@ def _lay_out(rows: List[torch.Tensor], batch: dict) -> torch.Tensor:
 def refuse_other_losses(trainer: Any) -> None:
     """NotImplementedError for a trainer that computes a loss of its own (DPO, ORPO, KTO, GRPO)."""
     for kind in type(trainer).__mro__:
-        own = kind.__module__.partition(".")[0] == "trl" and kind.__name__ not in _ALIKE
-        if own and "compute_loss" in vars(kind):
+        name = _name_in_trl(kind)
+        if name and name not in _ALIKE and "compute_loss" in vars(kind):
             raise NotImplementedError(
-                f"{kind.__name__} computes a loss of its own, which the options of set_loss_options do "
-                "not reach; remove them with set_loss_options(model, reset = True)."
+                f"{name} computes a loss of its own, which the options of set_loss_options do not reach; "
+                "remove them with set_loss_options(model, reset = True)."
             )
     # After them: GRPO's has a string there.
     if getattr(trainer, "compute_loss_func", None) is not None:
@@ -324,6 +324,17 @@ def refuse_other_losses(trainer: Any) -> None:
             "reach; give this loss as their loss_fn, which holds no logits, or remove them with "
             "set_loss_options(model, reset = True)."
         )
+
+
+def _name_in_trl(kind: type) -> str:
+    """The name of TRL's trainer, or of the one that Unsloth has written its own from; '' of others.
+
+    On a GPU that one stands in TRL's place, in a module of its own: UnslothDPOTrainer."""
+    if kind.__module__.partition(".")[0] == "trl":
+        return kind.__name__
+    if kind.__module__.rpartition(".")[2].startswith("Unsloth"):
+        return kind.__name__.lstrip("_").removeprefix("Unsloth")
+    return ""
 
 
 # Trainers of TRL whose loss is the model's.
