@@ -229,7 +229,7 @@ def test_values_of_tokens_stand_where_a_collator_pads_on_the_left():
     assert _lay_out(rows, batch).tolist() == [[1, 2, 0, 0], [3, 4, 5, 6]]
 
 
-@pytest.mark.parametrize("module", ["accelerated.trainers", "user.trainers", "trlx.trainers"])
+@pytest.mark.parametrize("module", ["user.trainers", "trlx.trainers", "UnslothTraining"])
 def test_a_trainer_of_the_users_own_is_not_refused(module):
     """Only TRL's own losses are known to leave the model's alone."""
     from unsloth.loss_in_trainers import refuse_other_losses

@@ -329,12 +329,12 @@ def refuse_other_losses(trainer: Any) -> None:
 def _name_in_trl(kind: type) -> str:
     """The name of TRL's trainer, or of the one that Unsloth has written its own from; '' of others.
 
-    On a GPU that one stands in TRL's place, in a module of its own: UnslothDPOTrainer."""
+    On a GPU that one stands in TRL's place, in a module of its own name: UnslothDPOTrainer."""
     if kind.__module__.partition(".")[0] == "trl":
         return kind.__name__
-    if kind.__module__.rpartition(".")[2].startswith("Unsloth"):
-        return kind.__name__.lstrip("_").removeprefix("Unsloth")
-    return ""
+    name = kind.__name__.lstrip("_")
+    written = name.startswith("Unsloth") and kind.__module__.rpartition(".")[2] == name
+    return name.removeprefix("Unsloth") if written else ""
 
 
 # Trainers of TRL whose loss is the model's.
