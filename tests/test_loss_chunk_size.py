@@ -4,6 +4,7 @@
 
 import types
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -103,6 +104,28 @@ def test_chunk_rows_follow_the_memory_that_is_free(chunk_size, monkeypatch):
     assert chunk_size.choose_chunk_rows(10**6, 128256, 2, gpu) == 384  # 100 MiB of logits
     free["driver"] = 100 << 30
     assert chunk_size.choose_chunk_rows(10**6, 128256, 2, gpu) == 1280  # a tight GPU is asked again
+
+
+def test_beside_step_graphs_logits_take_half(chunk_size, monkeypatch):
+    """While their pool is there, and unless a size was stored for this GPU."""
+    gpu, stored = torch.device("cuda", 0), {"mib": None}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (100 << 30, 0))
+    monkeypatch.setattr(chunk_size, "_held_bytes", lambda index: 0)
+    monkeypatch.setattr(chunk_size, "_gpu_budget", lambda index: stored["mib"])
+    monkeypatch.setattr(chunk_size, "graph_pools", weakref.WeakSet())
+
+    def rows():
+        return chunk_size.choose_chunk_rows(10**6, 128256, 2, gpu)
+
+    assert rows() == 1024
+    pool = type("Pool", (), {})()
+    chunk_size.graph_pools.add(pool)
+    assert rows() == 512
+    stored["mib"] = 320
+    assert rows() == 1280
+    stored["mib"] = None
+    del pool
+    assert rows() == 1024
 
 
 def test_a_buffer_that_does_not_fit_is_halved(chunk_size, monkeypatch):

@@ -3,6 +3,8 @@
 """What step graphs are made of: lengths, layouts, and blocks that run forward and backward by hand."""
 
 import gc
+import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -242,3 +244,43 @@ def test_what_the_allocator_gave_back_meanwhile_is_not_taken_off_the_pool(blocks
     segments = torch.cuda.memory_snapshot()
     held = [s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == recorder._handle]
     assert pool.bytes >= sum(held) > 0
+
+
+@pytest.mark.skipif(not GPU, reason = "autograd has a thread of its own for a GPU")
+def test_a_backward_pass_by_hand_stays_in_its_thread(blocks):
+    """So that it uses the same cuBLAS workspace as the forward pass."""
+    from unsloth.models.step_graphs_blocks import BlockRuns
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            threads.append(threading.get_ident())
+            return 2 * grad
+
+    threads, forward = [], blocks[0].forward
+    blocks[0].forward = lambda x, scale: (Double.apply(forward(x, scale)[0]),)
+    runs = BlockRuns(list(blocks), {"scale": 0.5}, (0, 0, 0), True)
+    y = runs.forward(torch.randn(2, 5, 8, device = DEVICE))
+    runs.backward(torch.ones_like(y))
+    assert threads == [threading.get_ident()]
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_chunked_losses_know_a_pool_in_which_something_was_captured(blocks, monkeypatch, captured):
+    from unsloth.models.step_graphs_capture import Bucket, Pool, make_recorder
+
+    chunk_size = pytest.importorskip("unsloth.kernels.loss_chunk_size")
+    recorder = make_recorder(torch.device(DEVICE, 0)) if GPU else TapeRecorder(DEVICE)
+    monkeypatch.setattr(recorder, "timed", lambda run: (1.0, 2.0))
+    pool, x = Pool(recorder, 0.5), torch.randn(2, 5, 8, device = DEVICE, requires_grad = True)
+    bucket = Bucket(pool, list(blocks), (2, 8, 8), {"scale": 0.5}, x, False, False)
+    assert bucket.capture(2.0 if captured else 1.9) is captured
+    assert (pool in chunk_size.graph_pools) is captured
+    gone = weakref.ref(pool)
+    del pool, bucket
+    gc.collect()
+    assert gone() is None  # losses hold no pool

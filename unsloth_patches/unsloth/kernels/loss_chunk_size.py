@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import warnings
+import weakref
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
@@ -19,7 +20,14 @@ import torch
 
 from ..cross_entropy_spec import padded_columns
 
-__all__ = ["BUDGET_MIB", "choose_chunk_rows", "fastest_rows", "fit_rows", "stored_budget"]
+__all__ = [
+    "BUDGET_MIB",
+    "choose_chunk_rows",
+    "fastest_rows",
+    "fit_rows",
+    "graph_pools",
+    "stored_budget",
+]
 
 MIN_ROWS = 16
 MAX_ROWS = 8192
@@ -29,6 +37,8 @@ FEW_ROWS, MANY_ROWS = 128, 256
 # MiB of logits: no more than Unsloth's own loss takes on an H200 and an H100, where it is measured.
 # Elsewhere it is computed from published figures: T4, L4 and A100 want as much.
 BUDGET_MIB = 256
+# Beside step graphs, whose memory no loss can use. Of 8192 tokens on an H100 a loss takes 8% longer.
+BUDGET_BESIDE_GRAPHS_MIB = 128
 CPU_BUDGET_MIB = 64
 # A trained head's chunk may be as large as its gradient, up to this. Unsloth's own loss holds that
 # gradient twice.
@@ -167,13 +177,16 @@ def _seconds_a_row(
 # the host 0.1 ms; memory that has gone since then shows when the logits' buffer is allocated.
 _room: Dict[int, List[int]] = {}
 _ASK_EVERY = 32
+# Pools of captured step graphs, which add themselves.
+graph_pools: "weakref.WeakSet" = weakref.WeakSet()
 
 
 def _budget_bytes(device: torch.device, at_least: int) -> int:
     if device.type != "cuda":
         return CPU_BUDGET_MIB << 20
     index = torch.cuda.current_device() if device.index is None else device.index
-    budget = max(_gpu_budget(index) << 20, at_least)
+    mib = _gpu_budget(index) or (BUDGET_BESIDE_GRAPHS_MIB if graph_pools else BUDGET_MIB)
+    budget = max(mib << 20, at_least)
     wanted = int(budget / FREE_SHARE)
     room = _room.get(index)
     if room is not None and room[1] > 0 and room[0] >= 2 * wanted:
@@ -188,8 +201,8 @@ def _budget_bytes(device: torch.device, at_least: int) -> int:
 
 
 @functools.lru_cache(maxsize = None)
-def _gpu_budget(index: int) -> int:
-    return stored_budget(torch.cuda.get_device_name(index)) or BUDGET_MIB
+def _gpu_budget(index: int) -> Optional[int]:
+    return stored_budget(torch.cuda.get_device_name(index))
 
 
 def _held_bytes(index: int) -> int:

@@ -114,7 +114,11 @@ class BlockRuns:
                     y = self._run(number, x)
             trained = [p for p in self.layers[number].parameters() if p.requires_grad]
             inputs = ([x] if x.requires_grad else []) + trained
-            found = list(torch.autograd.grad(y, inputs, grad, allow_unused = True)) if inputs else []
+            # In this thread: another has a cuBLAS handle of its own, whose workspace a graph would keep.
+            with torch.autograd.set_multithreading_enabled(False):
+                found = (
+                    list(torch.autograd.grad(y, inputs, grad, allow_unused = True)) if inputs else []
+                )
             grad = found.pop(0) if x.requires_grad else None
             grads.append(found)
             del x, y, found

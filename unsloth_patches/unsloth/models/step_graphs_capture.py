@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import time
 import weakref
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -109,6 +110,14 @@ class Pool:
             self._gradients[key] = made = _Gradients(grads)
             self.bytes += 2 * sum(flat.nbytes for flat in made.flat.values())  # one is read
         return self._gradients[key]
+
+
+def _tell_losses(pool: Pool) -> None:
+    """Chunked losses, which are a patch of their own, hold fewer logits beside a pool."""
+    package = __package__.rpartition(".")[0]
+    chunk_size = sys.modules.get(f"{package}.kernels.loss_chunk_size")
+    if chunk_size is not None:
+        chunk_size.graph_pools.add(pool)
 
 
 class _Gradients:
@@ -246,6 +255,7 @@ class Bucket:
                 self.forward = self.pool.recorder(self._forward)
                 self.backward = self.pool.recorder(self._backward)
                 self.pool.bytes += max(0, self.pool.recorder.reserved() - before)
+            _tell_losses(self.pool)
         finally:
             torch.clear_autocast_cache()
             self.pool.owner = None
