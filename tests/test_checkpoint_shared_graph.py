@@ -123,8 +123,10 @@ def test_first_runs_that_stay_without_grad(shared_graph):
     x = torch.randn(*ROWS, HIDDEN, device = DEVICE)
     adapters = [getattr(blocks[0].mlp, name) for name in PROJECTIONS]
     with compiled(blocks):
-        # An eager stand-in for the compiled function: grad mode would be a constant of its graph.
-        run = shared_graph._first_run_with_grad(lambda self, x: (watched(x)[0],))
+        # An eager stand-in for the compiled function: grad mode would be a constant of its graph. Each
+        # time anew, which has not scored.
+        def run(*args):
+            return shared_graph._first_run_with_grad(lambda self, x: (watched(x)[0],))(*args)
 
         def runs_in_mode(x):
             with torch.no_grad():
@@ -172,6 +174,37 @@ def test_where_the_gpu_waits_first_runs_go_without_grad(shared_graph, monkeypatc
         with torch.no_grad():
             with_grad.append(run(blocks[0], x))
     assert with_grad == [True] * 5 + [False] * 3  # what is captured then has been compiled
+
+
+def test_where_a_training_scores_without_grad_first_runs_do_so(shared_graph):
+    """As DPO's reference: policy and reference of the first step are to be equal. Evaluation is none."""
+    blocks, failing = make_blocks(count = 1), False
+    x = torch.randn(*ROWS, HIDDEN, device = DEVICE)
+    first = x.clone().requires_grad_()
+
+    def compiled(self, x):
+        if failing and not torch.is_grad_enabled():
+            raise ValueError("ours")
+        return torch.is_grad_enabled()
+
+    @torch.no_grad()
+    def with_grad(x):
+        return run(blocks[0], x)
+
+    run = shared_graph._first_run_with_grad(compiled)
+    blocks[0].eval()
+    assert not with_grad(x)
+    blocks[0].train()
+    assert with_grad(first) and run(blocks[0], x) and with_grad(first)
+    blocks[0].gradient_checkpointing = False  # as TRL has it meanwhile
+    assert not with_grad(x)
+    blocks[0].gradient_checkpointing = True
+    assert not with_grad(first) and not with_grad(first)
+    failing = True  # and where that graph does not compile, one serves for good
+    with pytest.warns(UserWarning, match = "keeps one graph: ours"):
+        assert with_grad(first)
+    failing = False
+    assert not with_grad(x) and with_grad(first)
 
 
 def test_a_second_graph_that_cannot_be_compiled_stops_no_training(shared_graph, monkeypatch):

@@ -9,7 +9,8 @@ the second. It runs with grad, and what it saves for a backward pass is dropped 
 graph; that is no more than the second run holds, and the kernels are the same.
 
 The host works longer for it (0.1 to 1 ms a block). Where the GPU turns out to wait for the host, as
-with short sequences, first runs go without grad after all, in a graph of their own.
+with short sequences, first runs go without grad after all, in a graph of their own. So they do where
+a training scores without grad, too, as DPO and GRPO do: what is compared is rounded alike then.
 """
 
 from __future__ import annotations
@@ -133,6 +134,11 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
+def _scores(layer: torch.nn.Module, hidden_states: torch.Tensor) -> bool:
+    """True in a pass of a model in training that no gradient will come from, as a reference model's."""
+    return layer.training and not torch.is_grad_enabled() and not hidden_states.requires_grad
+
+
 def _gpu_waits(hidden_states: torch.Tensor) -> bool:
     """True if the GPU has finished all that the host gave it so far."""
     return hidden_states.is_cuda and torch.cuda.current_stream(hidden_states.device).query()
@@ -148,21 +154,23 @@ def _first_run_with_grad(compiled: Callable) -> Callable:
     @functools.wraps(compiled, updated = ())
     def run(self, hidden_states, *args, **kwargs):
         nonlocal waited
-        if waited >= WAITED_RUNS or not _is_first_run(self, hidden_states):
+        if not _is_first_run(self, hidden_states):
+            if waited > -math.inf and _scores(self, hidden_states):
+                waited = WAITED_RUNS
             return compiled(self, hidden_states, *args, **kwargs)
-        # Not while a CUDA graph is captured: nothing can be asked or compiled then.
-        if not _capturing(hidden_states):
+        # Not while a CUDA graph is captured: nothing can be asked then.
+        if waited < WAITED_RUNS and not _capturing(hidden_states):
             waited = max(min(waited, 0), waited + (1 if _gpu_waits(hidden_states) else -1))
-            if waited >= WAITED_RUNS:
-                try:
-                    return compiled(self, hidden_states, *args, **kwargs)
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception as error:  # block compile's own fallback was for the first step
-                    waited = -math.inf  # for good
-                    warnings.warn(
-                        f"Unsloth: {type(self).__name__} keeps one graph: {error}", stacklevel = 2
-                    )
+        if waited >= WAITED_RUNS:
+            try:
+                return compiled(self, hidden_states, *args, **kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # block compile's own fallback was for the first step
+                waited = -math.inf  # for good
+                warnings.warn(
+                    f"Unsloth: {type(self).__name__} keeps one graph: {error}", stacklevel = 2
+                )
         with torch.enable_grad():
             out = compiled(self, _as_leaf(hidden_states), *args, **kwargs)
         return pytree.tree_map(_detached, out)
