@@ -22,11 +22,15 @@ def _row(what, stock, patched, name):
     return f"| {what} | {stock} | {patched} ([JSON]({RESULTS}/{name}.json)) |"
 
 
+def _time_and_memory(found):
+    return f"{found['step_seconds']['median'] * 1e3:.0f} ms, {found['peak_mib']:.0f} MiB"
+
+
 def _short_steps(model):
     name = STEPS.format(model)
     found = _read(name)
     case = found["cases"]["default"]
-    each = {form: f"{case[form]['step_seconds']['median'] * 1e3:.0f} ms" for form in case}
+    each = {form: _time_and_memory(case[form]) for form in case}
     what = f"QLoRA step of {found['title']}, plain SFTTrainer, 4 x 2 rows of about 490 tokens"
     return _row(what, each["stock"], each["graphs"], name)
 
@@ -35,10 +39,7 @@ def rows():
     """The table's measured rows, as README has them."""
     train, loss, dequant = map(_read, (TRAIN, LOSS, DEQUANT))
     half, runs = train["shares"]["half"], train["runs"]
-    step = {
-        form: f"{half[form]['step_seconds']['median'] * 1e3:.0f} ms, {half[form]['peak_mib']:.0f} MiB"
-        for form in ("stock", "patched")
-    }
+    step = {form: _time_and_memory(half[form]) for form in ("stock", "patched")}
     first = {form: f"{runs[form]['seconds']['to_first_step']:.1f} s" for form in step}
     largest = loss["rows"][0]
     tokens, _, words = largest["shape"].split(",")[0].split(" x ")
