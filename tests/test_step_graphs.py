@@ -625,6 +625,47 @@ def test_out_of_memory_while_capturing_gives_the_memory_back(llama, monkeypatch)
     assert summary(llama)["buckets"] == [(2, 64)]
 
 
+@pytest.mark.parametrize("kind", ["training", "hidden states", "evaluation"])
+def test_graphs_make_room_for_a_pass_without_them(llama, monkeypatch, kind):
+    """If it needs more than is left: for a token as much as the graphs hold. Later ones take less."""
+    from unsloth.models import step_graphs
+
+    def run(rows, length):
+        inputs = batch(rows, length)
+        if kind == "training":
+            return bit_equal(llama, inputs)
+        if kind == "hidden states":
+            return backbone(llama)(inputs["input_ids"], output_hidden_states = True)
+        with torch.no_grad():  # a quarter of what is needed with grad
+            backbone(llama)(inputs["input_ids"].repeat(4, 1))
+
+    captured(llama)  # 128 tokens
+    stack = step_graphs._stacks[backbone(llama)]
+    room, share = [stack.pool.bytes * (1 + 300 / 128)], stack.share
+    monkeypatch.setattr(type(stack.pool.recorder), "room", lambda self: room[0])
+    for length in (100, 150):
+        run(2, length)
+        assert summary(llama)["dropped"] == 0
+    run(2, 200)
+    assert summary(llama)["dropped"] == 1 and stack.pool is None
+    assert summary(llama)["changes"] == {"another pass needed the memory": 1}
+    step(llama, batch(2, 40))
+    assert summary(llama)["buckets"] == [(2, 64)]
+    assert stack.share == share / 2 and stack.pool.budget == share / 2 * stack.recorder.memory()[1]
+    room[0] = 0
+    run(1, 20)
+    assert summary(llama)["dropped"] == 2
+
+
+def test_how_many_tokens_a_pass_is_given():
+    """None that need more memory where a text goes on."""
+    from unsloth.models.step_graphs import _tokens
+
+    ids = torch.zeros(2, 5, dtype = torch.long)
+    assert _tokens((ids,), {}) == _tokens((), {"inputs_embeds": torch.zeros(2, 5, 8)}) == 10
+    assert _tokens((ids,), {"past_key_values": object()}) == _tokens((), {}) == 0
+
+
 def test_a_length_past_the_pools_budget_is_not_captured(llama, monkeypatch):
     from unsloth.models import step_graphs_stack
 

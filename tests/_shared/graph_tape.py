@@ -94,6 +94,9 @@ class TapeRecorder:
     def memory(self):
         return 0, self.free
 
+    def room(self):
+        return self.free
+
     def reserved(self):
         return len(self.tapes) << 20
 

@@ -59,12 +59,21 @@ def _argument(name: str, args: tuple, kwargs: dict) -> Any:
     return args[place] if place < len(args) else kwargs.get(name)
 
 
+def _tokens(args: tuple, kwargs: dict) -> int:
+    """How many tokens the call is given, at least a prompt; 0 for one more of a text."""
+    if _argument("past_key_values", args, kwargs) is not None:
+        return 0
+    ids, embedded = (_argument(name, args, kwargs) for name in ("input_ids", "inputs_embeds"))
+    if ids is not None:
+        return ids.numel()
+    return 0 if embedded is None else embedded.shape[0] * embedded.shape[1]
+
+
 def _wanted(model: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
     """A training pass that could be replayed, as far as its arguments say."""
     return (
         model.training
         and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
         and mode() != "0"
         and _argument("past_key_values", args, kwargs) is None
     )
@@ -78,9 +87,13 @@ def replay_decoder_blocks(stock: Callable) -> Callable:
 
     @functools.wraps(stock)
     def LlamaModel_fast_forward(self, *args, **kwargs):
-        if not _wanted(self, args, kwargs):
+        if torch.compiler.is_compiling():
             return stock(self, *args, **kwargs)
         stack = _stacks.get(self)
+        if not _wanted(self, args, kwargs):
+            if stack is not None:
+                stack.make_room(_tokens(args, kwargs))
+            return stock(self, *args, **kwargs)
         if stack is None:
             stack = _stacks[self] = Stack(self)
         reason = stack.off or _why_not_here(self)
@@ -90,6 +103,7 @@ def replay_decoder_blocks(stock: Callable) -> Callable:
                 reason = name
         if reason:
             stack.reasons[reason] += 1
+            stack.make_room(_tokens(args, kwargs))
             return stock(self, *args, **kwargs)
         try:
             self.__dict__["layers"] = stack.stand_in()  # before the module of that name

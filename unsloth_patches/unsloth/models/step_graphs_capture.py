@@ -52,6 +52,11 @@ class CudaRecorder:
         """(bytes allocated, bytes free on the device: cached ones are what a pass needs at its peak)"""
         return torch.cuda.memory_allocated(self.device), torch.cuda.mem_get_info(self.device)[0]
 
+    def room(self) -> int:
+        """Bytes that no tensor has; those of a pool between two replays are among them."""
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return cached + torch.cuda.mem_get_info(self.device)[0]
+
     def reserved(self) -> int:
         """Bytes that are taken, but for what the allocator could give back."""
         torch.cuda.empty_cache()  # a capture does so, too: else its pool would seem smaller by that

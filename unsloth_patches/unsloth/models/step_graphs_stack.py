@@ -92,6 +92,7 @@ class Stack:
         self.reasons: Counter = Counter()
         self.changes: Counter = Counter()
         self.off, self.limit, self.limit_reason = "", MAX_TOKENS, f"more than {MAX_TOKENS} tokens"
+        self.share = POOL_SHARE
         self.standing_in: Optional[_Layers] = None
         self._layers_of: Any = None
         self.forget()
@@ -135,6 +136,7 @@ class Stack:
         reason, bucket, layout = self._bucket_for(hidden, kwargs)
         if bucket is None:
             self.reasons[reason] += 1
+            self.make_room(hidden.shape[0] * hidden.shape[1])
             return self.ordinary(hidden, self._uncompiled(kwargs) if reason == FIRST else kwargs)
         out = replay_blocks(bucket, layout, hidden, kwargs.get("position_ids"), self.state)
         # Asked while the GPU is at work.
@@ -146,6 +148,21 @@ class Stack:
         self.real += layout.real
         self.padded += layout.rows * layout.bucket
         return out
+
+    def make_room(self, tokens: int) -> None:
+        """Gives the graphs' memory back where a pass of so many tokens outside of them may need it.
+
+        For a token it is taken to need as much as the pool holds; a quarter without grad, where nothing
+        is kept. Later graphs may take half as much.
+        """
+        if not tokens or not self.buckets:
+            return
+        needed = tokens / max(key[0] * key[1] for key in self.buckets)
+        needed /= 1 if torch.is_grad_enabled() else 4
+        if self.pool.recorder.room() < self.pool.bytes * (1 + needed):
+            self.share /= 2
+            self.changes["another pass needed the memory"] += 1
+            self._give_back()
 
     def _uncompiled(self, kwargs: dict) -> dict:
         """The arguments of packed rows that are replayed from the second batch on: compiling blocks for
@@ -252,7 +269,7 @@ class Stack:
     ) -> Optional[Bucket]:
         try:
             if self.pool is None:
-                self.pool = Pool(self._recorder(hidden.device), POOL_SHARE)
+                self.pool = Pool(self._recorder(hidden.device), self.share)
             bucket = Bucket(
                 self.pool,
                 self.layers,
@@ -293,10 +310,14 @@ class Stack:
 
         The pool is shared, so it is as large as its largest bucket needs: dropping others frees nothing.
         """
+        self._give_back()
+        self.refused[key] = reason
+        self.limit, self.limit_reason = key[0] * key[1] - 1, reason
+
+    def _give_back(self) -> None:
         self.drops += len(self.buckets)
         self.buckets.clear()
-        self.refused[key], self.pool, self.recorder = reason, None, None
-        self.limit, self.limit_reason = key[0] * key[1] - 1, reason
+        self.pool = self.recorder = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
