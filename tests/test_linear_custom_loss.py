@@ -46,11 +46,11 @@ def test_linear_loss_serves_a_focal_loss_and_skips_rows(linear_loss):
         log_p = torch.log_softmax(logits, 1).gather(1, targets.unsqueeze(1)).squeeze(1)
         return -((1 - log_p.exp()) ** 2 * log_p)
 
-    ours = linear_loss(
-        hidden, weight, focal, labels.clamp(min = 0), bias = bias, keep = keep, chunk_rows = 2
-    )
+    ours = linear_loss(hidden, weight, focal, labels, bias = bias, keep = keep, chunk_rows = 2)
     dense = focal(F.linear(hidden, weight, bias), labels.clamp(min = 0)) * keep
     assert_same(ours, dense, (hidden, weight, bias))
+    none = linear_loss(hidden, weight, focal, labels, bias = bias, keep = torch.zeros_like(keep))
+    assert none.shape == labels.shape and not none.any()
 
 
 def test_linear_loss_refuses_what_it_would_get_wrong(linear_loss):

@@ -28,15 +28,20 @@ def expected(rows):
     return entropy / count, hits / count
 
 
+def own_loss(logits, labels):
+    return 2 * torch.nn.functional.cross_entropy(logits, labels, reduction = "none")
+
+
 @pytest.mark.parametrize("accumulated", [1, 3])
-def test_metrics_are_those_of_the_logits(checkpoint, accumulated):  # noqa: F811
+@pytest.mark.parametrize("options", [{"z_loss": 0.01}, {"loss_fn": own_loss}])
+def test_metrics_are_those_of_the_logits(checkpoint, accumulated, options):  # noqa: F811
     """Of each step's labelled tokens; options set afterwards leave them on, and the loss is the same."""
     from unsloth.fused_loss import set_loss_options
     from unsloth.loss_metrics import log_token_metrics
 
     def prepare(model):
         log_token_metrics(model)
-        set_loss_options(model, z_loss = 0.01)
+        set_loss_options(model, **options)
 
     _, trainer = train(checkpoint, prepare, gradient_accumulation_steps = accumulated)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -51,7 +56,7 @@ def test_metrics_are_those_of_the_logits(checkpoint, accumulated):  # noqa: F811
         assert entry["mean_token_accuracy"] == pytest.approx(accuracy, abs = EXACT)
     plain, _ = train(
         checkpoint,
-        lambda model: set_loss_options(model, z_loss = 0.01),
+        lambda model: set_loss_options(model, **options),
         gradient_accumulation_steps = accumulated,
     )
     assert [entry["loss"] for entry in logged] == pytest.approx(plain, abs = 1e-6)

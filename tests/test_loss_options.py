@@ -287,6 +287,8 @@ def test_a_forward_with_another_loss_takes_options_from_its_logits(served):
         found = call(model, logits, labels = labels, return_dict = return_dict, label_smoothing = 0.3)
         torch.testing.assert_close(found[0], wanted)
         assert isinstance(found, tuple) is not return_dict and found[1] is logits
+        found = call(model, logits, labels, return_dict, label_smoothing = 0.3)  # by position
+        torch.testing.assert_close(found[0], wanted)
     with pytest.raises(NotImplementedError, match = "Linear returns no logits here"):
         call(model, None, labels = labels, label_smoothing = 0.3)
 
@@ -316,6 +318,28 @@ def test_logits_that_are_there_are_scaled_and_capped():
             wanted = F.cross_entropy(capped, labels[0], label_smoothing = options.label_smoothing)
             torch.testing.assert_close(found, wanted, rtol = 1e-4, atol = 1e-5)
         assert (seen[-1].softcap, seen[-1].logit_scale) == (cap or 0.0, scale or 1.0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_loss_of_ones_own_sees_no_ignored_label_of_logits_that_are_there(reduction):
+    """Neither -100 nor the option's; rows without a label have loss 0 and keep their places."""
+    from unsloth.fused_loss import _loss_of_logits
+    from unsloth.loss_options import LossOptions
+
+    def cross_entropy(logits, labels):
+        assert (labels >= 0).all()
+        return F.cross_entropy(logits, labels, reduction = "none")
+
+    logits = torch.randn(1, 5, 9, device = DEVICE, requires_grad = True)
+    labels = torch.tensor([[1, 2, -100, 4, 7]], device = DEVICE)
+    options = LossOptions(loss_fn = cross_entropy, ignore_index = 4, reduction = reduction)
+    found = _loss_of_logits(logits, labels, options = options)
+    masked = labels.masked_fill(labels == 4, -100)[0]
+    wanted = F.cross_entropy(logits[0], masked, reduction = reduction)
+    assert found.shape == (labels.shape if reduction == "none" else ())
+    torch.testing.assert_close(found.flatten(), wanted.flatten())
+    ours, theirs = (torch.autograd.grad(x.sum(), logits)[0] for x in (found, wanted))
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])

@@ -4,6 +4,7 @@
 
 import contextlib
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,10 @@ def test_columns_of_the_loss_are_collated_with_their_tokens(padding_free):
     rows[0]["loss_weights"] = [1.0]
     with pytest.raises(ValueError, match = "3 tokens and 1 values of 'loss_weights'"):
         collator(rows)
+    for missing in (None, float("nan"), "1", [1.0, None, 1.0]):
+        rows[0]["loss_weights"] = missing
+        with pytest.raises(ValueError, match = "a row's 'loss_weights' is .*; give finite numbers"):
+            collator(rows)
 
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
@@ -176,7 +181,7 @@ def test_a_steps_weights_are_told_to_its_batches_where_the_model_has_options():
     model._takes_loss_options = True
     args = SimpleNamespace(average_tokens_across_devices = False, world_size = 1)
     trainer = SimpleNamespace(model = model, args = args, accelerator = None)
-    labels = ([[0, 1, 2, -100]], [[3, 3, 1, 2]])
+    labels, told = ([[0, 1, 2, -100]], [[3, 3, 1, 2]]), []
 
     def counted(
         options,
@@ -185,9 +190,12 @@ def test_a_steps_weights_are_told_to_its_batches_where_the_model_has_options():
     ):
         batches = [{"labels": torch.tensor(each), **columns} for each in labels]
         model._unsloth_loss_options = options
-        found, n_items = counting_weights(lambda self: (batches, items))(trainer)
-        assert found is batches and n_items == items
-        return [batch.get("weight_items") for batch in batches]
+        step = counting_weights(lambda self, epoch_iterator: (list(epoch_iterator), items))
+        found, n_items = step(trainer, epoch_iterator = iter(batches))
+        assert n_items == items and (options or all(a is b for a, b in zip(found, batches)))
+        assert [batch["labels"].tolist() for batch in batches] == list(labels)
+        told.append([batch["labels"].tolist() for batch in found])
+        return [batch.get("weight_items") for batch in found]
 
     assert counted(None) == counted(LossOptions()) == [None, None]
     assert counted(LossOptions(class_weight = weights)) == [1 + 2 + 4 + 1 + 2] * 2
@@ -196,6 +204,9 @@ def test_a_steps_weights_are_told_to_its_batches_where_the_model_has_options():
     assert counted(by_labels) == [None, None]
     halves = torch.full((1, 4), 0.5)
     assert counted(LossOptions(), loss_weights = halves) == [0.5 * (2 + 3)] * 2
+    assert all(each == list(labels) for each in told)
+    assert counted(LossOptions(class_weight = weights, ignore_index = 2)) == [1 + 4 + 1] * 2
+    assert told[-1] == [[[0, 1, -100, -100]], [[3, 3, 1, -100]]]
 
 
 def test_the_weights_of_an_evaluated_batch_are_told_to_it():
@@ -213,6 +224,7 @@ def test_the_weights_of_an_evaluated_batch_are_told_to_it():
         return step(SimpleNamespace(model = model), model, inputs, False)
 
     assert told(LossOptions(class_weight = weights)) == 1 + 2
+    assert told(LossOptions(class_weight = weights, ignore_index = 2)) == 1
     assert told(None) is told(LossOptions()) is told(LossOptions(class_weight = weights), {}) is None
     assert told(LossOptions(class_weight = weights, class_weight_mean = "labels")) is None
     assert "weight_items" not in inputs
@@ -324,6 +336,34 @@ def test_options_that_are_left_out_are_those_of_plain_cross_entropy():
     assert given == {"ignore_index": -100, "class_weight_mean": "weights", "reduction": "mean"}
 
 
+def test_weights_that_nobody_asked_for_are_told_once():
+    """Where the data have them, the model could take them, and the batch has lost them."""
+    from unsloth.loss_in_trainers import warn_of_dropped_weights
+    from unsloth.loss_options import LossOptions
+
+    def told(
+        names = ("loss_weights",),
+        batch = (),
+        options = None,
+        takes = True,
+    ):
+        model = torch.nn.Linear(1, 1)
+        model._takes_loss_options, model._unsloth_loss_options = takes, options
+        trainer = SimpleNamespace(model = model, train_dataset = SimpleNamespace(column_names = names))
+        with warnings.catch_warnings(record = True) as caught:
+            warnings.simplefilter("always")
+            warn_of_dropped_weights(trainer, batch)
+            warn_of_dropped_weights(trainer, batch)
+        return [str(each.message) for each in caught]
+
+    (text,) = told()
+    assert (
+        "loss_weights is not used" in text and "set_loss_options(model, class_weight_mean" in text
+    )
+    assert not told(names = ["text"]) and not told(names = None) and not told(takes = False)
+    assert not told(batch = {"loss_weights": 1}) and not told(options = LossOptions())
+
+
 def test_options_of_a_call_that_do_not_fit_the_models_loss_are_named():
     """Cross entropy's beside a loss of one's own; a column that the batch does not have."""
     from unsloth.loss_options import LossOptions, collect_options
@@ -339,6 +379,14 @@ def test_options_of_a_call_that_do_not_fit_the_models_loss_are_named():
     assert collect_options(model, {}).loss_columns == ()  # without labels there is no loss
     batch = {"labels": torch.ones(1), "scores": 3}
     assert collect_options(model, batch).loss_columns == (3,) and "scores" not in batch
+    model._unsloth_loss_options, labels = None, torch.zeros(2, 3)
+    with pytest.raises(ValueError, match = "z_loss must not be negative, got -1"):
+        collect_options(model, {"labels": labels, "z_loss": -1})
+    with pytest.raises(ValueError, match = r"loss_weights must be \(2, 3\) as the labels are"):
+        collect_options(model, {"labels": labels, "loss_weights": [1.0, 2.0]})
+    weights = [[0.0, 1.0, 2.0]] * 2
+    given = {"labels": None, "shift_labels": labels, "loss_weights": weights}
+    assert collect_options(model, given).loss_weights.tolist() == weights
 
 
 def test_without_trl_transformers_trainer_takes_the_options(monkeypatch):

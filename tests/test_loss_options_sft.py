@@ -321,6 +321,27 @@ def test_a_loss_of_ones_own_trains_without_logits(checkpoint, loss_fn):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(expected[:2]) / 2, abs = EXACT)
 
 
+@pytest.mark.parametrize("options", [{"z_loss": 0.1}, {"loss_fn": focal}])
+def test_labels_that_an_option_ignores_are_nowhere_counted(checkpoint, options):
+    """As those of -100: not among a step's labels, nor an evaluation's."""
+    from unsloth.fused_loss import set_loss_options
+
+    found, rows = [], rows_of_tokens()
+    for ignored in (9, -100):
+        for row in rows:
+            row["labels"] = [
+                ignored if n % 3 == 0 or y in (9, -100) else y for n, y in enumerate(row["labels"])
+            ]
+        losses, trainer = train(
+            checkpoint,
+            lambda model: set_loss_options(model, ignore_index = ignored, **options),
+            rows,
+            gradient_accumulation_steps = 2,
+        )
+        found.append([*losses, trainer.evaluate()["eval_loss"]])
+    assert found[0] == pytest.approx(found[1], abs = EXACT)
+
+
 def test_weights_of_tokens_through_sft_trainer(checkpoint):
     """A loss_weights column: shifted with the labels, and summed over the whole step."""
     from unsloth.fused_loss import set_loss_options

@@ -14,7 +14,15 @@ require("cpu")
 
 import pytest  # noqa: E402
 import unsloth  # noqa: E402, F401  (has to come before transformers)
-from llama_chat import assistant, calls, made, make_llama_tokenizer, result, user  # noqa: E402
+from llama_chat import (  # noqa: E402
+    assistant,
+    calls,
+    identified,
+    made,
+    make_llama_tokenizer,
+    result,
+    user,
+)
 
 SHOWING = ["qwen-2.5", "qwen-3", "gemma-4", "gpt-oss"]
 BLIND = ["chatml", "phi-4", "llama-3", "mistral", "gemma", "gemma-3"]
@@ -116,11 +124,10 @@ def test_calls_are_shown_where_a_template_wants_no_content(missing, warnings):
 def warnings(caplog, monkeypatch):
     """warnings() -> what the module has said so far in this test."""
     module = importlib.import_module("unsloth.tool_calls.other_templates")
-    module._warn_once.cache_clear()
+    monkeypatch.setattr(module, "_warned", set())
     monkeypatch.setattr(module.logger, "propagate", True)
     with caplog.at_level(logging.WARNING, logger = module.logger.name):
         yield lambda: [r.message for r in caplog.records if r.name == module.logger.name]
-    module._warn_once.cache_clear()
 
 
 def renders(tokenizer, messages):
@@ -145,15 +152,178 @@ def test_templates_without_calls_warn_once(name, warnings):
     assert f"{name!r} cannot show tool calls" in said and "qwen-2.5" in said
 
 
-def test_arguments_that_are_no_object_are_told(warnings):
-    """They render as stock renders them."""
-    given = copy.deepcopy(OPENAI)
-    given[1].update(content = "")
-    given[1]["tool_calls"][0]["function"]["arguments"] = "city: Rome"
-    text = made_for("qwen-2.5").apply_chat_template(given, tokenize = False)
-    assert text == rendered_by_plain("qwen-2.5", given)
+ROME, OSLO = made("w", {"city": "Rome"}, "c1"), made("now", {"city": "Oslo"}, "c2")
+HIDES_FURTHER_CALLS = "'gpt-oss' shows one tool call a message"
+HIDES_TEXT = "'gpt-oss' does not show a text beside tool calls"
+
+
+def test_calls_that_a_template_leaves_out_are_told(warnings):
+    """gpt-oss shows the first of several; the remedy that the warning names shows all."""
+    tokenizer = made_for("gpt-oss")
+    several = [user("q"), calls(ROME, OSLO), result("20"), result("5"), assistant("Done.")]
+    for _ in range(2):
+        text = tokenizer.apply_chat_template(several, tokenize = False)
+    assert "Rome" in text and "Oslo" not in text
     (said,) = warnings()
-    assert "'city: Rome'" in said and "no JSON object" in said
+    assert HIDES_FURTHER_CALLS in said and "a message of its own, its result after it" in said
+    apart = [user("q"), calls(ROME), result("20"), calls(OSLO), result("5"), assistant("Done.")]
+    text = tokenizer.apply_chat_template(apart, tokenize = False)
+    shown = ("Rome", "functions.w ", ">20<", "Oslo", "functions.now ", ">5<")
+    places = [text.index(part) for part in shown]
+    assert places == sorted(places) and len(warnings()) == 1
+
+
+def test_a_text_beside_a_call_that_a_template_leaves_out_is_told(warnings):
+    """gpt-oss shows it only where no answer comes later, and then nothing is said."""
+    tokenizer = made_for("gpt-oss")
+    beside = [user("q"), calls(ROME, content = "Let me check."), result("20")]
+    assert "Let me check." in tokenizer.apply_chat_template(beside, tokenize = False)
+    assert warnings() == []
+    answered = [*beside, assistant("Done.")]
+    assert "Let me check." not in tokenizer.apply_chat_template(answered, tokenize = False)
+    (said,) = warnings()
+    assert HIDES_TEXT in said and "a message of its own, before" in said
+    apart = [user("q"), assistant("Let me check."), calls(ROME), result("20"), assistant("Done.")]
+    assert "Let me check." in tokenizer.apply_chat_template(apart, tokenize = False)
+    assert len(warnings()) == 1
+
+
+@pytest.mark.parametrize("name", ["qwen-2.5", "qwen-3", "gemma-4"])
+def test_nothing_is_said_where_all_is_shown(name, warnings):
+    beside = calls(ROME, OSLO, content = "Let me check.")
+    given = [user("q"), beside, result("20"), result("5"), assistant("Done.")]
+    text = made_for(name).apply_chat_template(given, tokenize = False)
+    assert "Let me check." in text and "Oslo" in text and warnings() == []
+
+
+LEGACY = {"name": "get_weather", "arguments": '{"city": "Rome"}'}
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+@pytest.mark.parametrize("name", SHOWING)
+def test_legacy_function_calls_are_shown(name, content, warnings):
+    """function_call and role function, of which no template of Unsloth shows anything."""
+    called = {"role": "assistant", **content, "function_call": LEGACY}
+    answer = {"role": "function", "name": "get_weather", "content": "20"}
+    filled = {**assistant("Done."), "function_call": None}
+    given = [user("q"), called, answer, filled]
+    before = copy.deepcopy(given)
+    text = made_for(name).apply_chat_template(given, tokenize = False)
+    clean = copy.deepcopy(OPENAI)
+    clean[1]["content"], clean[2]["name"] = "", "get_weather"
+    assert text == rendered_by_plain(name, clean) and "Rome" in text and "20" in text
+    assert given == before and warnings() == []
+
+
+def test_legacy_function_calls_that_are_not_read_are_told(warnings):
+    """One is unknown; a template that reads them itself gets them; one without calls warns."""
+    given = [user("q"), {**assistant("Hm."), "function_call": {"name": "f", "kwargs": {"a": 1}}}]
+    tokenizer = made_for("qwen-2.5")
+    assert tokenizer.apply_chat_template(given, tokenize = False) == rendered_by_plain(
+        "qwen-2.5", given
+    )
+    (said,) = warnings()
+    assert "function_call is missing" in said and "'qwen-2.5'" in said and "'kwargs'" in said
+    given[1].update(content = None, function_call = LEGACY)
+    assert "None" not in made_for("gemma").apply_chat_template(given, tokenize = False)
+    assert "'gemma' cannot show tool calls" in warnings()[1]
+    given[1]["function_call"] = {"name": None, "arguments": None}  # an object that Arrow filled in
+    given[1]["content"] = "Hi"
+    assert "None" not in tokenizer.apply_chat_template(given, tokenize = False)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.function_call %}{{ m.function_call.name }}{% else %}"
+        "{{ m.role + ':' + m.content + ';' }}{% endif %}{% endfor %}"
+    )
+    given[1].update(content = None, function_call = LEGACY)
+    given.append({"role": "function", "name": "f", "content": "20"})
+    text = tokenizer.apply_chat_template(given, tokenize = False)
+    assert text == "user:q;get_weatherfunction:20;" and len(warnings()) == 2
+
+
+def test_results_stand_in_the_order_of_their_calls():
+    """qwen prints no ids. Where ids do not tell which result is whose, results stay as they are."""
+    tokenizer = made_for("qwen-2.5")
+    called = calls(ROME, OSLO, content = "")
+
+    def order(*results):
+        given = [user("q"), called, *results, assistant("Done."), called, result("last")]
+        text = tokenizer.apply_chat_template(given, tokenize = False)
+        return [r["content"] for r in sorted(results, key = lambda r: text.index(r["content"]))]
+
+    rome, oslo = identified("R20", "c1"), identified("O5", "c2")
+    assert order(oslo, rome) == order(rome, oslo) == ["R20", "O5"]
+    legacy = {**oslo, "role": "function"}
+    assert order(legacy, rome) == ["R20", "O5"]
+    for unknown in (identified("R20", "c3"), identified("R20", "c2"), result("R20")):
+        assert order(oslo, unknown) == ["O5", "R20"]
+    called["tool_calls"][0] = {**ROME, "id": "c2"}
+    assert order(oslo, rome) == ["O5", "R20"]
+
+
+@pytest.mark.parametrize("empty", [[], (), None, float("nan")])
+@pytest.mark.parametrize("name", SHOWING)
+def test_a_list_of_no_calls_is_no_call(name, empty):
+    given = [user("q"), {**assistant("Hm."), "tool_calls": empty}]
+    text = made_for(name).apply_chat_template(given, tokenize = False)
+    assert text == rendered_by_plain(name, [user("q"), assistant("Hm.")])
+
+
+@pytest.mark.parametrize("missing", [{}, {"arguments": None}], ids = ["absent", "none"])
+@pytest.mark.parametrize("name", SHOWING)
+def test_a_call_without_arguments_has_an_empty_object(name, missing, warnings):
+    def with_arguments(**given):
+        one = {"type": "function", "function": {"name": "now", **given}}
+        return [user("q"), calls(one, content = "")]
+
+    tokenizer = made_for(name)
+    text = tokenizer.apply_chat_template(with_arguments(**missing), tokenize = False)
+    assert text == rendered_by_plain(name, with_arguments(arguments = {}))
+    other_name = with_arguments(**missing, parameters = {"city": "Rome"})
+    assert "Rome" in tokenizer.apply_chat_template(other_name, tokenize = False)
+    assert warnings() == []
+    unknown = with_arguments(arguments = None, kwargs = {"city": "Rome"})
+    assert tokenizer.apply_chat_template(unknown, tokenize = False) == rendered_by_plain(
+        name, unknown
+    )
+    (said,) = warnings()
+    assert repr(name) in said and "the key 'kwargs' looks like arguments" in said
+
+
+def test_calls_in_arrays_are_read():
+    """As rows of pandas hold them."""
+    numpy = pytest.importorskip("numpy")
+    one = made("get_weather", '{"city": "Rome"}')
+    given = [user("q"), {**calls(one), "tool_calls": numpy.array([one, one], dtype = object)}]
+    text = made_for("qwen-2.5").apply_chat_template(given, tokenize = False)
+    assert text.count('"arguments": {"city": "Rome"}') == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        ("city: Rome", "Expecting value"),
+        ('{"city": "Rome", "city": "Oslo"}', "the key 'city' comes twice"),
+        ('{"a": [{"b": 1, "b": 2}]}', "the key 'b' comes twice"),
+        ('{"a": 1e400}', "Out of range float"),
+        ('["Rome"]', "it is a list"),
+    ],
+)
+def test_arguments_that_are_no_object_are_told(arguments, reason, warnings):
+    """They render as stock renders them; one warning a template, with the first one's reason."""
+    given = [user("q"), calls(made("w", arguments), content = ""), result("20")]
+    tokenizer = made_for("qwen-2.5")
+    text = tokenizer.apply_chat_template(given, tokenize = False)
+    assert text == rendered_by_plain("qwen-2.5", given)
+    tokenizer.apply_chat_template([user("q"), calls(made("w", "{"))], tokenize = False)
+    (said,) = warnings()
+    assert "'qwen-2.5'" in said and "no JSON object" in said
+    assert arguments in said and reason in said
+
+
+def test_a_key_twice_with_one_value_loses_nothing(warnings):
+    given = [user("q"), calls(made("w", '{"a": 1, "a": 1}')), result("20")]
+    text = made_for("qwen-2.5").apply_chat_template(given, tokenize = False)
+    assert '"arguments": {"a": 1}' in text and warnings() == []
 
 
 def test_tools_by_position_and_conversations_as_arrays():

@@ -221,6 +221,8 @@ NAN = float("nan")
             [calls(made("f", {"a": 1}))],
         ),
         ([system(["a", {"type": "text", "text": "b"}])], [system("ab")]),
+        # A key twice loses nothing where its values are the same.
+        ([calls(made("f", '{"b": 1, "b": 1}'))], [calls(made("f", {"b": 1}))]),
     ],
 )
 def test_what_else_is_read(given, expected, read):
@@ -255,6 +257,16 @@ def test_what_else_is_read(given, expected, read):
         ({"text": "x", "id": 1}, "the conversation is a dict with the keys text, id; give a list"),
         ({"system": "S", "messages": [user([3])]}, r"messages\[0\]: part 1"),
         (None, "the conversation is a NoneType"),
+        # Readers of JSON keep the last value alone.
+        (
+            [user("q"), calls(made("f", '{"city": "Rome", "city": "Oslo"}'))],
+            r"messages\[1\], call 1 \('f'\): .*the key 'city' comes twice; keep one",
+        ),
+        ([calls(made("f", '{"a": [{"b": 1, "b": 2}]}'))], "the key 'b' comes twice"),
+        (
+            [{"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1, "a": 2}}'}],
+            "the key 'a' comes twice",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_named(given, expected, read):
@@ -376,6 +388,23 @@ def test_a_list_with_more_or_fewer_results_than_calls_stays_one(results, read):
     assert [message.get("content") for message in read(two)[2:]] == [json.dumps(results)]
     two[2] = result(json.dumps(["1", {"b": 2}]))
     assert [message.get("content") for message in read(two)[2:]] == ["1", '{"b": 2}']
+
+
+TWEETS = [{"text": "one"}, {"text": "two"}]
+
+
+@pytest.mark.parametrize("role", ["tool", "ipython", "function"])
+def test_a_result_that_is_a_list_of_texts_stays_a_list(role, read):
+    """Templates print it as JSON; text parts have a type each, or are Bedrock's only one."""
+    typed = [{"type": "text", **one} for one in TWEETS]
+    mixed = [typed[0], TWEETS[1]]
+    for given, expected in ((TWEETS, TWEETS), (mixed, mixed), (typed, "onetwo")):
+        messages = [calls(made("f", {})), result(given, role)]
+        assert read(messages)[1]["content"] == expected
+        part = {"type": "tool_result", "tool_use_id": "a", "content": given}
+        assert read([user([part])])[0]["content"] == expected
+    assert read([calls(made("f", {})), result(TWEETS[:1], role)])[1]["content"] == "one"
+    assert read([user(TWEETS)])[0]["content"] == "onetwo"
 
 
 def test_roles_that_are_enums_become_plain_texts(read):

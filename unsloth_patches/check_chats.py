@@ -330,6 +330,8 @@ def _print(report: Report, console: Console, fix: Optional[Path]) -> None:
             console.print(Text(f"    row{'s' * (len(rows) > 1)} {places}{of}", "dim"))
     if any("pass parallel_tool_calls" in reason for reason in report.kinds):
         console.print(Text("Here: --parallel-tool-calls split, or join, as in training", "dim"))
+    if report.kinds or report.notices:
+        console.print(Text("Rows count from 0, as in a data set", "dim"))
     if report.first_rendered:
         console.print(Text("\nthe first row that renders", "bold"))
         console.print(Text(report.first_rendered[:2000]))

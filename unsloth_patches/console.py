@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Dict, Iterable, List, Sequence, Tuple
 
 from rich.console import Group, RenderableType
@@ -62,7 +63,11 @@ def status_listing(rows: Sequence) -> Group:
     table.add_column("what it gives", overflow = "fold")
     for row in rows:
         table.add_row(Text(row.name, "bold"), Text(_state(row), _style(row.state)), Text(row.title))
-    return Group(Text(f"unsloth_patches {__version__}", "italic"), table, *_reasons(rows))
+    parts = [Text(f"unsloth_patches {__version__}", "italic"), table, *_reasons(rows)]
+    if any("/" in _state(row) for row in rows):
+        meaning = "1/4: one of four functions is replaced; the others' modules are not imported"
+        parts += [Text(""), Text(meaning, "dim")]
+    return Group(*parts)
 
 
 def _state(row) -> str:
@@ -100,7 +105,15 @@ def _status_entry(row) -> Entry:
 
 def doctor_listing(findings: Iterable) -> Group:
     """``doctor``: each check with what was found, the verdict and the remedy."""
-    return listing(f"unsloth_patches {__version__} doctor", map(_doctor_entry, findings))
+    findings = list(findings)
+    count = Counter(finding.verdict for finding in findings)
+    verdict = (
+        Text(f"{count['problem']} of {len(findings)} checks found a problem", "red")
+        if count["problem"]
+        else Text(f"ready; notes: {count['note']}", "green")
+    )
+    entries = map(_doctor_entry, findings)
+    return Group(listing(f"unsloth_patches {__version__} doctor", entries), Text(""), verdict)
 
 
 def _doctor_entry(finding) -> Entry:

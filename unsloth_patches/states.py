@@ -138,8 +138,10 @@ def misfit(record: Record) -> str:
     reason = patch_misfit(record.patch)
     for name in record.patch.requires:
         required = records().get(name)
-        if required and not reason and why_not(required):
-            reason = f"needs {name}, which is {why_not(required)}"
+        why = why_not(required) if required and not reason else ""
+        if why:  # the one at the bottom, not those between
+            _, _, below = why.partition(": ")
+            reason = below if below.startswith("needs ") else f"needs {name}, which is {why}"
     return reason
 
 

@@ -9,7 +9,6 @@ hooks here, and it keeps this tool free of torch.
 from __future__ import annotations
 
 import sys
-import textwrap
 import types
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
@@ -69,9 +68,8 @@ class Project:
     def commit_message(self, patch: Any) -> str:
         """Title, the pull request's text, and the patches that have to be in before, in order."""
         below = ", ".join(each.name for each in self.required(patch)[:-1])
-        needs = textwrap.fill(f"Builds on: {below}", 100, break_on_hyphens = False)
         text = read_text(self.message_file(patch)).strip()
-        return "\n\n".join([patch.title, text, *([needs] if below else [])]) + "\n"
+        return "\n\n".join([patch.title, text, *([f"Builds on: {below}"] if below else [])]) + "\n"
 
     def required(self, patch: Any) -> List[Any]:
         """All that the patch needs, directly or not, in the order of the series, and the patch last."""

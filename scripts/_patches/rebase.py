@@ -16,13 +16,13 @@ from .git import Git, said
 from .project import Project
 from .upstream import Release, get_release, numbers, read_pins, zoo_version
 
-CLEAN, MERGED, REWIRED, STALE = "clean", "merged", "rewired", "stale"
+CLEAN, MERGED, REWIRED, STALE = "clean", "merged", "exported anew", "stale"
 NEWER = "not in this release"
 
 
 @dataclass
 class Outcome:
-    """How one patch fares: clean, merged (git moved hunks), rewired (it fits, but by edits made anew, so that
+    """How one patch fares: clean, merged (git moved hunks), exported anew (it fits, but by edits made anew, so that
     it has to be exported for this release), stale, or not in this release (which is older than what the
     patch builds on); ``notes`` say where."""
 
@@ -39,12 +39,13 @@ def rebase(
 ) -> List[Outcome]:
     """Every patch of the series on ``version``, each on top of those that applied before it.
 
-    keep: a folder for the patches as they apply there.
+    keep: a folder for the patches as they apply there, and their series.
     """
     unsloth = get_release("unsloth", version)
     zoo = get_release("unsloth_zoo", zoo_version(unsloth)) if project.needs_zoo() else None
     git = _with_both_bases(project, unsloth, scratch / "rebase")
     outcomes: Dict[str, Outcome] = {}
+    kept: List[str] = []
     for patch in project.patches:
         outcome = outcomes[patch.name] = Outcome(patch.name)
         if patch.since and numbers(version) < numbers(patch.since):
@@ -66,7 +67,10 @@ def rebase(
             outcome.state = STALE
             outcome.notes += filter(None, reasons)
         if keep is not None and outcome.state != STALE:
-            (keep / project.patch_file(patch).name).write_bytes(git.format_patch())
+            kept.append(project.patch_file(patch).name)
+            (keep / kept[-1]).write_bytes(git.format_patch())
+    if keep is not None:
+        (keep / "series").write_text("".join(f"{name}\n" for name in kept), encoding = "utf-8")
     broken = list(syntax_errors(git.folder, []))
     return [*outcomes.values(), *([Outcome("compile", STALE, broken)] if broken else [])]
 

@@ -60,7 +60,8 @@ def test_status_says_why_a_patch_is_not_in():
     ]
     below = " ".join(lines[lines.index("") :]).split()
     expected = (
-        f"skipped: {reason} ({first.name}, {second.name}) skipped: switched off ({third.name})"
+        f"skipped: {reason} ({first.name}, {second.name}) skipped: switched off ({third.name}) "
+        "1/4: one of four functions is replaced; the others' modules are not imported"
     )
     assert below == expected.split()
 
@@ -100,3 +101,6 @@ def test_a_short_text_stands_beside_its_name_and_a_long_one_below():
     assert lines[3:5] == ["    CPU [4 threads]", "    LoRA works"]
     assert lines[5].split() == ["compiled-swiglu-backward-of-old", "upstreamed"]
     assert lines[6].strip() == "x" * 60
+    assert lines[-1] == "ready; notes: 1"
+    findings.append(Finding("unsloth", "absent", "problem", "install it"))
+    assert printed(doctor_listing(findings))[-1] == "1 of 4 checks found a problem"

@@ -7,6 +7,8 @@ The real series is checked by `python scripts/patches.py check`, which pre-commi
 
 import ast
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 from toy_project import (
@@ -297,7 +299,11 @@ def test_a_module_that_upstream_has_is_not_overwritten(root, tmp_path, cache):
 def rebase_on(root, cache, tmp_path, changes):
     files = {**UPSTREAM, **changes}
     make_release(cache, "unsloth", "2.0", {k: v for k, v in files.items() if v is not None})
-    (outcome,) = rebase.rebase(Project(root), "2.0", tmp_path / "scratch")
+    kept = Path(tempfile.mkdtemp(dir = tmp_path))
+    (outcome,) = rebase.rebase(Project(root), "2.0", tmp_path / "scratch", kept)
+    patches = [path.name for path in kept.glob("*.patch")]
+    assert len(patches) == (outcome.state != rebase.STALE)
+    assert (kept / "series").read_text().split() == patches
     return outcome.state, "\n".join(outcome.notes)
 
 

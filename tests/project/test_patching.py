@@ -515,9 +515,10 @@ def test_status_says_before_that_a_requirement_will_be_out(fake):
     run(
         """
         gone = Patch("gone", "t", (T("unsloth.gone:f", "replace_fast"),))
-        catalogue(gone, Patch("fast", "t", FAST.targets, requires = ("gone",)))
+        between = Patch("between", "t", (T("unsloth:user.use", "replace_fast"),), requires = ("gone",))
+        catalogue(gone, between, Patch("fast", "t", FAST.targets, requires = ("between",)))
         expected = "needs gone, which is to be skipped: this Unsloth has no module unsloth.gone"
-        assert reasons()["fast"] == f"will be skipped: {expected}"
+        assert reasons()["fast"] == f"will be skipped: {expected}"  # not the one between
         import unsloth
         assert reasons()["fast"] == expected and unsloth.fast(1) == ("stock", 1)
         """,

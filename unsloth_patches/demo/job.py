@@ -48,7 +48,7 @@ def fine_tune(
         with console.status("making a random model and training its tokenizer …"):
             model_folder = save_scratch(out / "model")
     with console.status(f"loading {model_folder} in 4 bits …"):
-        model, tokenizer = train.load(model_folder, recipe)
+        model, tokenizer = train.load(model_folder.resolve(), recipe)  # the adapter names it
     settings = _settings(model, tokenizer, model_folder, recipe, seed)
     console.print(report.settings_table(settings))
     _require_4bit(settings["layers in 4 bits"], model_folder)

@@ -57,8 +57,8 @@ class RowLoss:
                 )
             if class_weight.shape != (vocab_size,):
                 raise ValueError(
-                    f"{name}: class_weight must be [{vocab_size}], one weight a class, "
-                    f"got shape {tuple(class_weight.shape)}."
+                    f"{name}: class_weight must be [{vocab_size}], one weight a class, got shape "
+                    f"{tuple(class_weight.shape)}; set it again where the embeddings were resized."
                 )
             if class_weight.requires_grad:
                 raise ValueError(

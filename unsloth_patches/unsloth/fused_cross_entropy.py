@@ -235,7 +235,9 @@ def head_loss(
             if loss_weights is not None:
                 loss_weights = loss_weights.roll(-1, labels.dim() - 1)
         chunk_rows = options.pop("chunk_rows", None)
-        options.pop("observe", None)  # statistics of cross entropy
+        observe = options.pop("observe", None)
+        if observe is not None:
+            _observe(observe, hidden, weight, rows[0], bias, ignore_index, scale, softcap)
         apply_to_rows = functools.partial(
             linear_loss, hidden, weight, bias = bias, chunk_rows = chunk_rows
         )
@@ -268,6 +270,25 @@ def head_loss(
         head_grad_dtype = torch.float32 if wide_head and weight.dtype != torch.float64 else None,
         **options,
     )
+
+
+def _observe(observe: Callable, hidden, weight, labels, bias, ignore_index, scale, softcap) -> None:
+    """Shows the logits, which a loss of one's own has in its own way: their products once more."""
+    from .kernels.linear_cross_entropy import linear_cross_entropy
+
+    training = torch.is_grad_enabled()
+    with torch.no_grad():
+        linear_cross_entropy(
+            hidden.detach(),
+            weight.detach(),
+            labels,
+            None if bias is None else bias.detach(),
+            ignore_index = ignore_index,
+            logit_scale = scale,
+            softcap = softcap,
+            nan_if_empty = False,
+            observe = lambda *seen: observe(*seen[:-1], training),
+        )
 
 
 def custom_loss(
@@ -303,7 +324,7 @@ def custom_loss(
         if not isinstance(found, torch.Tensor) or found.shape != weights.shape:
             raise ValueError(
                 f"loss_fn must return each token's loss, {tuple(weights.shape)}; it returned "
-                f"{tuple(getattr(found, 'shape', ())) or type(found).__name__}."
+                f"{tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__}."
             )
         found = found * weights
         return found if reduction == "none" else found.sum()

@@ -18,6 +18,7 @@ from typing import Any, Callable
 import torch
 
 from .loss_calls import calls, count_call, require_parameters
+from .loss_in_trainers import warn_of_dropped_weights
 from .loss_options import (
     PLAIN,
     LossOptions,
@@ -146,8 +147,14 @@ def _loss_of_logits(
     from .cross_entropy_spec import RowLoss
     from .fused_cross_entropy import custom_loss
 
+    if options.ignore_index != -100:
+        labels = labels.masked_fill(labels == -100, options.ignore_index)
+
     def apply_to_rows(function, *arguments, keep):
-        return function(logits[keep].float(), *(argument[keep] for argument in arguments))
+        found = function(logits[keep].float(), *(argument[keep] for argument in arguments))
+        return (
+            found if found.dim() == 0 else found.new_zeros(keep.shape).masked_scatter(keep, found)
+        )
 
     transform = RowLoss(logit_scale = logit_scaling or 1.0, softcap = logit_softcapping or 0.0)
     rows = (labels, *(column.to(labels.device) for column in options.loss_columns))
@@ -234,10 +241,15 @@ def taking_options(
     in_force: False while whoever put the loss in has taken it out again, to compare: the call is stock.
     """
 
+    names = list(inspect.signature(forward).parameters)[1:]
+    place_of_labels = names.index("labels") if "labels" in names else len(names)
+
     @functools.wraps(forward)
     def with_options(self, *args, **kwargs):
         if not in_force():
             return forward(self, *args, **kwargs)
+        kwargs.update(zip(names[place_of_labels:], args[place_of_labels:]))
+        args = args[:place_of_labels]
         options = collect_options(self, kwargs)
         shifted = kwargs.get("shift_labels")
         if isinstance(shifted, torch.Tensor):
@@ -333,6 +345,8 @@ def label_smoothing_in_the_model(compute_loss, in_force = lambda: True):
     @functools.wraps(compute_loss)
     def with_smoothing(self, model, inputs, *args, **kwargs):
         smoother = getattr(self, "label_smoother", None)
+        if in_force():
+            warn_of_dropped_weights(self, inputs)
         if not in_force() or not _smooths_in_model(self, model, inputs, smoother):
             return compute_loss(self, model, inputs, *args, **kwargs)
         try:

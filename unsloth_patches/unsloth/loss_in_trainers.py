@@ -7,6 +7,7 @@ Put in with the first `set_loss_options`; a trainer whose model has no options r
 
 import contextlib
 import functools
+import warnings
 from typing import Any, Callable, Iterable, List, Optional
 
 import torch
@@ -61,15 +62,19 @@ def trainer_options(model: Any) -> Optional[LossOptions]:
 
 
 def counting_weights(stock):
-    """``Trainer.get_batch_samples``: each batch is told what the weights of the whole step's labels sum to."""
+    """``Trainer.get_batch_samples``: each batch is told what the weights of the whole step's labels sum to.
+
+    Labels of ``ignore_index`` are -100 from here on: that is what everybody counts by.
+    """
 
     @functools.wraps(stock)
-    def get_batch_samples(self, *args, **kwargs):
-        batches, n_items = stock(self, *args, **kwargs)
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
         options = trainer_options(self.model)
         if options is None:
-            return batches, n_items
+            return stock(self, epoch_iterator, *args, **kwargs)
         refuse_other_losses(self)
+        batches = (_without_ignored(batch, options) for batch in epoch_iterator)
+        batches, n_items = stock(self, batches, *args, **kwargs)
         if n_items is not None and any(_is_weighted(batch, options) for batch in batches):
             total = sum(_sum_of_weights(batch, options) for batch in batches)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
@@ -88,6 +93,8 @@ def weighing_evaluation(stock):
     @functools.wraps(stock)
     def prediction_step(self, model, inputs, *args, **kwargs):
         options = trainer_options(self.model)
+        if options is not None:
+            inputs = _without_ignored(inputs, options)
         if (
             options is not None
             and inputs.get("labels") is not None
@@ -97,6 +104,18 @@ def weighing_evaluation(stock):
         return stock(self, model, inputs, *args, **kwargs)
 
     return prediction_step
+
+
+def _without_ignored(batch, options: LossOptions):
+    """The batch, or one like it in which labels of the options' ``ignore_index`` are -100."""
+    if options.ignore_index == -100:
+        return batch
+    masked = {
+        name: batch[name].masked_fill(batch[name] == options.ignore_index, -100)
+        for name in ("labels", "shift_labels")
+        if isinstance(batch.get(name), torch.Tensor)
+    }
+    return {**batch, **masked}
 
 
 def _is_weighted(batch, options: LossOptions) -> bool:
@@ -123,6 +142,21 @@ def _sum_of_weights(batch, options: LossOptions) -> torch.Tensor:
         table = options.class_weight.to(labels.device, torch.float64)
         values = values * table[labels.clamp(0, table.shape[0] - 1)]
     return (values if weights is None else values * weights).sum()
+
+
+def warn_of_dropped_weights(trainer: Any, inputs: Any) -> None:
+    """Once a trainer, where its data have weights, and its model, which could take them, no options."""
+    if "_loss_weights_asked" in vars(trainer):
+        return
+    trainer._loss_weights_asked = True
+    names = getattr(getattr(trainer, "train_dataset", None), "column_names", None) or ()
+    dropped = "loss_weights" in names and "loss_weights" not in inputs
+    if dropped and trainer_options(trainer.model) is None and model_taking_options(trainer.model):
+        warnings.warn(
+            "Unsloth: the data set's column loss_weights is not used. Before the trainer is made, call "
+            'set_loss_options(model, class_weight_mean = "weights") of unsloth.fused_loss.',
+            stacklevel = 2,
+        )
 
 
 def keeping_columns(stock):
@@ -279,7 +313,16 @@ class ColumnCollator:
         return batch
 
     def _row(self, name: str, value: Any, length: int) -> torch.Tensor:
-        row = torch.as_tensor(value)
+        try:
+            row = torch.as_tensor(value)
+            known = bool(row.isfinite().all())
+        except (TypeError, ValueError, RuntimeError):  # None, or text
+            known = False
+        if not known:
+            raise ValueError(
+                f"a row's {name!r} is {value!r:.80}; give finite numbers, and one to every row (1.0 where "
+                "data sets are joined of which some have none)."
+            )
         row = row.float() if row.is_floating_point() or name == "loss_weights" else row
         if row.dim() == 0:
             return row.expand(length)

@@ -161,6 +161,7 @@ def collect_options(model: Any, arguments: Dict[str, Any]) -> LossOptions:
     options = getattr(model, "_unsloth_loss_options", None) or PLAIN
     given = {key: arguments.pop(key) for key in CALL_ARGUMENTS if key in arguments}
     given = {key: value for key, value in given.items() if value is not None}
+    _check_call(name, arguments, given)
     if options.loss_fn is not None:
         unused = [key for key in ("class_weight", "label_smoothing", "z_loss") if given.get(key)]
         if unused:
@@ -183,6 +184,20 @@ def collect_options(model: Any, arguments: Dict[str, Any]) -> LossOptions:
     if isinstance(bias, torch.Tensor):
         given["bias"] = bias
     return replace(options, **given) if given else options
+
+
+def _check_call(name: str, arguments: Dict[str, Any], given: Dict[str, Any]) -> None:
+    if given.get("z_loss", 0.0) < 0.0:
+        raise ValueError(f"{name}: z_loss must not be negative, got {given['z_loss']}.")
+    if "loss_weights" in given:
+        shifted = arguments.get("shift_labels")
+        labels = arguments.get("labels") if shifted is None else shifted
+        weights = given["loss_weights"] = torch.as_tensor(given["loss_weights"])
+        if labels is not None and weights.shape != labels.shape:
+            raise ValueError(
+                f"{name}: loss_weights must be {tuple(labels.shape)} as the labels are, a weight a token; "
+                f"got {tuple(weights.shape)}."
+            )
 
 
 def _takes_options(module: Any) -> bool:

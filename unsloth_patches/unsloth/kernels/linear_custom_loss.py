@@ -55,7 +55,6 @@ def linear_loss(
     would be lost. A second derivative is refused.
     """
     head = prepare_head(_NAME, hidden, weight, bias)
-    rows = head.hidden.shape[0]
     flat = tuple(_row_argument(number, arg, head) for number, arg in enumerate(row_args))
     if keep is not None:
         if keep.dtype != torch.bool or keep.shape != head.shape:
@@ -65,7 +64,7 @@ def linear_loss(
             )
         check_device(_NAME, head.hidden, keep = keep)
         keep = keep.reshape(-1)
-    per_row = _returns_rows(loss_fn, head, flat, rows)
+    per_row = _returns_rows(loss_fn, head, flat, keep)
     result = chunked_rows_loss(_NAME, head, loss_fn, flat, keep, chunk_rows, per_row)
     return result.reshape(head.shape) if per_row else result
 
@@ -86,9 +85,11 @@ def _row_argument(number: int, arg, head: HeadInputs) -> torch.Tensor:
     return arg.reshape(head.hidden.shape[0], *arg.shape[lead:])
 
 
-def _returns_rows(loss_fn, head: HeadInputs, flat, rows: int) -> bool:
-    """Whether loss_fn returns row losses; tried on a few rows, together and in two halves."""
-    few = torch.arange(min(rows, 8), device = head.hidden.device) * max(rows // 8, 1)
+def _returns_rows(loss_fn, head: HeadInputs, flat, keep: Optional[torch.Tensor]) -> bool:
+    """Whether loss_fn returns row losses; tried on a few rows to keep, together and in two halves."""
+    rows = torch.arange(head.hidden.shape[0], device = head.hidden.device)
+    rows = rows if keep is None else rows[keep]
+    few = rows[:: max(len(rows) // 8, 1)][:8]
     with torch.no_grad(), without_autocast(head.hidden.device.type):
         hidden = head.hidden.detach()[few]
         logits = _wide(torch.nn.functional.linear(hidden, head.weight.detach()), head.bias)
@@ -108,7 +109,7 @@ def _returns_rows(loss_fn, head: HeadInputs, flat, rows: int) -> bool:
         )
     _refuse_other_leaves(together, leaves)
     per_row = together.dim() == 1
-    if rows < 2:
+    if len(few) < 2:
         return per_row
     with torch.no_grad():
         halves = [on(slice(0, len(few) // 2)), on(slice(len(few) // 2, None))]

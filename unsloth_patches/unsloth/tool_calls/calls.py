@@ -15,6 +15,7 @@ from typing import Any, Dict, Optional, Sequence
 
 from .errors import ToolCallError, where_in
 from .parser import MAX_DEPTH, NAME_PATTERN, USUAL_NAME, is_too_deep
+from .reading import read_json
 from .schemas import Schemas, without_filling
 from .values import plain
 
@@ -135,7 +136,7 @@ def _as_object(arguments: Any, where: str) -> Dict[str, Any]:
         if not isinstance(arguments, str):
             break
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
+            arguments = read_json(arguments) if arguments.strip() else {}
         except (ValueError, RecursionError) as error:
             raise ToolCallError(
                 where

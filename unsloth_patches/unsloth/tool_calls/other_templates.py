@@ -4,17 +4,19 @@
 
 ``standardize_sharegpt`` stores arguments as JSON text, since Arrow would fill objects with nulls.
 Most templates (qwen, mistral, gpt-oss) print that text quoted a second time, and some (chatml, llama-3)
-print no calls at all. Many stop at a call without content, or print "None" for it. How a template takes
-calls is found out by rendering one with it.
+print no calls at all. Many stop at a call without content, or print "None" for it; gpt-oss prints
+the first call of a message alone, most print results without their ids, and none knows OpenAI's old
+``function_call``. How a template takes calls is found out by rendering one with it.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any, List, Optional
 
 from .checks import (
     MixedIn,
@@ -24,12 +26,15 @@ from .checks import (
     known_signature,
     mixed_class,
 )
-from .reading import RESULT_ROLES
-from .values import plain
+from .errors import ToolCallError
+from .reading import RESULT_ROLES, read_arguments, read_call, read_json
+from .values import is_missing, plain
 
 logger = logging.getLogger(__name__)
 
-_FILLED = ("tool_calls", "tool_call_id", "name")  # None in every other message after Arrow
+# None in every other message after Arrow
+_FILLED = ("tool_calls", "tool_call_id", "name", "function_call")
+_FINITE = json.JSONEncoder(allow_nan = False)
 _PROBE = {"probe_key": "probe_value"}
 SAVED_NAME = "unsloth_chat_template"  # in tokenizer_config.json, for a reload
 
@@ -98,6 +103,10 @@ def _prepared(conversation, render, template: str, name: str):
     if not any(isinstance(m, Mapping) and _may_have_tools(m) for m in conversation):
         return conversation
     messages = [_without_filled(message) for message in conversation]
+    if any(_legacy_call(m) for m in messages):
+        if _reads_legacy_calls(template, render):
+            return messages
+        messages = [_with_legacy_call(m, index, name) for index, m in enumerate(messages)]
     if not any(isinstance(m, Mapping) and _has_tools(m) for m in messages):
         return messages
     messages = [_with_content(message, template, render) for message in messages]
@@ -109,26 +118,59 @@ def _prepared(conversation, render, template: str, name: str):
             "llama-3.1 or qwen-2.5, or write the calls into the content."
         )
         return messages
-    if any(map(_calls_beside_text, messages)) and not _shows_beside_text(template, render, form):
-        _warn_once(
-            f"Unsloth: the chat template {name!r} shows no tool calls beside a text: such calls are missing "
-            "from what is rendered and trained. Give them a message of their own, without content."
-        )
-    return [_in_form(message, form) for message in messages]
+    _tell_what_is_lost(messages, template, render, name)
+    return _in_call_order([_in_form(message, form, name) for message in messages])
 
 
 def _may_have_tools(message: Mapping) -> bool:
-    return "tool_calls" in message or message.get("role") in RESULT_ROLES
+    return "tool_calls" in message or "function_call" in message or _is_result(message)
 
 
 def _has_tools(message: Mapping) -> bool:
-    return bool(message.get("tool_calls")) or message.get("role") in RESULT_ROLES
+    return bool(message.get("tool_calls")) or _is_result(message)
+
+
+def _is_result(message: Any) -> bool:
+    return isinstance(message, Mapping) and message.get("role") in RESULT_ROLES
+
+
+def _calls(message: Any) -> List[Any]:
+    calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+    return list(calls) if isinstance(calls, (list, tuple)) else []
 
 
 def _without_filled(message: Any) -> Any:
+    """Without what Arrow filled in, and without a list of no calls, which stops gpt-oss."""
     if not isinstance(message, Mapping):
         return message
-    return {k: v for k, v in message.items() if v is not None or k not in _FILLED}
+    kept = {key: plain(value) for key, value in message.items() if key in _FILLED}
+    gone = [key for key, value in kept.items() if is_missing(value) or value in ([], ())]
+    return {key: kept.get(key, value) for key, value in message.items() if key not in gone}
+
+
+def _legacy_call(message: Any) -> Any:
+    """OpenAI's function_call, from before tool_calls; None where there is none."""
+    if not isinstance(message, Mapping) or message.get("tool_calls"):
+        return None
+    call = plain(message.get("function_call"))
+    # Older Arrow files fill objects in with nulls.
+    return None if isinstance(call, Mapping) and not any(call.values()) else call
+
+
+def _with_legacy_call(message: Any, index: int, name: str) -> Any:
+    call = _legacy_call(message)
+    if not call:
+        return message
+    try:
+        calls = [read_call(call, index, 1)]
+    except ToolCallError as error:
+        _warn_once(
+            f"Unsloth: a function_call is missing from what the chat template {name!r} renders. "
+            "Write it as tool_calls.",
+            str(error).replace("Unsloth: ", "", 1),
+        )
+        return message
+    return {**{k: v for k, v in message.items() if k != "function_call"}, "tool_calls": calls}
 
 
 def _with_content(message: Any, template: str, render) -> Any:
@@ -136,64 +178,124 @@ def _with_content(message: Any, template: str, render) -> Any:
     calls = message.get("tool_calls") if isinstance(message, Mapping) else None
     if not calls or message.get("content") not in (None, ""):
         return message
-    given = {"content": message["content"]} if "content" in message else {}
-    key = (template, *given.values())
-    if key not in _contents:
-        _contents[key] = _content(template, render, given)
-    return {**message, **_contents[key]}
+    given = (message["content"],) if "content" in message else ()
+    return {**message, **_content(template, render, *given)}
 
 
-def _calls_beside_text(message: Any) -> bool:
-    return isinstance(message, Mapping) and bool(
-        message.get("tool_calls") and message.get("content")
-    )
+def _tell_what_is_lost(messages: List[Any], template: str, render, name: str) -> None:
+    """Warns of calls and texts that the template leaves out, though it shows calls."""
+    if any(len(_calls(m)) > 1 for m in messages) and not _shows_several(template, render):
+        _warn_once(
+            f"Unsloth: the chat template {name!r} shows one tool call a message: the others are "
+            "missing from what is rendered and trained, and their results may stand under the name "
+            "of the first. Give each call a message of its own, its result after it, or choose a "
+            "template that shows several, such as qwen-2.5."
+        )
+    answered = False  # gpt-oss drops a text beside a call where an answer comes later
+    for message in reversed(messages):
+        if not isinstance(message, Mapping) or message.get("role") != "assistant":
+            continue
+        if not message.get("tool_calls"):
+            answered = True
+        elif message.get("content"):
+            _tell_of_text(_lost_beside_text(template, render, answered), name)
 
 
-def _in_form(message: Any, form: str) -> Any:
-    calls = message.get("tool_calls") if isinstance(message, Mapping) else None
-    if not isinstance(calls, (list, tuple)) or not calls:
+def _tell_of_text(lost: str, name: str) -> None:
+    if lost == "call":
+        _warn_once(
+            f"Unsloth: the chat template {name!r} shows no tool calls beside a text: such calls "
+            "are missing from what is rendered and trained. Give them a message of their own, "
+            "without content."
+        )
+    elif lost == "text":
+        _warn_once(
+            f"Unsloth: the chat template {name!r} does not show a text beside tool calls: it is "
+            "missing from what is rendered and trained. Give it a message of its own, before that "
+            "with the calls."
+        )
+
+
+def _in_call_order(messages: List[Any]) -> List[Any]:
+    """Results in the order of their calls, where ids tell it: most templates print no ids."""
+    ordered: List[Any] = []
+    for are_results, run in itertools.groupby(messages, _is_result):
+        run = list(run)
+        if are_results and ordered:
+            calls = [call for call in _calls(ordered[-1]) if isinstance(call, Mapping)]
+            ids = [call["id"] for call in calls if call.get("id") is not None]
+            given = [result.get("tool_call_id") for result in run]
+            if all(ids.count(one) == given.count(one) == 1 for one in given):
+                run.sort(key = lambda result: ids.index(result["tool_call_id"]))
+        ordered += run
+    return ordered
+
+
+def _in_form(message: Any, form: str, name: str) -> Any:
+    """The message with calls as the template takes them; role ``function`` becomes ``tool``."""
+    if _is_result(message) and message["role"] == "function":
+        return {**message, "role": "tool"}
+    calls = _calls(message)
+    if not calls:
         return message
-    return {**message, "tool_calls": [_call_in_form(call, form) for call in calls]}
+    return {**message, "tool_calls": [_call_in_form(call, form, name) for call in calls]}
 
 
-def _call_in_form(call: Any, form: str) -> Any:
+def _call_in_form(call: Any, form: str, name: str) -> Any:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping):
         return call
     arguments = function.get("arguments")
-    if form == "text" and isinstance(arguments, Mapping):
-        arguments = json.dumps(arguments, ensure_ascii = False)
-    elif form == "object" and isinstance(arguments, str):
-        try:
-            read = json.loads(arguments) if arguments.strip() else {}
-        except ValueError:
-            read = None
-        if not isinstance(read, dict):
-            _warn_once(
-                f"Unsloth: the arguments {arguments[:80]!r} of a tool call are no JSON object, and are "
-                "rendered as the text that they are; correct them where the template should show an object."
-            )
-            return call
-        arguments = read
+    try:
+        if is_missing(arguments):
+            given = {key: value for key, value in function.items() if not is_missing(value)}
+            arguments = read_arguments(given, "")  # they may have another name
+            arguments = {} if arguments is None else arguments
+        if form == "text" and isinstance(arguments, Mapping):
+            arguments = json.dumps(arguments, ensure_ascii = False)
+        elif form == "object" and isinstance(arguments, str):
+            arguments = _read_object(arguments)
+    except (ValueError, RecursionError) as error:
+        _warn_once(
+            f"Unsloth: arguments of a tool call are no JSON object, and the chat template {name!r} "
+            "renders them as they are; give a dict, or the JSON text of one.",
+            f"{str(arguments)[:80]!r}: {error}",
+        )
+        return call
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _read_object(text: str) -> dict:
+    """The object that a JSON text is. Raises ValueError for what would not be shown as it is."""
+    read = read_json(text) if text.strip() else {}
+    if not isinstance(read, dict):
+        raise ValueError(f"it is a {type(read).__name__}")
+    _FINITE.encode(read)  # 1e400 is read as infinity
+    return read
 
 
 # ---------------------------------------------------------------- templates
 
-_forms: dict = {}  # by template
-_contents: dict = {}  # by template, and the empty content that was given, if one was
-_beside_text: dict = {}  # by template
 _EMPTY = ({"content": ""}, {"content": None})
 
 
+def _found_out_once(find):
+    """``find(template, render, *more)``, called once for each template and ``more``."""
+    found: dict = {}
+
+    @functools.wraps(find)
+    def kept(template, render, *more):
+        key = (template, *more)
+        if key not in found:
+            found[key] = find(template, render, *more)
+        return found[key]
+
+    return kept
+
+
+@_found_out_once
 def form_of_arguments(template: str, render) -> Optional[str]:
-    """``"object"`` or ``"text"``, as the template prints arguments right; None: it shows no calls."""
-    if template not in _forms:
-        _forms[template] = _form(template, render)
-    return _forms[template]
-
-
-def _form(template: str, render) -> Optional[str]:
+    """``"object"`` or ``"text"``, as the template prints arguments right; None: it has no calls."""
     for content in _EMPTY:  # DeepSeek's show calls beside None alone
         as_object = _rendered_probe(template, render, _PROBE, content)
         if "probe_value" in as_object and "probe_tool" in as_object and "{'probe" not in as_object:
@@ -204,41 +306,88 @@ def _form(template: str, render) -> Optional[str]:
     return None
 
 
-def _content(template: str, render, given: dict) -> dict:
-    """``given``, or the empty content with which the template renders a call better."""
-    form = form_of_arguments(template, render)
+@_found_out_once
+def _content(template: str, render, *given) -> dict:
+    """The content given (none, None or ""), or the empty one that renders a call better."""
+    arguments = _in_probe(form_of_arguments(template, render))
 
     def merits(content):
-        text = _rendered_probe(template, render, _in_probe(form), content)
+        text = _rendered_probe(template, render, arguments, content)
         return bool(text), "probe_tool" in text, "None" not in text
 
-    return max((given, *_EMPTY), key = merits)
+    return max(({"content": one for one in given}, *_EMPTY), key = merits)
 
 
-def _shows_beside_text(template: str, render, form: str) -> bool:
-    if template not in _beside_text:
-        text = _rendered_probe(template, render, _in_probe(form), {"content": "Hi"})
-        _beside_text[template] = (
-            not text or "probe_tool" in text
-        )  # no text: the template says it itself
-    return _beside_text[template]
+# Of a template that stops, here and below, nothing is said: it says itself what it does not take.
+
+
+@_found_out_once
+def _shows_several(template: str, render) -> bool:
+    arguments = _in_probe(form_of_arguments(template, render))
+    content, names = _content(template, render, ""), ("probe_tool", "probe_other")
+    text = _rendered_probe(template, render, arguments, content, names = names)
+    return not text or "probe_other" in text
+
+
+@_found_out_once
+def _lost_beside_text(template: str, render, answered: bool) -> str:
+    """What the template leaves out of a call beside a text: ``"call"``, ``"text"`` or nothing."""
+    arguments = _in_probe(form_of_arguments(template, render))
+    answer = [{"role": "assistant", "content": "Hi"}] if answered else []
+    after = [{"role": "tool", "tool_call_id": "probe0001", "content": "Hi"}, *answer]
+    for following in (after, []):  # some take no role tool
+        text = _rendered_probe(
+            template, render, arguments, {"content": "probe_text"}, after = following
+        )
+        if text:
+            return "call" if "probe_tool" not in text else "" if "probe_text" in text else "text"
+    return ""
+
+
+@_found_out_once
+def _reads_legacy_calls(template: str, render) -> bool:
+    call = {"name": "probe_tool", "arguments": json.dumps(_PROBE)}
+    messages = [{"role": "assistant", **content, "function_call": call} for content in _EMPTY]
+    return any("probe_tool" in _rendered(template, render, [message]) for message in messages)
 
 
 def _in_probe(form: Optional[str]) -> Any:
     return json.dumps(_PROBE) if form == "text" else _PROBE
 
 
-def _rendered_probe(template: str, render, arguments: Any, content: dict) -> str:
-    function = {"name": "probe_tool", "arguments": arguments}
-    calls = [{"id": "probe0001", "type": "function", "function": function}]
-    ask = {"role": "user", "content": "Hi"}
+def _rendered_probe(
+    template: str,
+    render,
+    arguments: Any,
+    content: dict,
+    names = ("probe_tool",),
+    after = (),
+) -> str:
+    calls = [
+        {
+            "id": f"probe{number:04}",
+            "type": "function",
+            "function": {"name": name, "arguments": arguments},
+        }
+        for number, name in enumerate(names, 1)
+    ]
+    message = {"role": "assistant", **content, "tool_calls": calls}
+    return _rendered(template, render, [message, *after])
+
+
+def _rendered(template: str, render, messages) -> str:
     try:
-        messages = [ask, {"role": "assistant", **content, "tool_calls": calls}]
+        messages = [{"role": "user", "content": "Hi"}, *messages]
         return render(messages, chat_template = template, tokenize = False)
     except Exception:  # whatever a template raises for what it does not take
         return ""
 
 
-@functools.lru_cache(maxsize = 1000)
-def _warn_once(text: str) -> None:
-    logger.warning(text)
+_warned: set = set()
+
+
+def _warn_once(text: str, example: str = "") -> None:
+    """Once a text; the first one's example comes with it."""
+    if text not in _warned:
+        _warned.add(text)
+        logger.warning(f"{text} {example}" if example else text)

@@ -102,9 +102,26 @@ def _listed(conversation: Any) -> Tuple[List[Any], int]:
 
 def _json(text: str, what: str) -> Any:
     try:
-        return json.loads(text)
+        return read_json(text)
     except (ValueError, RecursionError) as error:
         raise ToolCallError(f"{what} is a text that is not JSON ({error}): {text!r:.80}") from None
+
+
+def read_json(text: str) -> Any:
+    """What a JSON text holds. Raises ValueError where a key's first value of two would be lost."""
+    return _DECODER.decode(text)
+
+
+def _without_loss(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    read = dict(pairs)
+    if len(read) < len(pairs):
+        for key, value in pairs:
+            if value is not read[key] and value != read[key]:
+                raise ValueError(f"the key {key!r} comes twice; keep one")
+    return read
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook = _without_loss)
 
 
 # ---------------------------------------------------------------- one message
@@ -216,7 +233,7 @@ def _calls_in_text(message: Dict[str, Any], content: Any, index: int) -> List[Di
             content = {k: v for k, v in content.items() if k not in ("id", "status")}
     where = where_in(index)
     try:
-        value = json.loads(content) if isinstance(content, str) else content
+        value = read_json(content) if isinstance(content, str) else content
     except (ValueError, RecursionError) as error:
         raise ToolCallError(where + f"the call is not JSON ({error}): {content!r:.80}") from None
     calls = value if isinstance(value, list) else [value]
@@ -239,7 +256,7 @@ def _parts(content: Any, role: Any, where: str):
     if isinstance(content, Mapping) and role not in ("tool", "ipython"):
         content = [content]
     if not isinstance(content, (list, tuple)) or (
-        role in ("tool", "ipython") and not _is_text(content)
+        role in ("tool", "ipython") and not (_is_text(content) and _may_be_parts(content))
     ):
         return content, [], []
     texts: List[str] = []
@@ -256,7 +273,9 @@ def _parts(content: Any, role: Any, where: str):
             calls.append(part)
         elif kind == "tool_result":
             result = {"role": "tool", "tool_call_id": part.get("tool_use_id")}
-            inner, _, _ = _parts(plain(part.get("content")), "user", f"{where}part {number}: ")
+            inner = plain(part.get("content"))
+            if _may_be_parts(inner):
+                inner, _, _ = _parts(inner, "user", f"{where}part {number}: ")
             results.append({**result, "content": "" if inner is None else inner})
         else:
             raise ToolCallError(
@@ -278,6 +297,12 @@ def _is_text(content: Any) -> bool:
         )
         for part in content
     )
+
+
+def _may_be_parts(result: Any) -> bool:
+    """Whether a tool's result may be content in parts; several texts without a type are none."""
+    several = isinstance(result, (list, tuple)) and len(result) > 1 and _is_text(result)
+    return not several or all(part.get("type") or part.get("block_type") for part in result)
 
 
 def _described(part: Any) -> str:
@@ -314,7 +339,7 @@ def read_call(raw: Any, index: int, number: int) -> Dict[str, Any]:
     name = fields.get("name", fields.get("tool_name"))
     ids = (fields.get(key) for key in ("id", "call_id", "tool_id", "tool_call_id"))
     call_id = next((one for one in ids if one is not None), None)
-    function = {"name": name, "arguments": _arguments(fields, where_in(index, number, name))}
+    function = {"name": name, "arguments": read_arguments(fields, where_in(index, number, name))}
     tidy = {"type": "function", "function": function}
     return tidy if call_id is None else {"id": call_id, **tidy}
 
@@ -329,7 +354,7 @@ def _is_lost(key: Any, value: Any, looks_like: "re.Pattern[str]") -> bool:
     return not is_number and looks_like.search(str(key)) is not None
 
 
-def _arguments(fields: Dict[str, Any], where: str) -> Any:
+def read_arguments(fields: Dict[str, Any], where: str) -> Any:
     given = [key for key in _ARGUMENT_KEYS if key in fields]
     if any(fields[key] != fields[given[0]] for key in given[1:]):
         raise ToolCallError(
@@ -376,7 +401,7 @@ def _results_of_all(messages: List[Dict[str, Any]], position: int) -> Optional[L
         return None
     try:
         content = message.get("content")
-        value = json.loads(content) if isinstance(content, str) else content
+        value = read_json(content) if isinstance(content, str) else content
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, list) and len(value) == count else None
