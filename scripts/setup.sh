@@ -37,7 +37,7 @@ install() {
   local total=$1
   shift
   if ! pip install --no-deps "$@" 2>"$log" | awk -v n="$total" '
-      /^(Collecting|Processing)/ { printf "\r  %3d of %d  %-40s", ++i, n, $2; fflush() }
+      /^(Collecting|Processing)/ { sub(".*/", "", $2); printf "\r  %3d of %d  %-40.40s", ++i, n, $2; fflush() }
       /^Installing/ { printf "\r  %-54s\r", "unpacking …"; fflush() }' >&2; then
     cat "$log" >&2
     die "pip could not install $*; see its message above (no network, or no wheel for this platform?)"
