@@ -291,6 +291,9 @@ def test_a_forward_with_another_loss_takes_options_from_its_logits(served):
         torch.testing.assert_close(found[0], wanted)
     with pytest.raises(NotImplementedError, match = "Linear returns no logits here"):
         call(model, None, labels = labels, label_smoothing = 0.3)
+    # What has no name stays where it is.
+    call = taking_options(lambda model, *args, labels = None: args, True)
+    assert call(model, 1, 2, 3, labels = labels, label_smoothing = 0.3) == (1, 2, 3)
 
 
 def test_logits_that_are_there_are_scaled_and_capped():

@@ -71,6 +71,11 @@ def test_columns_of_the_loss_are_collated_with_their_tokens(padding_free):
     rows[0]["loss_weights"] = [1.0]
     with pytest.raises(ValueError, match = "3 tokens and 1 values of 'loss_weights'"):
         collator(rows)
+    rows[0]["loss_weights"], rows[1]["ids"] = (
+        1,
+        [[0.0, -float("inf")]] * 2,
+    )  # log-probabilities, say
+    assert collator(rows)["ids"].isinf().any() and collator(rows)["ids"][0, 0, 1] == 2
     for missing in (None, float("nan"), "1", [1.0, None, 1.0]):
         rows[0]["loss_weights"] = missing
         with pytest.raises(ValueError, match = "a row's 'loss_weights' is .*; give finite numbers"):

@@ -241,15 +241,16 @@ def taking_options(
     in_force: False while whoever put the loss in has taken it out again, to compare: the call is stock.
     """
 
-    names = list(inspect.signature(forward).parameters)[1:]
-    place_of_labels = names.index("labels") if "labels" in names else len(names)
+    parameters = inspect.signature(forward).parameters.values()
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
     @functools.wraps(forward)
     def with_options(self, *args, **kwargs):
         if not in_force():
             return forward(self, *args, **kwargs)
-        kwargs.update(zip(names[place_of_labels:], args[place_of_labels:]))
-        args = args[:place_of_labels]
+        named = dict(zip(names, args))
+        if "labels" in named and len(named) == len(args) and not named.keys() & kwargs.keys():
+            args, kwargs = (), {**named, **kwargs}
         options = collect_options(self, kwargs)
         shifted = kwargs.get("shift_labels")
         if isinstance(shifted, torch.Tensor):

@@ -315,7 +315,7 @@ class ColumnCollator:
     def _row(self, name: str, value: Any, length: int) -> torch.Tensor:
         try:
             row = torch.as_tensor(value)
-            known = bool(row.isfinite().all())
+            known = name != "loss_weights" or bool(row.isfinite().all())
         except (TypeError, ValueError, RuntimeError):  # None, or text
             known = False
         if not known:
@@ -343,7 +343,8 @@ def _lay_out(rows: List[torch.Tensor], batch: dict) -> torch.Tensor:
     count, width = batch["labels"].shape
     if count == 1 and len(rows) > 1:  # free of padding: one row behind the other
         rows = [torch.cat(rows)]
-    whole = rows[0].new_zeros((count, width, *rows[0].shape[1:]))
+    dtype = functools.reduce(torch.promote_types, (row.dtype for row in rows))  # 1 beside 0.5
+    whole = rows[0].new_zeros((count, width, *rows[0].shape[1:]), dtype = dtype)
     mask = batch.get("attention_mask")
     for number, row in enumerate(rows):
         start = 0 if mask is None or mask.dim() != 2 else int(mask[number].argmax())
