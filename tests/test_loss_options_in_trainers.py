@@ -53,7 +53,7 @@ def test_options_are_checked_by_name(options, error, words):
 def test_columns_of_the_loss_are_collated_with_their_tokens(padding_free):
     """A number a row or a value a token, padded or one behind the other, by TRL's own collator."""
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-    from unsloth.loss_in_trainers import ColumnCollator
+    from unsloth.loss_columns import ColumnCollator
 
     stock = DataCollatorForLanguageModeling(pad_token_id = 0, padding_free = padding_free)
     collator = ColumnCollator(stock, ["loss_weights", "ids"])
@@ -85,7 +85,7 @@ def test_columns_of_the_loss_are_collated_with_their_tokens(padding_free):
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_columns_of_the_loss_are_cut_where_a_collator_cuts_the_rows(mode):
     """TRL 1.0 shortens rows as it makes a batch of them; others' ``max_length`` is what they pad to."""
-    from unsloth.loss_in_trainers import ColumnCollator
+    from unsloth.loss_columns import ColumnCollator
 
     def stock(rows):
         return {"labels": torch.zeros(2, 2 if hasattr(stock, "truncation_mode") else 3)}
@@ -149,7 +149,7 @@ def test_the_weights_of_a_step_are_those_of_the_labels_that_are_scored():
 @pytest.mark.parametrize("raising", [False, True])
 def test_the_trainers_columns_are_its_own_again_after_a_loader_was_made(raising):
     """Also after an error; a model without options, and data without the columns, change nothing."""
-    from unsloth.loss_in_trainers import ColumnCollator, keeping_columns
+    from unsloth.loss_columns import ColumnCollator, keeping_columns
     from unsloth.loss_options import LossOptions
 
     model, seen = torch.nn.Linear(1, 1), []
@@ -237,7 +237,7 @@ def test_the_weights_of_an_evaluated_batch_are_told_to_it():
 
 def test_values_of_tokens_stand_where_a_collator_pads_on_the_left():
     """Where the mask says that the row begins."""
-    from unsloth.loss_in_trainers import _lay_out
+    from unsloth.loss_columns import _lay_out
 
     batch = {"labels": torch.zeros(2, 4), "attention_mask": torch.tensor([[0, 0, 1, 1], [1] * 4])}
     rows = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0, 5.0, 6.0])]
@@ -261,7 +261,7 @@ def test_preparing_a_data_set_keeps_the_columns_of_the_loss():
     """Tokenizing that drops columns, truncating either end, packing; rows that vanish are an error."""
     datasets = pytest.importorskip("datasets")
     pytest.importorskip("trl")
-    from unsloth.loss_in_trainers import _columns_of_the_loss, preparing_columns
+    from unsloth.loss_columns import _columns_of_the_loss, preparing_columns
     from unsloth.loss_options import LossOptions
 
     rows = {"input_ids": [[5, 6, 7], [8, 9]], "loss_weights": [[1.0, 2.0, 3.0], [4.0, 5.0]]}
@@ -343,7 +343,7 @@ def test_options_that_are_left_out_are_those_of_plain_cross_entropy():
 
 def test_weights_that_nobody_asked_for_are_told_once():
     """Where the data have them, the model could take them, and the batch has lost them."""
-    from unsloth.loss_in_trainers import warn_of_dropped_weights
+    from unsloth.loss_columns import warn_of_dropped_weights
     from unsloth.loss_options import LossOptions
 
     def told(
@@ -387,6 +387,8 @@ def test_options_of_a_call_that_do_not_fit_the_models_loss_are_named():
     model._unsloth_loss_options, labels = None, torch.zeros(2, 3)
     with pytest.raises(ValueError, match = "z_loss must not be negative, got -1"):
         collect_options(model, {"labels": labels, "z_loss": -1})
+    with pytest.raises(ValueError, match = "z_loss must be a finite number, got 'much'"):
+        collect_options(model, {"labels": labels, "z_loss": "much"})
     with pytest.raises(ValueError, match = r"loss_weights must be \(2, 3\) as the labels are"):
         collect_options(model, {"labels": labels, "loss_weights": [1.0, 2.0]})
     weights = [[0.0, 1.0, 2.0]] * 2

@@ -22,9 +22,9 @@ NEWER = "not in this release"
 
 @dataclass
 class Outcome:
-    """How one patch fares: clean, merged (git moved hunks), exported anew (it fits, but by edits made anew, so that
-    it has to be exported for this release), stale, or not in this release (which is older than what the
-    patch builds on); ``notes`` say where."""
+    """How one patch fares: clean, merged (git moved hunks), exported anew (it fits, but by edits made
+    anew, so that a fork needs another export of it), stale, or not in this release (which is older than
+    what the patch builds on); ``notes`` say where."""
 
     name: str
     state: str = CLEAN

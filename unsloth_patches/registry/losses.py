@@ -113,7 +113,7 @@ PATCHES: Tuple[Patch, ...] = (
         name = "trainer-loss-options",
         title = "Check the options of a loss, and carry them through trainers and their evaluation",
         targets = (),
-        modules = ("loss_in_trainers.py", "loss_options.py"),
+        modules = ("loss_columns.py", "loss_in_trainers.py", "loss_options.py"),
         tests = {"tests/test_loss_options_in_trainers.py": "cpu"},
         requires = ("linear-cross-entropy",),
     ),

@@ -62,7 +62,12 @@ PATCHES: Tuple[Patch, ...] = (
         name = "tool-call-reading",
         title = "Read tool calls of every usual format",
         targets = (),
-        modules = ("tool_calls/calls.py", "tool_calls/reading.py"),
+        modules = (
+            "tool_calls/call_reading.py",
+            "tool_calls/calls.py",
+            "tool_calls/json_text.py",
+            "tool_calls/reading.py",
+        ),
         tests = {"tests/test_tool_call_reading.py": "cpu"},
         shared = ("conversation_formats.py",),
         requires = ("tool-call-parser",),

@@ -18,7 +18,7 @@ from typing import Any, Callable
 import torch
 
 from .loss_calls import calls, count_call, require_parameters
-from .loss_in_trainers import warn_of_dropped_weights
+from .loss_columns import warn_of_dropped_weights
 from .loss_options import (
     PLAIN,
     LossOptions,
@@ -345,10 +345,11 @@ def label_smoothing_in_the_model(compute_loss, in_force = lambda: True):
 
     @functools.wraps(compute_loss)
     def with_smoothing(self, model, inputs, *args, **kwargs):
+        if not in_force():
+            return compute_loss(self, model, inputs, *args, **kwargs)
+        warn_of_dropped_weights(self, inputs)
         smoother = getattr(self, "label_smoother", None)
-        if in_force():
-            warn_of_dropped_weights(self, inputs)
-        if not in_force() or not _smooths_in_model(self, model, inputs, smoother):
+        if not _smooths_in_model(self, model, inputs, smoother):
             return compute_loss(self, model, inputs, *args, **kwargs)
         try:
             self.label_smoother = None

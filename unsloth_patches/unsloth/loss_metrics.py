@@ -10,8 +10,8 @@ import torch
 
 from .cross_entropy_spec import RowLoss
 from .kernels.log_probs_kernel import log_prob_rows
-from .loss_in_trainers import install_in_trainers, trainer_options
-from .loss_options import PLAIN, model_taking_options
+from .loss_in_trainers import install_in_trainers
+from .loss_options import PLAIN, model_taking_options, trainer_options
 
 __all__ = ["TokenMetrics", "log_token_metrics"]
 

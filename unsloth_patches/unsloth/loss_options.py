@@ -9,10 +9,17 @@ from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 
-from .cross_entropy_spec import RowLoss
+from .cross_entropy_spec import RowLoss, finite_number
 from .loss_calls import refuse_lookalikes
 
-__all__ = ["LossOptions", "active_options", "checked_options", "collect_options", "using_options"]
+__all__ = [
+    "LossOptions",
+    "active_options",
+    "checked_options",
+    "collect_options",
+    "trainer_options",
+    "using_options",
+]
 
 
 @dataclass(frozen = True)
@@ -187,8 +194,9 @@ def collect_options(model: Any, arguments: Dict[str, Any]) -> LossOptions:
 
 
 def _check_call(name: str, arguments: Dict[str, Any], given: Dict[str, Any]) -> None:
-    if given.get("z_loss", 0.0) < 0.0:
-        raise ValueError(f"{name}: z_loss must not be negative, got {given['z_loss']}.")
+    z_loss = finite_number(name, "z_loss", given.get("z_loss", 0.0))
+    if z_loss < 0.0:
+        raise ValueError(f"{name}: z_loss must not be negative, got {z_loss}.")
     if "loss_weights" in given:
         shifted = arguments.get("shift_labels")
         labels = arguments.get("labels") if shifted is None else shifted
@@ -223,6 +231,12 @@ def _inside(model: Any) -> Iterator[Any]:
 def model_taking_options(model: Any) -> Any:
     """The model inside wrappers whose forward takes loss options, or None."""
     return next(filter(_takes_options, _inside(model)), None)
+
+
+def trainer_options(model: Any) -> Optional[LossOptions]:
+    """The options set for a trainer's model, or None."""
+    inner = model_taking_options(model)
+    return None if inner is None else vars(inner).get("_unsloth_loss_options")
 
 
 def causal_model(model: Any) -> Any:

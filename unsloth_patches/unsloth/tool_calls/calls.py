@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from typing import Any, Dict, Optional, Sequence
 
 from .errors import ToolCallError, where_in
+from .json_text import read_json
 from .parser import MAX_DEPTH, NAME_PATTERN, USUAL_NAME, is_too_deep
-from .reading import read_json
 from .schemas import Schemas, without_filling
 from .values import plain
 

@@ -18,6 +18,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, List, Optional
 
+from .call_reading import read_arguments, read_call
 from .checks import (
     MixedIn,
     checkable_parts,
@@ -27,7 +28,8 @@ from .checks import (
     mixed_class,
 )
 from .errors import ToolCallError
-from .reading import RESULT_ROLES, read_arguments, read_call, read_json
+from .json_text import read_json
+from .reading import RESULT_ROLES
 from .values import is_missing, plain
 
 logger = logging.getLogger(__name__)

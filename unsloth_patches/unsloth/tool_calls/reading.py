@@ -16,7 +16,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
+from .call_reading import is_lost, read_call
 from .errors import ToolCallError, where_in
+from .json_text import checked_json, read_json
 from .values import is_missing, plain
 
 CALL_ROLES = ("function_call", "function-call", "tool_call", "tool_calls")
@@ -42,9 +44,7 @@ ROLES = {
     **{role: "call" for role in CALL_ROLES},
     **{role: "tool" for role in RESULT_ROLES},
 }
-_ARGUMENT_KEYS = ("arguments", "parameters", "args", "input", "tool_kwargs")
 # Keys that hold something which is not read, and would be lost in silence.
-_LOOKS_LIKE_ARGUMENTS = re.compile(r"arg(ument)?s?(_?json)?$|param|inputs?$|kwargs$", re.IGNORECASE)
 _LOOKS_LIKE_CALLS = re.compile(r"((tool|function)_?)?calls$|(tool|function)_?call$", re.IGNORECASE)
 CONVERSATION_KEYS = ("messages", "conversations", "conversation")  # of a whole row of a data set
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -81,7 +81,7 @@ def _listed(conversation: Any) -> Tuple[List[Any], int]:
     """The messages and the first one's index: -1 for a system text that stood beside them."""
     conversation = plain(getattr(conversation, "messages", conversation))
     if isinstance(conversation, str):
-        conversation = _json(conversation, "Unsloth: the conversation")
+        conversation = checked_json(conversation, "Unsloth: the conversation")
     if isinstance(conversation, Mapping):
         keys = [key for key in CONVERSATION_KEYS if key in conversation]
         if not keys:
@@ -100,30 +100,6 @@ def _listed(conversation: Any) -> Tuple[List[Any], int]:
     return conversation, 0
 
 
-def _json(text: str, what: str) -> Any:
-    try:
-        return read_json(text)
-    except (ValueError, RecursionError) as error:
-        raise ToolCallError(f"{what} is a text that is not JSON ({error}): {text!r:.80}") from None
-
-
-def read_json(text: str) -> Any:
-    """What a JSON text holds. Raises ValueError where a key's first value of two would be lost."""
-    return _DECODER.decode(text)
-
-
-def _without_loss(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    read = dict(pairs)
-    if len(read) < len(pairs):
-        for key, value in pairs:
-            if value is not read[key] and value != read[key]:
-                raise ValueError(f"the key {key!r} comes twice; keep one")
-    return read
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook = _without_loss)
-
-
 # ---------------------------------------------------------------- one message
 
 
@@ -135,7 +111,7 @@ def _read_message(
     given = {key: value for key, value in _unwrapped(raw, where).items() if not is_missing(value)}
     role = _role(given, roles)
     for key in given:
-        if key not in _READ_KEYS and given[key] and _is_lost(key, given[key], _LOOKS_LIKE_CALLS):
+        if key not in _READ_KEYS and given[key] and is_lost(key, given[key], _LOOKS_LIKE_CALLS):
             raise ToolCallError(
                 where + f"the key {key!r} looks like tool calls and is not read; name it "
                 "'tool_calls', or leave it out."
@@ -180,7 +156,7 @@ _READ_KEYS = frozenset(
 def _unwrapped(raw: Any, where: str) -> Dict[str, Any]:
     message = plain(raw)
     if isinstance(message, str) and message.lstrip().startswith("{"):
-        message = _json(message, where + "it")
+        message = checked_json(message, where + "it")
     if not isinstance(message, Mapping):
         raise ToolCallError(
             where + f"is a {type(message).__name__}; expected a dict with role and content."
@@ -211,7 +187,7 @@ def _listed_calls(holders: Iterable[Mapping[str, Any]], where: str) -> List[Any]
     for holder in holders:
         calls = plain(holder.get("tool_calls"))
         if isinstance(calls, str):
-            calls = _json(calls, where + "tool_calls") if calls.strip() else None
+            calls = checked_json(calls, where + "tool_calls") if calls.strip() else None
         if isinstance(calls, Mapping):
             calls = [calls]
         if calls:
@@ -309,66 +285,6 @@ def _described(part: Any) -> str:
     return (
         f"dict of {', '.join(map(str, part))}" if isinstance(part, Mapping) else type(part).__name__
     )
-
-
-# ---------------------------------------------------------------- one call
-
-
-def read_call(raw: Any, index: int, number: int) -> Dict[str, Any]:
-    """``{"id", "type": "function", "function": {"name", "arguments"}}``, arguments as they are."""
-    if type(raw) is dict and raw.keys() <= _CALL_KEYS and type(raw.get("function")) is dict:
-        function = raw["function"]  # OpenAI's own form, as most calls are
-        if function.keys() == _FUNCTION_KEYS:
-            simple = {"type": "function", "function": dict(function)}
-            return simple if raw.get("id") is None else {"id": raw["id"], **simple}
-    where = where_in(index, number)
-    call = plain(raw)
-    if isinstance(call, str) and call.lstrip().startswith("{"):
-        call = _json(call, where + "it")
-    if not isinstance(call, Mapping):
-        raise ToolCallError(
-            where + f"is a {type(call).__name__}; expected "
-            '{"type": "function", "function": {"name": ..., "arguments": {...}}}.'
-        )
-    fields = {key: plain(value) for key, value in call.items() if not is_missing(value)}
-    function = fields.pop("function", None)
-    if isinstance(function, Mapping):
-        fields.update((k, plain(v)) for k, v in function.items() if not is_missing(v))
-    elif isinstance(function, str):
-        fields.setdefault("name", function)
-    name = fields.get("name", fields.get("tool_name"))
-    ids = (fields.get(key) for key in ("id", "call_id", "tool_id", "tool_call_id"))
-    call_id = next((one for one in ids if one is not None), None)
-    function = {"name": name, "arguments": read_arguments(fields, where_in(index, number, name))}
-    tidy = {"type": "function", "function": function}
-    return tidy if call_id is None else {"id": call_id, **tidy}
-
-
-_CALL_KEYS = frozenset(("id", "type", "function"))
-_FUNCTION_KEYS = {"name", "arguments"}
-
-
-def _is_lost(key: Any, value: Any, looks_like: "re.Pattern[str]") -> bool:
-    """Whether a key that is not read may hold what its name says; a number, as of ``num_calls``, does not."""
-    is_number = isinstance(plain(value), (int, float))
-    return not is_number and looks_like.search(str(key)) is not None
-
-
-def read_arguments(fields: Dict[str, Any], where: str) -> Any:
-    given = [key for key in _ARGUMENT_KEYS if key in fields]
-    if any(fields[key] != fields[given[0]] for key in given[1:]):
-        raise ToolCallError(
-            where + f"has {' and '.join(given)}, which differ; keep the one that is meant."
-        )
-    for key, value in fields.items():
-        unread = isinstance(value, Mapping) and not given and value
-        if key not in _ARGUMENT_KEYS and (unread or _is_lost(key, value, _LOOKS_LIKE_ARGUMENTS)):
-            raise ToolCallError(
-                where
-                + f"the key {key!r} looks like arguments and is not read; name it 'arguments', "
-                "or leave it out."
-            )
-    return fields[given[0]] if given else None
 
 
 # ---------------------------------------------------------------- results
