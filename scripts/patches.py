@@ -163,11 +163,11 @@ def rebase(
 
 
 def _print_outcomes(version: str, outcomes: List[Outcome]) -> None:
-    rows = [
-        (row.name, f"[{COLOURS[row.state]}]{row.state}[/]", escape("\n".join(row.notes)))
-        for row in outcomes
-    ]
-    _print_table(f"The series on Unsloth {version}", ("patch", "state", "where"), rows)
+    console.print(f"The series on Unsloth {version}")
+    for row in outcomes:
+        console.print(f"{row.name:32} [{COLOURS[row.state]}]{row.state}[/]")
+        for note in row.notes:  # not in a table, which would break file:line
+            console.print(f"    {escape(note)}")
 
 
 @app.command()

@@ -136,8 +136,9 @@ def test_interpreter_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_committed_table_is_the_committed_json():
-    """results/aot.md renders results/aot.json, with every kernel and every capability."""
+def test_committed_table_is_the_committed_json(capsys):
+    """results/aot.md renders results/aot.json, with every kernel and every capability; printed, it fits 80
+    columns."""
     document = json.loads((ROOT / "docs/results/aot.json").read_text())
     results = {
         name: [aot.Code(**code) for code in codes] for name, codes in document["kernels"].items()
@@ -148,3 +149,5 @@ def test_committed_table_is_the_committed_json():
     assert list(results) == [case.name for case in aot.cases()]
     for codes in results.values():
         assert [code.capability for code in codes] == list(aot.CAPABILITIES)
+    aot.print_results(results)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80

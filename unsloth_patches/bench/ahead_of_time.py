@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Dict, List
@@ -194,6 +195,15 @@ def table(results: Dict[str, List[Code]]) -> List[List[object]]:
     ]
 
 
+def print_results(results: Dict[str, List[Code]]) -> None:
+    """The table in 80 columns: a row a kernel, in it a line a capability."""
+    rows, heads = [], [column.replace(" ", "\n") for column in COLUMNS]
+    for name, codes in results.items():
+        _, *columns = zip(*table({name: codes}))
+        rows.append([textwrap.fill(name, 17), *("\n".join(map(str, each)) for each in columns)])
+    harness.print_table("kernels compiled ahead of time, not run", heads, rows)
+
+
 def markdown(results: Dict[str, List[Code]], compiler: str) -> str:
     """The table for a reader of the repository."""
     gpus = ", ".join(f"sm_{sm} {gpu}" for sm, gpu in CAPABILITIES.items())
@@ -234,5 +244,5 @@ def run(out: Path, quick: bool = False) -> int:
     harness.save_json(Path(out) / "aot.json", payload, name)
     text = markdown(results, f"Triton {triton.__version__}")
     (Path(out) / "aot.md").write_text(text, encoding = "utf-8")
-    harness.print_table("kernels compiled ahead of time, not run", COLUMNS, table(results))
+    print_results(results)
     return 0

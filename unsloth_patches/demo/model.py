@@ -190,6 +190,7 @@ def save_scratch(folder: Path) -> Path:
 
     template = CHAT_TEMPLATES["llama-3.1"][0].replace("{system_message}", "")
     tokenizer = make_tokenizer(corpus(), template_pieces(template))
+    tokenizer.chat_template = template  # for other scripts that train it on messages
     make_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -183,7 +183,7 @@ PATCHES: Tuple[Patch, ...] = (
                 replacement = "tool_calls.other_templates:show_tool_calls",
             ),
         ),
-        modules = ("tool_calls/other_templates.py",),
+        modules = ("tool_calls/other_templates.py", "tool_calls/template_probes.py"),
         tests = {"tests/test_tool_call_other_templates.py": "cpu"},
         requires = ("test-backends", "tool-call-checks"),
         after = ("parallel-tool-calls", "assistant-masks", "tool-call-ollama"),

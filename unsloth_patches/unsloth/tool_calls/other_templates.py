@@ -16,7 +16,7 @@ import itertools
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any, List, Optional
+from typing import Any, List
 
 from .call_reading import read_arguments, read_call
 from .checks import (
@@ -30,6 +30,13 @@ from .checks import (
 from .errors import ToolCallError
 from .json_text import read_json
 from .reading import RESULT_ROLES
+from .template_probes import (
+    content_beside_calls,
+    form_of_arguments,
+    lost_beside_text,
+    reads_legacy_calls,
+    shows_several_calls,
+)
 from .values import is_missing, plain
 
 logger = logging.getLogger(__name__)
@@ -37,7 +44,6 @@ logger = logging.getLogger(__name__)
 # None in every other message after Arrow
 _FILLED = ("tool_calls", "tool_call_id", "name", "function_call")
 _FINITE = json.JSONEncoder(allow_nan = False)
-_PROBE = {"probe_key": "probe_value"}
 SAVED_NAME = "unsloth_chat_template"  # in tokenizer_config.json, for a reload
 
 
@@ -106,7 +112,7 @@ def _prepared(conversation, render, template: str, name: str):
         return conversation
     messages = [_without_filled(message) for message in conversation]
     if any(_legacy_call(m) for m in messages):
-        if _reads_legacy_calls(template, render):
+        if reads_legacy_calls(template, render):
             return messages
         messages = [_with_legacy_call(m, index, name) for index, m in enumerate(messages)]
     if not any(isinstance(m, Mapping) and _has_tools(m) for m in messages):
@@ -181,12 +187,12 @@ def _with_content(message: Any, template: str, render) -> Any:
     if not calls or message.get("content") not in (None, ""):
         return message
     given = (message["content"],) if "content" in message else ()
-    return {**message, **_content(template, render, *given)}
+    return {**message, **content_beside_calls(template, render, *given)}
 
 
 def _tell_what_is_lost(messages: List[Any], template: str, render, name: str) -> None:
     """Warns of calls and texts that the template leaves out, though it shows calls."""
-    if any(len(_calls(m)) > 1 for m in messages) and not _shows_several(template, render):
+    if any(len(_calls(m)) > 1 for m in messages) and not shows_several_calls(template, render):
         _warn_once(
             f"Unsloth: the chat template {name!r} shows one tool call a message: the others are "
             "missing from what is rendered and trained, and their results may stand under the name "
@@ -200,7 +206,7 @@ def _tell_what_is_lost(messages: List[Any], template: str, render, name: str) ->
         if not message.get("tool_calls"):
             answered = True
         elif message.get("content"):
-            _tell_of_text(_lost_beside_text(template, render, answered), name)
+            _tell_of_text(lost_beside_text(template, render, answered), name)
 
 
 def _tell_of_text(lost: str, name: str) -> None:
@@ -274,115 +280,6 @@ def _read_object(text: str) -> dict:
         raise ValueError(f"it is a {type(read).__name__}")
     _FINITE.encode(read)  # 1e400 is read as infinity
     return read
-
-
-# ---------------------------------------------------------------- templates
-
-_EMPTY = ({"content": ""}, {"content": None})
-
-
-def _found_out_once(find):
-    """``find(template, render, *more)``, called once for each template and ``more``."""
-    found: dict = {}
-
-    @functools.wraps(find)
-    def kept(template, render, *more):
-        key = (template, *more)
-        if key not in found:
-            found[key] = find(template, render, *more)
-        return found[key]
-
-    return kept
-
-
-@_found_out_once
-def form_of_arguments(template: str, render) -> Optional[str]:
-    """``"object"`` or ``"text"``, as the template prints arguments right; None: it has no calls."""
-    for content in _EMPTY:  # DeepSeek's show calls beside None alone
-        as_object = _rendered_probe(template, render, _PROBE, content)
-        if "probe_value" in as_object and "probe_tool" in as_object and "{'probe" not in as_object:
-            return "object"
-        as_text = _rendered_probe(template, render, json.dumps(_PROBE), content)
-        if json.dumps(_PROBE) in as_text and "probe_tool" in as_text:
-            return "text"
-    return None
-
-
-@_found_out_once
-def _content(template: str, render, *given) -> dict:
-    """The content given (none, None or ""), or the empty one that renders a call better."""
-    arguments = _in_probe(form_of_arguments(template, render))
-
-    def merits(content):
-        text = _rendered_probe(template, render, arguments, content)
-        return bool(text), "probe_tool" in text, "None" not in text
-
-    return max(({"content": one for one in given}, *_EMPTY), key = merits)
-
-
-# Of a template that stops, here and below, nothing is said: it says itself what it does not take.
-
-
-@_found_out_once
-def _shows_several(template: str, render) -> bool:
-    arguments = _in_probe(form_of_arguments(template, render))
-    content, names = _content(template, render, ""), ("probe_tool", "probe_other")
-    text = _rendered_probe(template, render, arguments, content, names = names)
-    return not text or "probe_other" in text
-
-
-@_found_out_once
-def _lost_beside_text(template: str, render, answered: bool) -> str:
-    """What the template leaves out of a call beside a text: ``"call"``, ``"text"`` or nothing."""
-    arguments = _in_probe(form_of_arguments(template, render))
-    answer = [{"role": "assistant", "content": "Hi"}] if answered else []
-    after = [{"role": "tool", "tool_call_id": "probe0001", "content": "Hi"}, *answer]
-    for following in (after, []):  # some take no role tool
-        text = _rendered_probe(
-            template, render, arguments, {"content": "probe_text"}, after = following
-        )
-        if text:
-            return "call" if "probe_tool" not in text else "" if "probe_text" in text else "text"
-    return ""
-
-
-@_found_out_once
-def _reads_legacy_calls(template: str, render) -> bool:
-    call = {"name": "probe_tool", "arguments": json.dumps(_PROBE)}
-    messages = [{"role": "assistant", **content, "function_call": call} for content in _EMPTY]
-    return any("probe_tool" in _rendered(template, render, [message]) for message in messages)
-
-
-def _in_probe(form: Optional[str]) -> Any:
-    return json.dumps(_PROBE) if form == "text" else _PROBE
-
-
-def _rendered_probe(
-    template: str,
-    render,
-    arguments: Any,
-    content: dict,
-    names = ("probe_tool",),
-    after = (),
-) -> str:
-    calls = [
-        {
-            "id": f"probe{number:04}",
-            "type": "function",
-            "function": {"name": name, "arguments": arguments},
-        }
-        for number, name in enumerate(names, 1)
-    ]
-    message = {"role": "assistant", **content, "tool_calls": calls}
-    return _rendered(template, render, [message, *after])
-
-
-def _rendered(template: str, render, messages) -> str:
-    try:
-        messages = [{"role": "user", "content": "Hi"}, *messages]
-        return render(messages, chat_template = template, tokenize = False)
-    except Exception:  # whatever a template raises for what it does not take
-        return ""
 
 
 _warned: set = set()
