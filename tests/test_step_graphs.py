@@ -7,11 +7,14 @@ runs no Python, and spoils its memory between replays.
 """
 
 import copy
+import gc
 import os
+import weakref
 
 import pytest
 import torch
 from backend import DEVICE, GPU, require
+from graph_tape import TapeRecorder
 
 require("interpreter")
 import unsloth  # noqa: F401, E402
@@ -81,27 +84,82 @@ def test_two_buckets_share_their_memory(llama):
     assert summary(llama)["replayed"] == 6 and len(summary(llama)["buckets"]) == 2
 
 
-def test_what_is_kept_is_not_run_again(llama, recorders, monkeypatch):
-    """Without checkpointing all blocks keep their activations; with it, as many as fit."""
-    from unsloth.models import step_graphs_capture, step_graphs_stack
+MIB = 1 << 20
 
-    monkeypatch.setattr(step_graphs_capture.Bucket, "activation_bytes", lambda self: 1 << 20)
-    for allowed, kept in ((0, 0), (3 << 19, 1), (1 << 30, 2)):
-        monkeypatch.setattr(step_graphs_stack, "EXTRA_BYTES", allowed)
-        monkeypatch.setattr(step_graphs_stack, "EXTRA_SHARE", 0.0)
-        seen = []
-        keep_last = step_graphs_capture.Bucket.keep_last
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                step_graphs_capture.Bucket,
-                "keep_last",
-                lambda self, count: (seen.append(count), keep_last(self, count)),
-            )
-            model = copy.deepcopy(llama)
+
+def recorder_class():
+    from unsloth.models import step_graphs_pool
+    return step_graphs_pool.CudaRecorder if GPU else TapeRecorder
+
+
+def fit_on_host(monkeypatch, rows):
+    """Buckets have inputs on the host, and so many rows at once."""
+    from unsloth.models.step_graphs_capture import Bucket
+
+    def fit_into(bucket, room, keeping):
+        bucket.inputs_on_host()
+        if rows:
+            bucket.some_rows_at_once(rows)
+        return True
+
+    monkeypatch.setattr(Bucket, "fit_into", fit_into)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", [None, 1, 2])
+def test_inputs_on_the_host_and_some_rows_at_once(made, monkeypatch, family, rows):
+    """Padded rows and packed ones, of which a position is a row's own."""
+    fit_on_host(monkeypatch, rows)
+    model = copy.deepcopy(made(family))
+    for seed in range(3):
+        for inputs in (batch(3, 40, seed, pads = seed), packed([60, 41, 33], seed)):
+            close(step(model, inputs), plain(model, inputs))
+    assert summary(model)["replayed"] == 4
+
+
+def test_a_length_that_needs_more_than_was_reserved_gets_a_larger_pool(llama, monkeypatch):
+    """In which the others are captured anew; nothing holds the old one."""
+    from unsloth.models import step_graphs, step_graphs_capture
+
+    def by_tokens(bucket):
+        bucket.block_bytes = bucket.input.shape[1] * MIB
+
+    monkeypatch.setattr(recorder_class(), "peak", lambda self: 40 << 30)
+    monkeypatch.setattr(step_graphs_capture.Bucket, "measure", by_tokens)
+    captured(llama)
+    stack = step_graphs._stacks[backbone(llama)]
+    small, size = weakref.ref(stack.pool), stack.pool.size
+    for length in (120, 120, 60):
+        inputs = batch(2, length, length)
+        close(step(llama, inputs), plain(llama, inputs))
+    assert small() is None and stack.pool.size > 1.5 * size
+    assert summary(llama)["buckets"] == [(2, 128), (2, 64)]
+    assert (summary(llama)["captures"], summary(llama)["dropped"]) == (3, 1)
+
+
+def test_rows_that_take_the_gpu_longer_pay_where_the_host_is_waited_for(llama, monkeypatch):
+    fit_on_host(monkeypatch, 1)
+    for busy, length in ((1.04, 40), (1.02, 100)):
+        monkeypatch.setattr(recorder_class(), "timed", lambda self, run: (1.0, busy))
+        with graphs("auto"):
             for seed in range(3):
-                inputs = batch(2, 40, seed)
-                close(step(model, inputs), plain(model, inputs))
-        assert seen == [kept] and summary(model)["replayed"] == 2
+                step(llama, batch(2, length, seed))
+    assert reasons(llama) == {"the GPU is what takes the time"}
+    assert summary(llama)["buckets"] == [(2, 128)]
+
+
+@pytest.mark.parametrize("checkpointing", ["unsloth", False])
+def test_graphs_may_take_a_part_of_the_peak_where_memory_is_saved(made, monkeypatch, checkpointing):
+    """And of what is free, where it is not."""
+    from unsloth.models import step_graphs
+
+    model = copy.deepcopy(made("llama", checkpointing = checkpointing))
+    recorder = recorder_class()
+    monkeypatch.setattr(recorder, "peak", lambda self: 1000 * MIB)
+    monkeypatch.setattr(recorder, "memory", lambda self: (0, 4000 * MIB))
+    step(captured(model), batch(2, 40))
+    pool = step_graphs._stacks[backbone(model)].pool
+    assert pool.room == pytest.approx((406 if checkpointing else 1000) * MIB)
 
 
 # --------------------------------------------------------------------------- gradients as autograd's
@@ -335,48 +393,6 @@ def test_a_change_is_noticed_before_anything_is_computed_with_the_old_state(llam
     assert summary(llama)["captures"] == 2  # of the new state
 
 
-def test_a_4_bit_weights_state_is_looked_at(llama):
-    """Whatever of it is another now; a merge that empties the list of merges again is none."""
-    from types import SimpleNamespace
-
-    from unsloth.models.step_graphs_state import BlockState
-
-    layers = backbone(llama).layers
-    projection = layers[1].mlp.gate_proj
-    weight, zeros = projection.base_layer.weight, torch.zeros
-    nested = SimpleNamespace(absmax = zeros(2), code = zeros(3), state2 = None)
-    weight.quant_state = SimpleNamespace(
-        absmax = zeros(4), code = zeros(5), offset = zeros(()), state2 = nested
-    )
-    changes = [(weight, "quant_state", copy.copy(weight.quant_state))]
-    changes += [(weight.quant_state, name, zeros(4) + 1) for name in ("absmax", "code", "offset")]
-    changes += [(nested, name, zeros(2) + 1) for name in ("absmax", "code")]
-    changes += [(weight.quant_state, "state2", copy.copy(nested))]
-    state = BlockState(layers)
-    for owner, name, new in changes:
-        before = getattr(owner, name)
-        setattr(owner, name, new)
-        assert state.changed(wholly = False) and state.readable() and not state.moved()
-        setattr(owner, name, before)
-        assert not state.changed(wholly = False) and not state.changed()
-    projection.merged_adapters.append("default")
-    assert state.changed(wholly = False)
-    projection.merged_adapters.clear()
-    assert not state.changed(wholly = False)
-
-
-def test_a_weight_without_memory_has_moved():
-    """Swapped for one of another layout, whose address cannot be asked."""
-    from unsloth.models.step_graphs_state import BlockState
-
-    layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
-    state = BlockState(layers)
-    assert not state.moved()
-    other = torch.nn.Parameter(torch.eye(2).to_sparse())
-    torch.utils.swap_tensors(layers[0].weight, other)
-    assert state.moved() and state.changed() == "weights moved"
-
-
 def test_transformers_without_checkpointing_layers(monkeypatch):
     """An older one: no block is of a class that nobody has."""
     import sys
@@ -526,19 +542,17 @@ def test_module_hooks_see_their_modules(llama, where):
     bit_equal(llama, batch(2, 40))
     assert seen
     handle.remove()
-    step(llama, batch(2, 40))
-    step(llama, batch(2, 40))
-    count = summary(llama)["replayed"]
-    step(llama, batch(2, 40))
+    for _ in range(3):
+        count = summary(llama)["replayed"]
+        step(llama, batch(2, 40))
     assert summary(llama)["replayed"] == count + 1
 
 
 def test_anomaly_mode_and_saved_tensor_hooks(llama):
     captured(llama)
-    with torch.autograd.set_detect_anomaly(True):
-        bit_equal(llama, batch(2, 40))
-    with torch.autograd.graph.save_on_cpu():
-        bit_equal(llama, batch(2, 40))
+    for watched in (torch.autograd.set_detect_anomaly(True), torch.autograd.graph.save_on_cpu()):
+        with watched:
+            bit_equal(llama, batch(2, 40))
     assert reasons(llama) == {"anomaly mode", "saved-tensor hooks"}
 
 
@@ -723,9 +737,6 @@ def test_the_model_is_as_it_was_after_an_error(llama):
 
 
 def test_a_model_can_be_copied_and_is_freed(made):
-    import gc
-    import weakref
-
     model = captured(copy.deepcopy(made()))
     twin = copy.deepcopy(model)
     assert summary(twin) == {}

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 the contributors
-"""What step graphs are made of: lengths, layouts, and blocks that run forward and backward by hand."""
+"""What step graphs are made of: lengths, layouts, and buckets that share memory."""
 
 import gc
-import threading
 import weakref
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ from backend import DEVICE, GPU, require
 require("interpreter")
 import unsloth  # noqa: F401, E402
 from graph_tape import TapeRecorder  # noqa: E402
+from hand_blocks import blocks, by_autograd  # noqa: E402, F401
 
 # ------------------------------------------------------------------------------------- buckets
 
@@ -55,59 +55,16 @@ def test_packed_lengths_beyond_the_row():
 # ------------------------------------------------------------------------------------- blocks
 
 
-class Block(torch.nn.Module):
-    """x + B A x + shift, of which one layer's shift takes no part."""
-
-    def __init__(self, uses_shift):
-        super().__init__()
-        self.A = torch.nn.Parameter(torch.randn(4, 8))
-        self.B = torch.nn.Parameter(torch.randn(8, 4))
-        self.shift = torch.nn.Parameter(torch.randn(8))
-        self.frozen = torch.nn.Parameter(torch.randn(8), requires_grad = False)
-        self.uses_shift = uses_shift
-
-    def forward(self, x, scale):
-        y = torch.tanh(x * self.frozen) @ self.A.t() @ self.B.t() * scale + x
-        return ((y + self.shift) if self.uses_shift else y,)
-
-
-@pytest.fixture
-def blocks():
-    torch.manual_seed(0)
-    return torch.nn.ModuleList(Block(n != 1) for n in range(3)).to(DEVICE)
-
-
-def by_autograd(blocks, x, grad):
-    y = x
-    for block in blocks:
-        (y,) = block(y, 0.5)
-    trained = [p for p in blocks.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(y, [x, *trained], grad, allow_unused = True)
-    return y.detach(), grads[0], list(grads[1:])
-
-
-@pytest.mark.parametrize("keep", [(0, 0, 0), (1, 1, 1), (0, 1, 1)])
-@pytest.mark.parametrize("wants_input", [True, False])
-def test_blocks_by_hand_are_autograds(blocks, keep, wants_input):
-    from unsloth.models.step_graphs_blocks import BlockRuns
-
-    x = torch.randn(2, 5, 8, device = DEVICE, requires_grad = True)
-    grad = torch.randn(2, 5, 8, device = DEVICE)
-    y, input_grad, grads = by_autograd(blocks, x, grad)
-    runs = BlockRuns(list(blocks), {"scale": 0.5}, keep, wants_input)
-    assert torch.equal(runs.forward(x.detach()), y)
-    ours, found = runs.backward(grad)
-    assert torch.equal(ours, input_grad) if wants_input else ours is None
-    assert [g is None for g in found] == [g is None for g in grads] and None in found
-    assert all(g is None or torch.equal(g, h) for g, h in zip(found, grads))
-    assert all(p.grad is None for p in blocks.parameters())
-
-
+@pytest.mark.parametrize("rows", [None, 1])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_buckets_of_a_pool_share_their_buffers(blocks, compiled):
-    """A small bucket, a large one, and the small one's pending pass again."""
+def test_buckets_of_a_pool_share_their_buffers(blocks, compiled, rows):
+    """A small bucket, a large one, and the small one's pending pass again.
+
+    With rows: so many at once, and inputs on the host.
+    """
     from unsloth.models.step_graphs_buckets import PaddedRows
-    from unsloth.models.step_graphs_capture import Bucket, Pool, make_recorder, replay_blocks
+    from unsloth.models.step_graphs_capture import Bucket, replay_blocks
+    from unsloth.models.step_graphs_pool import Pool, make_recorder
 
     pool = Pool(
         (make_recorder if GPU else TapeRecorder)(torch.device(DEVICE, 0) if GPU else DEVICE), 0.5
@@ -116,7 +73,11 @@ def test_buckets_of_a_pool_share_their_buffers(blocks, compiled):
     for length in (8, 16):
         x = torch.randn(2, length - 3, 8, device = DEVICE, requires_grad = True)
         bucket = Bucket(pool, list(blocks), (2, length, 8), {"scale": 0.5}, x, False, compiled)
-        assert bucket.capture()
+        if rows:
+            bucket.measure()
+            bucket.inputs_on_host()
+            bucket.some_rows_at_once(rows)
+        bucket.capture()
         inputs.append(x)
         buckets.append(bucket)
         layouts.append(PaddedRows(2, length - 3, length))
@@ -136,33 +97,75 @@ def test_buckets_of_a_pool_share_their_buffers(blocks, compiled):
             assert ours is None or torch.allclose(ours, reference, rtol = 1e-4, atol = 1e-4)
 
 
-def test_a_block_of_each_kind_warms_up(blocks, monkeypatch):
-    from unsloth.models.step_graphs_blocks import BlockRuns
+@pytest.mark.parametrize(
+    "room, chosen",
+    [  # 2 MiB of work, and four inputs or three; 4 MiB that a kept block's activations may fill, of it
+        (10, (2, False, None)),
+        (6, (0, False, None)),
+        (5.9, (0, True, None)),
+        (5, (0, True, None)),
+        (4.9, (0, True, 2)),
+        (4, (0, True, 2)),
+        (3.9, (0, True, 1)),
+        (3.5, (0, True, 1)),
+        (3.4, None),
+    ],
+)
+def test_what_is_held_where_a_bucket_fits(blocks, monkeypatch, room, chosen):
+    """(kept blocks, inputs on the host, rows at once)"""
+    from unsloth.models import step_graphs_capture
+    from unsloth.models.step_graphs_pool import Pool
 
-    ran, forward = [], Block.forward
-    monkeypatch.setattr(
-        Block, "forward", lambda self, *a, **k: (ran.append(self), forward(self, *a, **k))[1]
-    )
-    blocks[1].frozen.requires_grad_(True)
-    BlockRuns(list(blocks), {"scale": 0.5}, (0, 0, 0), True).warm_up(
-        torch.ones(2, 8, device = DEVICE)
-    )
-    assert {id(x) for x in ran} == {id(blocks[1]), id(blocks[2])}
-    assert len(ran) == 4 and all(p.grad is None for p in blocks.parameters())
+    monkeypatch.setattr(step_graphs_capture, "WORKSPACE", 0)
+    monkeypatch.setattr(step_graphs_capture, "WORK", 1.0)
+    pool, x = Pool(TapeRecorder(DEVICE), 0.5), torch.randn(4, 5, 8, device = DEVICE)
+    layers = [*blocks, blocks[0]]
+    bucket = step_graphs_capture.Bucket(pool, layers, (4, 8, 8), {"scale": 0.5}, x, False, False)
+    bucket.block_bytes, bucket._runs.input_bytes = 2 << 20, 1 << 20
+    fits, runs = bucket.fit_into(room * 2**20, room * 2**20), bucket._runs
+    assert fits is (chosen is not None)
+    if fits:
+        assert (sum(runs.keep), runs.host is not None, runs.rows) == chosen
+        assert bucket.split is (runs.rows is not None)
+        assert bucket.graph_bytes() <= room * 2**20
 
 
-def test_parameters_are_back_after_a_capture_that_fails(blocks):
-    from unsloth.models.step_graphs_blocks import own_leaves
+def test_a_host_without_memory_is_a_bucket_that_does_not_fit(blocks, monkeypatch):
+    from unsloth.models.step_graphs_blocks import HostInputs
+    from unsloth.models.step_graphs_capture import Bucket
+    from unsloth.models.step_graphs_pool import Pool
 
-    before = dict(blocks.named_parameters())
-    blocks[0].A.mark = "kept"
-    with pytest.raises(ValueError), own_leaves(blocks):
-        for name, parameter in blocks.named_parameters():
-            assert (parameter is before[name]) != before[name].requires_grad
-            assert parameter.data_ptr() == before[name].data_ptr()
-        assert blocks[0].A.mark == "kept"
-        raise ValueError
-    assert all(p is before[name] for name, p in blocks.named_parameters())
+    def full(*arguments):
+        raise RuntimeError("out of memory")
+
+    pool, x = Pool(TapeRecorder(DEVICE), 0.5), torch.randn(4, 5, 8, device = DEVICE)
+    bucket = Bucket(pool, [*blocks], (4, 8, 8), {"scale": 0.5}, x, False, False)
+    bucket.measure()
+    monkeypatch.setattr(HostInputs, "reserve", full)
+    assert not bucket.fit_into(bucket.graph_bytes() - 1, 0)
+    assert bucket.fit_into(bucket.graph_bytes(), 0)
+
+
+def test_what_a_bucket_is_expected_to_hold(blocks):
+    """Inputs of all blocks, or three; kept activations; a block's work; two decoded 4-bit weights."""
+    from unsloth.models.step_graphs_capture import WORK, WORKSPACE, Bucket
+    from unsloth.models.step_graphs_pool import Pool
+
+    blocks[1].frozen.quant_state = SimpleNamespace(shape = (40, 8), dtype = torch.bfloat16)
+    pool, x = Pool(TapeRecorder(DEVICE), 0.5), torch.randn(2, 5, 8, device = DEVICE)
+    bucket = Bucket(pool, [*blocks] * 2, (4, 8, 8), {"scale": 0.5}, x, False, False)
+    bucket.measure()
+    bucket.block_bytes, each = 1 << 20, 4 * 8 * 8 * 4
+    gradients = 2 * sum(p.nbytes for p in blocks.parameters() if p.requires_grad)
+    fixed = 2 * 40 * 8 * 2 + WORKSPACE
+    assert bucket.outside_bytes() == 2 * each * 1024 // 32 + gradients  # for 1024 tokens, not 32
+    assert bucket.graph_bytes() == 6 * each + int(WORK * 2**20) + fixed
+    bucket.keep_last(2)
+    assert bucket.graph_bytes() == 6 * each + int((WORK + 2) * 2**20) + fixed
+    bucket.keep_last(0)
+    bucket.inputs_on_host()
+    bucket.some_rows_at_once(1)
+    assert bucket.graph_bytes() == 3 * each + int(WORK / 4 * 2**20) + fixed
 
 
 def test_a_batch_gets_the_next_length_or_the_one_that_is_given():
@@ -179,22 +182,10 @@ def test_a_batch_gets_the_next_length_or_the_one_that_is_given():
         assert unknown_argument({name: table}) == reason
 
 
-def test_an_unsloth_zoo_without_its_mark_is_replayed_without(monkeypatch):
-    """The mark only spares work."""
-    import contextlib
-
-    from unsloth.models.step_graphs_blocks import _recompute_marker
-    from unsloth_zoo import gradient_checkpointing
-
-    mark = "_gradient_checkpoint_recompute_marker"
-    assert _recompute_marker() is not contextlib.nullcontext
-    monkeypatch.delattr(gradient_checkpointing, mark)
-    assert _recompute_marker() is contextlib.nullcontext
-
-
 def test_a_capture_that_raises_holds_nothing_and_the_next_one_is_whole(blocks, monkeypatch):
     """Its blocks and their runs are let go, and no pass is taken for the pool's owner."""
-    from unsloth.models.step_graphs_capture import Bucket, Pool, make_recorder
+    from unsloth.models.step_graphs_capture import Bucket
+    from unsloth.models.step_graphs_pool import Pool, make_recorder
 
     recorder = make_recorder(torch.device(DEVICE, 0)) if GPU else TapeRecorder(DEVICE)
     pool, x = Pool(recorder, 0.5), torch.randn(2, 5, 8, device = DEVICE, requires_grad = True)
@@ -211,74 +202,55 @@ def test_a_capture_that_raises_holds_nothing_and_the_next_one_is_whole(blocks, m
         failed.capture()
     assert pool.owner is None and failed._runs is None and failed._layers is None
     monkeypatch.undo()
-    assert bucket().capture()
+    bucket().capture()
 
 
-@pytest.mark.parametrize("gpu, captured", [(2.0, True), (2.1, False)])
-def test_a_gpu_that_takes_longer_than_its_bound_is_not_captured(blocks, monkeypatch, gpu, captured):
-    """And the next length is, with the memory of the pool as it was."""
-    from unsloth.models.step_graphs_capture import Bucket, Pool, make_recorder
+def test_a_gpus_time_over_the_hosts_is_asked_and_the_next_length_is_captured(blocks, monkeypatch):
+    from unsloth.models.step_graphs_capture import Bucket
+    from unsloth.models.step_graphs_pool import Pool, make_recorder
 
     recorder = make_recorder(torch.device(DEVICE, 0)) if GPU else TapeRecorder(DEVICE)
     pool = Pool(recorder, 0.5)
-    monkeypatch.setattr(recorder, "timed", lambda run: (1.0, gpu))
+    monkeypatch.setattr(recorder, "timed", lambda run: (2.0, 5.0))
     x = torch.randn(2, 5, 8, device = DEVICE, requires_grad = True)
 
-    def capture(bound):
-        return Bucket(pool, list(blocks), (2, 8, 8), {"scale": 0.5}, x, False, False).capture(bound)
+    def bucket():
+        return Bucket(pool, list(blocks), (2, 8, 8), {"scale": 0.5}, x, False, False)
 
-    assert capture(2.0) is captured and pool.owner is None
+    asked = bucket()
+    assert asked.gpu_over_host() == 2.5
+    asked.close()
+    asked.close()  # by whoever has made it, whatever became of it
+    assert pool.owner is None
     gc.collect()  # no graph is left that holds the pool
-    assert capture(None)
+    bucket().capture()
 
 
 @pytest.mark.skipif(not GPU, reason = "asks the GPU's allocator")
 def test_what_the_allocator_gave_back_meanwhile_is_not_taken_off_the_pool(blocks):
-    from unsloth.models.step_graphs_capture import Bucket, Pool, make_recorder
+    from unsloth.models.step_graphs_capture import Bucket
+    from unsloth.models.step_graphs_pool import Pool, make_recorder
 
     recorder = make_recorder(torch.device(DEVICE, 0))
     pool, x = Pool(recorder, 0.5), torch.randn(2, 5, 8, device = DEVICE, requires_grad = True)
     bucket = Bucket(pool, list(blocks), (2, 8, 8), {"scale": 0.5}, x, False, False)
     torch.empty(256 << 20, dtype = torch.uint8, device = DEVICE)  # in the allocator's cache now
-    assert bucket.capture()
+    bucket.capture()
     segments = torch.cuda.memory_snapshot()
     held = [s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == recorder._handle]
     assert pool.bytes >= sum(held) > 0
 
 
-@pytest.mark.skipif(not GPU, reason = "autograd has a thread of its own for a GPU")
-def test_a_backward_pass_by_hand_stays_in_its_thread(blocks):
-    """So that it uses the same cuBLAS workspace as the forward pass."""
-    from unsloth.models.step_graphs_blocks import BlockRuns
-
-    class Double(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return 2 * x
-
-        @staticmethod
-        def backward(ctx, grad):
-            threads.append(threading.get_ident())
-            return 2 * grad
-
-    threads, forward = [], blocks[0].forward
-    blocks[0].forward = lambda x, scale: (Double.apply(forward(x, scale)[0]),)
-    runs = BlockRuns(list(blocks), {"scale": 0.5}, (0, 0, 0), True)
-    y = runs.forward(torch.randn(2, 5, 8, device = DEVICE))
-    runs.backward(torch.ones_like(y))
-    assert threads == [threading.get_ident()]
-
-
 @pytest.mark.parametrize("captured", [True, False])
-def test_chunked_losses_know_a_pool_in_which_something_was_captured(blocks, monkeypatch, captured):
-    from unsloth.models.step_graphs_capture import Bucket, Pool, make_recorder
+def test_chunked_losses_know_a_pool_in_which_something_was_captured(blocks, captured):
+    from unsloth.models.step_graphs_capture import Bucket
+    from unsloth.models.step_graphs_pool import Pool, make_recorder
 
     chunk_size = pytest.importorskip("unsloth.kernels.loss_chunk_size")
     recorder = make_recorder(torch.device(DEVICE, 0)) if GPU else TapeRecorder(DEVICE)
-    monkeypatch.setattr(recorder, "timed", lambda run: (1.0, 2.0))
     pool, x = Pool(recorder, 0.5), torch.randn(2, 5, 8, device = DEVICE, requires_grad = True)
     bucket = Bucket(pool, list(blocks), (2, 8, 8), {"scale": 0.5}, x, False, False)
-    assert bucket.capture(2.0 if captured else 1.9) is captured
+    bucket.capture() if captured else bucket.close()
     assert (pool in chunk_size.graph_pools) is captured
     gone = weakref.ref(pool)
     del pool, bucket

@@ -91,6 +91,12 @@ class TapeRecorder:
 
         return replay
 
+    def reserve(self, nbytes):
+        pass
+
+    def peak(self):
+        return 0
+
     def memory(self):
         return 0, self.free
 

@@ -42,15 +42,15 @@ def kernels():
 @pytest.fixture(autouse = True)
 def recorders(monkeypatch):
     """The recorders that were made; tapes without a GPU."""
-    from unsloth.models import step_graphs_capture
+    from unsloth.models import step_graphs_pool
 
-    made, make = [], step_graphs_capture.make_recorder if GPU else TapeRecorder
+    made, make = [], step_graphs_pool.make_recorder if GPU else TapeRecorder
 
     def recording(device):
         made.append(make(device))
         return made[-1]
 
-    monkeypatch.setattr(step_graphs_capture, "make_recorder", recording)
+    monkeypatch.setattr(step_graphs_pool, "make_recorder", recording)
     monkeypatch.setenv("UNSLOTH_STEP_GRAPHS", "1")
     monkeypatch.setenv("UNSLOTH_BLOCK_COMPILE", "0")
     yield made

@@ -10,17 +10,30 @@ from .entries import Patch, Target
 
 PATCHES: Tuple[Patch, ...] = (
     Patch(
+        name = "step-graphs-blocks",
+        title = "Run decoder blocks forward and backward by hand, some rows or with inputs on the host",
+        targets = (),
+        modules = ("models/step_graphs_blocks.py",),
+        shared = ("graph_tape.py", "hand_blocks.py"),
+        tests = {"tests/test_step_graphs_blocks.py": "interpreter"},
+        requires = ("test-backends",),
+    ),
+    Patch(
         name = "step-graphs-capture",
         title = "Capture a stack of decoder blocks, forward and backward, in CUDA graphs that share memory",
         targets = (),
         modules = (
-            "models/step_graphs_blocks.py",
             "models/step_graphs_buckets.py",
             "models/step_graphs_capture.py",
+            "models/step_graphs_pool.py",
+            "models/step_graphs_state.py",
         ),
-        shared = ("graph_tape.py", "replay_walk.py", "replayed_models.py"),
-        tests = {"tests/test_step_graphs_capture.py": "interpreter"},
-        requires = ("test-backends",),
+        shared = ("replay_walk.py", "replayed_models.py"),
+        tests = {
+            "tests/test_step_graphs_capture.py": "interpreter",
+            "tests/test_step_graphs_state.py": "interpreter",
+        },
+        requires = ("step-graphs-blocks",),
     ),
     Patch(
         name = "step-graphs",
@@ -46,7 +59,6 @@ PATCHES: Tuple[Patch, ...] = (
         modules = (
             "models/step_graphs.py",
             "models/step_graphs_stack.py",
-            "models/step_graphs_state.py",
         ),
         tests = {"tests/test_step_graphs.py": "interpreter"},
         requires = ("step-graphs-capture",),

@@ -9,154 +9,25 @@ finds another there replays its forward pass first, from the input that autograd
 
 from __future__ import annotations
 
-import gc
+import itertools
 import math
-import sys
-import time
-import weakref
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 
 from .step_graphs_blocks import BlockRuns, own_leaves
+from .step_graphs_pool import Gradients, Pool, tell_losses
 
-__all__ = ["Bucket", "Pool", "make_recorder", "replay_blocks"]
+__all__ = ["Bucket", "replay_blocks"]
 
-
-class CudaRecorder:
-    """recorder(function) -> replay: captures what function launches, in the recorder's pool."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self._handle: Any = None
-        self._graphs: weakref.WeakSet = weakref.WeakSet()
-
-    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
-        gc.disable()  # what a collection frees, other graphs say, may call what no capture allows
-        try:
-            if not self._graphs:  # the allocator takes no handle again whose graphs are all gone
-                self._handle = torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(
-                graph, pool = self._handle, stream = self.stream, capture_error_mode = "thread_local"
-            ):
-                function()
-        finally:
-            if collects:
-                gc.enable()
-        self._graphs.add(graph)
-        return graph.replay
-
-    def memory(self) -> Tuple[int, int]:
-        """(bytes allocated, bytes free on the device: cached ones are what a pass needs at its peak)"""
-        return torch.cuda.memory_allocated(self.device), torch.cuda.mem_get_info(self.device)[0]
-
-    def room(self) -> int:
-        """Bytes that no tensor has; those of a pool between two replays are among them."""
-        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return cached + torch.cuda.mem_get_info(self.device)[0]
-
-    def reserved(self) -> int:
-        """Bytes that are taken, but for what the allocator could give back."""
-        torch.cuda.empty_cache()  # a capture does so, too: else its pool would seem smaller by that
-        return torch.cuda.memory_reserved(self.device)
-
-    def timed(self, function: Callable[[], None]) -> Tuple[float, float]:
-        """(the host's, the GPU's) seconds; the GPU's include its waits for the host."""
-        start, end = (torch.cuda.Event(enable_timing = True) for _ in range(2))
-        torch.cuda.synchronize(self.device)
-        start.record()
-        began = time.perf_counter()
-        function()
-        host = time.perf_counter() - began
-        end.record()
-        torch.cuda.synchronize(self.device)
-        return host, start.elapsed_time(end) / 1e3
+WORK = 1.75  # times what a block's backward pass reads is what it holds
+WORKSPACE = 32 << 20  # cuBLAS', on Hopper
 
 
-def make_recorder(device: torch.device) -> Optional[Any]:
-    """What captures on this device; None where nothing does."""
-    return CudaRecorder(device) if device.type == "cuda" and torch.version.hip is None else None
-
-
-class Pool:
-    """The memory that the graphs of a stack share, and the buffers by which they are told and tell.
-
-    A buffer holds something of one pass only: the owner's, or what is copied out at once.
-    """
-
-    def __init__(self, recorder: Any, share: float):
-        self.recorder = recorder
-        self.budget = share * recorder.memory()[1]
-        self.owner: Optional[object] = None  # the forward pass whose activations are there
-        self.bytes = 0
-        self.warmed = False  # whether uncompiled blocks ran, all of them
-        self._buffers: Dict[tuple, torch.Tensor] = {}
-        self._gradients: Dict[tuple, "_Gradients"] = {}
-
-    def buffer(
-        self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
-        """Zeros of this shape at the start of the buffer ``name``; buckets that have an older, smaller
-        one keep it."""
-        count, key = math.prod(shape), (name, dtype)
-        flat = self._buffers.get(key)
-        if flat is None or flat.numel() < count:
-            size = max(count, 2 * flat.numel() if flat is not None else 0)
-            flat = self._buffers[key] = torch.zeros(size, dtype = dtype, device = device)
-            self.bytes += flat.nbytes
-        return flat[:count].view(*shape).zero_()
-
-    def gradients(self, grads: Sequence[Optional[torch.Tensor]]) -> "_Gradients":
-        """Buffers for these gradients, those of another bucket where they are alike."""
-        key = tuple(None if g is None else g.dtype for g in grads)
-        if key not in self._gradients:
-            self._gradients[key] = made = _Gradients(grads)
-            self.bytes += 2 * sum(flat.nbytes for flat in made.flat.values())  # one is read
-        return self._gradients[key]
-
-
-def _tell_losses(pool: Pool) -> None:
-    """Chunked losses, which are a patch of their own, hold fewer logits beside a pool."""
-    package = __package__.rpartition(".")[0]
-    chunk_size = sys.modules.get(f"{package}.kernels.loss_chunk_size")
-    if chunk_size is not None:
-        chunk_size.graph_pools.add(pool)
-
-
-class _Gradients:
-    """Fixed buffers for parameters' gradients, one flat buffer a dtype."""
-
-    def __init__(self, grads: Sequence[Optional[torch.Tensor]]):
-        self.groups: Dict[torch.dtype, List[int]] = {}
-        for number, grad in enumerate(grads):
-            if grad is not None:
-                self.groups.setdefault(grad.dtype, []).append(number)
-        self.count = len(grads)
-        self.like = [None if g is None else torch.empty_like(g, device = "meta") for g in grads]
-        device = next((g.device for g in grads if g is not None), None)
-        self.flat = {
-            dtype: torch.zeros(sum(grads[n].numel() for n in numbers), dtype = dtype, device = device)
-            for dtype, numbers in self.groups.items()
-        }
-
-    def _views(self, dtype: torch.dtype, flat: torch.Tensor) -> Sequence[torch.Tensor]:
-        like = [self.like[n] for n in self.groups[dtype]]
-        return torch._utils._unflatten_dense_tensors(flat, like)
-
-    def write(self, grads: Sequence[Optional[torch.Tensor]]) -> None:
-        for dtype, numbers in self.groups.items():
-            views = self._views(dtype, self.flat[dtype])
-            torch._foreach_copy_(list(views), [grads[n] for n in numbers])
-
-    def read(self) -> List[Optional[torch.Tensor]]:
-        """Copies: autograd keeps a first gradient as ``.grad``, and the next replay writes here."""
-        found: List[Optional[torch.Tensor]] = [None] * self.count
-        for dtype, numbers in self.groups.items():
-            for number, view in zip(numbers, self._views(dtype, self.flat[dtype].clone())):
-                found[number] = view
-        return found
+def _decoded_bytes(weight: torch.Tensor) -> int:
+    """Of a 4-bit weight; 0 of another."""
+    state = getattr(weight, "quant_state", None)
+    return 0 if state is None else math.prod(state.shape) * state.dtype.itemsize
 
 
 class Bucket:
@@ -176,22 +47,28 @@ class Bucket:
         has_positions: bool,
         compiled: bool = True,
     ):
-        pool.owner = None  # its input is written over from here on
         self.pool, self.wants_input, self._compiled = pool, like.requires_grad, compiled
         self._layers = list(layers)
-        self.parameters = [p for x in layers for p in x.parameters() if p.requires_grad]
-        self.input = pool.buffer("input", shape, like.dtype, like.device)
+        trained = [[p for p in x.parameters() if p.requires_grad] for x in layers]
+        self.parameters = [p for each in trained for p in each]
+        self._first = [0, *itertools.accumulate(map(len, trained))]  # parameter of a layer
+        # Its own until it is captured.
+        self.input = torch.zeros(shape, dtype = like.dtype, device = like.device)
         # What comes out: the output, and in the backward pass the gradient of first that, then the input.
         self.output: Optional[torch.Tensor] = None  # its dtype is known after the first run
         self.positions = None
         if has_positions:
-            self.positions = pool.buffer("positions", shape[:2], torch.int32, like.device)
+            self.positions = torch.zeros(shape[:2], dtype = torch.int32, device = like.device)
             arguments = {**arguments, "position_ids": self.positions}
         self.frozen = False  # whether a replay met a weight of it that wants no gradient now
         self._runs = BlockRuns(layers, arguments, [False] * len(layers), self.wants_input, compiled)
-        self.gradients: Optional[_Gradients] = None
-        self.forward: Callable[[], None] = self._forward
-        self.backward: Callable[[], None] = self._backward
+        self.gradients: Optional[Gradients] = None
+        self._unused: List[int] = []  # parameters that get no gradient
+        self.block_bytes = 0
+        self.split = False  # whether some rows run at once
+        # Known once captured: until then nothing holds itself, and a pool that is given up is free.
+        self.forward: Optional[Callable[[], None]] = None
+        self.backward: Optional[Callable[[], None]] = None
 
     def _forward(self) -> None:
         self._tell(self._runs.forward(self.input))
@@ -202,26 +79,82 @@ class Bucket:
         self.output.copy_(output)
 
     def _backward(self) -> None:
-        input_grad, grads = self._runs.backward(self.output)
-        if self.gradients is None:
-            self.gradients = self.pool.gradients(grads)
-        self.gradients.write(grads)
+        self._unused = []
+        input_grad = self._runs.backward(self.output, self._take_gradients)
         if self.wants_input:
             self.output.copy_(input_grad)
+
+    def _take_gradients(self, layer: int, grads: Sequence[Optional[torch.Tensor]]) -> None:
+        numbered = list(enumerate(grads, self._first[layer]))
+        self._unused += [number for number, grad in numbered if grad is None]
+        used = [
+            (self.gradients.views[number], grad) for number, grad in numbered if grad is not None
+        ]
+        if used:
+            torch._foreach_copy_(*map(list, zip(*used)))
+
+    def read_gradients(self) -> List[Optional[torch.Tensor]]:
+        """One a parameter, in order; None for what takes no part."""
+        found: List[Optional[torch.Tensor]] = list(self.gradients.read())
+        for number in self._unused:
+            found[number] = None
+        return found
+
+    def tokens(self) -> int:
+        return self.input.shape[0] * self.input.shape[1]
 
     def keep_last(self, count: int) -> None:
         """Lets the last ``count`` blocks keep their activations; the others run again."""
         keep = self._runs.keep
         self._runs.keep = [number >= len(keep) - count for number in range(len(keep))]
 
-    def held_bytes(self) -> int:
-        """Bytes of all blocks' inputs, and of gradients with the copy that is read."""
-        inputs = len(self._layers) * self.input.nbytes
-        return inputs + 2 * sum(p.nbytes for p in self.parameters)
+    def measure(self) -> None:
+        """What one block keeps for its backward pass, which is 0 where that cannot be measured."""
+        self.block_bytes = self._runs.activation_bytes(self.input, self.pool.recorder)
 
-    def activation_bytes(self) -> int:
-        """What one block keeps for its backward pass; 0 where that cannot be measured."""
-        return self._runs.activation_bytes(self.input, self.pool.recorder)
+    def outside_bytes(self) -> int:
+        """Of what no graph frees: the pool's input, output and gradients."""
+        buffers = 2 * self._runs.input_bytes * self.pool.tokens // self.tokens()
+        return buffers + sum(p.nbytes for p in self.parameters)
+
+    def graph_bytes(self) -> int:
+        """What the graphs are expected to hold at most: blocks' inputs, of those on the host three at a
+        time, kept activations, and one block's work."""
+        runs, rows = self._runs, self.input.shape[0]
+        inputs = 3 if runs.host is not None else len(self._layers)
+        work = WORK * (runs.rows or rows) / rows + sum(runs.keep)
+        weights = (p for layer in self._layers for p in layer.parameters())
+        fixed = 2 * max(map(_decoded_bytes, weights), default = 0) + WORKSPACE
+        return inputs * runs.input_bytes + int(work * self.block_bytes) + fixed
+
+    def fit_into(self, room: float, keeping: float) -> bool:
+        """Chooses where the graphs hold what, so that they are expected to fit; False where they do not.
+
+        First all of it on the GPU, and activations that need no second run in what they leave of
+        ``keeping`` bytes; then inputs on the host; then half the rows at once, and so on.
+        """
+        if self.graph_bytes() <= room:
+            spare = max(0, keeping - self.graph_bytes())
+            self.keep_last(min(len(self._layers), int(spare // max(1, self.block_bytes))))
+            return True
+        try:
+            self.inputs_on_host()
+        except RuntimeError:  # it has no such memory
+            return False
+        rows = self.input.shape[0]
+        while self.graph_bytes() > room and rows > 1:
+            rows = -(-rows // 2)
+            self.some_rows_at_once(rows)
+        return self.graph_bytes() <= room
+
+    def inputs_on_host(self) -> None:
+        """Raises RuntimeError where the host has no such memory."""
+        self.pool.host.reserve(len(self._layers) * self._runs.input_bytes, self.input.device)
+        self._runs.host = self.pool.host
+
+    def some_rows_at_once(self, rows: int) -> None:
+        self._runs.some_rows_at_once(rows)
+        self._compiled, self.split = False, True
 
     def _warm_up(self) -> None:
         """Runs uncaptured, so that everything is compiled and tuned.
@@ -236,23 +169,25 @@ class Bucket:
             self._backward()
             self.pool.warmed = self.pool.warmed or not self._compiled
 
-    def capture(self, bound: Optional[float] = None) -> bool:
-        """Runs uncaptured, then captures both passes.
+    def gpu_over_host(self) -> float:
+        """The GPU's time over the host's for one uncaptured block of a kind: it takes little memory."""
 
-        bound: do so only if the GPU takes no longer than that times the host; True if it was done.
-        """
+        def one_of_each():
+            self._runs.warm_up(self.input)
+
+        with own_leaves(self._layers):
+            torch.clear_autocast_cache()
+            one_of_each()  # compiles
+            host, gpu = self.pool.recorder.timed(one_of_each)
+        return gpu / host
+
+    def capture(self) -> None:
+        """Runs uncaptured, then captures both passes."""
+        self.pool.owner = None  # its input is written over from here on
+        self._use_buffers()
         try:
             with own_leaves(self._layers):
                 torch.clear_autocast_cache()
-                if bound is not None:  # asked of one block of a kind: it takes little memory
-
-                    def one_of_each():
-                        self._runs.warm_up(self.input)
-
-                    one_of_each()  # compiles
-                    host, gpu = self.pool.recorder.timed(one_of_each)
-                    if gpu > bound * host:
-                        return False
                 self._warm_up()
             with own_leaves(self._layers):  # others: those have met the stream of the first run
                 torch.clear_autocast_cache()  # casts made here would be read by the graphs, grow old
@@ -260,13 +195,26 @@ class Bucket:
                 self.forward = self.pool.recorder(self._forward)
                 self.backward = self.pool.recorder(self._backward)
                 self.pool.bytes += max(0, self.pool.recorder.reserved() - before)
-            _tell_losses(self.pool)
+            tell_losses(self.pool)
         finally:
-            torch.clear_autocast_cache()
-            self.pool.owner = None
+            self.close()
+
+    def _use_buffers(self) -> None:
+        like, pool = self.input, self.pool
+        self.input = pool.buffer("input", like.shape, like.dtype, like.device)
+        if self.positions is not None:
+            shape = self.positions.shape
+            self.positions = pool.buffer("positions", shape, torch.int32, like.device)
+            self._runs.arguments["position_ids"] = self.positions
+        self.gradients = pool.gradients(self.parameters)
+
+    def close(self) -> None:
+        """Lets go of all that is needed until it is captured, or is not."""
+        torch.clear_autocast_cache()
+        self.pool.owner = None
+        if self._runs is not None:
             self._runs.clear()
-            self._runs = self._layers = None
-        return True
+        self._runs = self._layers = None
 
     def run_forward(self, layout: Any, hidden: torch.Tensor, positions: Any) -> object:
         """Replays the forward pass; returns the new owner of the pool."""
@@ -309,7 +257,7 @@ class _Replay(torch.autograd.Function):
                 "UNSLOTH_STEP_GRAPHS=0."
             )
         input_grad = layout.read(bucket.output) if ctx.needs_input_grad[4] else None
-        return (None, None, None, None, input_grad, *bucket.gradients.read())
+        return (None, None, None, None, input_grad, *bucket.read_gradients())
 
 
 def replay_blocks(

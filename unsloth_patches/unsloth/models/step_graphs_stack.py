@@ -13,9 +13,10 @@ from typing import Any, Dict, Optional, Tuple
 
 import torch
 
-from . import step_graphs_capture
+from . import step_graphs_pool
 from .step_graphs_buckets import PaddedRows, lay_out, unknown_argument
-from .step_graphs_capture import Bucket, Pool, replay_blocks
+from .step_graphs_capture import Bucket, replay_blocks
+from .step_graphs_pool import Pool
 from .step_graphs_state import BlockState, why_not_capturable
 
 __all__ = ["Stack", "checkpointing_layer", "mode"]
@@ -26,11 +27,16 @@ MAX_TOKENS = 16384  # a micro-batch beyond that keeps the GPU busy by itself
 BORROWED, BORROWS = 1.5, 4  # a length waits in a graph up to so much longer, until seen so often
 UNCOMPILED = 8  # packed batches that ran uncompiled for a graph's sake, beyond those replayed
 POOL_SHARE = 0.25  # of the GPU's memory that this process had not needed before the first capture
-# What a length may take beside a block's own work: that much, and a share of what is allocated.
-# Blocks' inputs and gradients come first, activations that are kept get the rest.
-EXTRA_BYTES, EXTRA_SHARE = 128 << 20, 0.15
-HOST_BOUND = 1.1  # GPU time over host time of an ordinary run, up to which replaying pays
+# Beside checkpoints, which are there to save memory, a length is captured in such a way that it is
+# expected to need no more than that much, and a share of what was allocated at most; or it is left out.
+EXTRA_BYTES, EXTRA_SHARE = 256 << 20, 0.15
+KEPT = 0.5  # of that at most is filled by activations that need no second run
+GROWTH = 1.25  # memory is reserved for lengths that need so much more
+# GPU time, waits for the host included, over host time of an ordinary run, up to which replaying pays.
+# Some rows at a time take the GPU up to a quarter longer.
+HOST_BOUND, ROWS_HOST_BOUND = 1.1, 1.03
 FIRST, OVER_BUDGET = "a length's first batch", "past the pool's budget"
+GPU_BOUND, SMALL_POOL = "the GPU is what takes the time", "the pool is too small"
 _ATTENTION_KERNELS = tuple(
     getattr(torch.backends.cuda, f"{name}_sdp_enabled")
     for name in ("flash", "mem_efficient", "math", "cudnn")
@@ -92,7 +98,7 @@ class Stack:
         self.reasons: Counter = Counter()
         self.changes: Counter = Counter()
         self.off, self.limit, self.limit_reason = "", MAX_TOKENS, f"more than {MAX_TOKENS} tokens"
-        self.share = POOL_SHARE
+        self.share, self.size, self.tokens = POOL_SHARE, 0, 1024  # of the pool, at least
         self.standing_in: Optional[_Layers] = None
         self._layers_of: Any = None
         self.forget()
@@ -220,7 +226,7 @@ class Stack:
 
     def _recorder(self, device: torch.device) -> Any:
         if self.recorder is None:
-            self.recorder = step_graphs_capture.make_recorder(device)
+            self.recorder = step_graphs_pool.make_recorder(device)
         return self.recorder
 
     def _longer(self, key: tuple) -> Optional[tuple]:
@@ -268,25 +274,16 @@ class Stack:
         self, key: tuple, hidden: torch.Tensor, kwargs: dict, layout: Any
     ) -> Optional[Bucket]:
         try:
-            if self.pool is None:
-                self.pool = Pool(self._recorder(hidden.device), self.share)
-            bucket = Bucket(
-                self.pool,
-                self.layers,
-                (layout.rows, layout.bucket, hidden.shape[-1]),
-                {k: v for k, v in kwargs.items() if k != "packed_seq_lengths"},
-                hidden,
-                kwargs.get("position_ids") is not None,
-                compiled = isinstance(layout, PaddedRows),
-            )
-            if bucket.held_bytes() > self.pool.budget:
-                self.limit, self.limit_reason = layout.rows * layout.bucket - 1, OVER_BUDGET
-                self.refused[key] = OVER_BUDGET
-                return None
-            self._choose_kept(bucket)
-            if not bucket.capture(HOST_BOUND if mode() == "auto" else None):
-                self.refused[key] = "the GPU is what takes the time"
-                return None
+            while True:
+                bucket = self._new_bucket(hidden, kwargs, layout)
+                try:
+                    why_not = self._why_not(bucket) or self._captured(bucket)
+                finally:
+                    bucket.close()
+                if why_not != SMALL_POOL:
+                    break
+                del bucket  # it holds the pool
+                self._give_back()  # the others are captured anew, in a larger one
         except torch.OutOfMemoryError:
             self._too_large(key, "out of memory while capturing")
             return None
@@ -296,6 +293,11 @@ class Stack:
             self.off = f"capture failed: {type(error).__name__}: {first}"
             logger.warning(f"Unsloth: step graphs are off ({self.off}).")
             return None
+        if why_not:
+            self.refused[key] = why_not
+            if not self.pool.size:
+                self.pool = None  # it is for so many tokens as have been refused
+            return None
         self.buckets[key] = bucket
         self.captures += 1
         if len(self.buckets) > MAX_BUCKETS:
@@ -304,6 +306,35 @@ class Stack:
         if self.pool.bytes > self.pool.budget:
             self._too_large(key, OVER_BUDGET)
         return self.buckets.get(key)
+
+    def _new_bucket(self, hidden: torch.Tensor, kwargs: dict, layout: Any) -> Bucket:
+        if self.pool is None:
+            tokens = max(self.tokens, int(GROWTH * layout.rows * layout.bucket))
+            self.pool = Pool(self._recorder(hidden.device), self.share, tokens)
+            if self._checkpointed():
+                allowed = EXTRA_BYTES + EXTRA_SHARE * self.pool.recorder.peak()
+                self.pool.room = min(self.pool.budget, allowed)
+        return Bucket(
+            self.pool,
+            self.layers,
+            (layout.rows, layout.bucket, hidden.shape[-1]),
+            {k: v for k, v in kwargs.items() if k != "packed_seq_lengths"},
+            hidden,
+            kwargs.get("position_ids") is not None,
+            compiled = isinstance(layout, PaddedRows),
+        )
+
+    def _captured(self, bucket: Bucket) -> str:
+        """'', or that the pool is too small for it."""
+        pool, needed = self.pool, bucket.graph_bytes()
+        if pool.size and (needed > pool.size or bucket.tokens() > pool.tokens):
+            return SMALL_POOL
+        if not pool.size:  # no smaller than one before: else the two would take turns
+            wanted = max(self.size, GROWTH * needed)
+            pool.reserve(int(min(pool.room - bucket.outside_bytes(), wanted)))
+            self.size, self.tokens = pool.size, pool.tokens
+        bucket.capture()
+        return ""
 
     def _too_large(self, key: tuple, reason: str) -> None:
         """Gives all memory back; smaller shapes are captured anew, these and larger ones never.
@@ -321,15 +352,19 @@ class Stack:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _choose_kept(self, bucket: Bucket) -> None:
-        """Which blocks keep their activations: all without checkpointing, else the last that fit."""
-        first = self.layers[0]
-        if not getattr(first, "gradient_checkpointing", False):
+    def _checkpointed(self) -> bool:
+        return bool(getattr(self.layers[0], "gradient_checkpointing", False))
+
+    def _why_not(self, bucket: Bucket) -> str:
+        """A reason why it does not pay or fit, or ''."""
+        busy = bucket.gpu_over_host() if mode() == "auto" else 0.0
+        if busy > HOST_BOUND:
+            return GPU_BOUND
+        bucket.measure()
+        room = self.pool.room - bucket.outside_bytes()
+        if not self._checkpointed():
             bucket.keep_last(len(self.layers))
-            return
-        each = bucket.activation_bytes()
-        if not each:
-            return
-        allocated, free = self.pool.recorder.memory()
-        allowed = min(EXTRA_BYTES + EXTRA_SHARE * allocated - bucket.held_bytes(), free / 4)
-        bucket.keep_last(min(len(self.layers), max(0, int(allowed // each))))
+            return "" if bucket.graph_bytes() <= room else OVER_BUDGET
+        if not bucket.fit_into(room, KEPT * room):
+            return OVER_BUDGET
+        return GPU_BOUND if bucket.split and busy > ROWS_HOST_BOUND else ""
