@@ -10,6 +10,7 @@ import copy
 import gc
 import os
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ require("interpreter")
 import unsloth  # noqa: F401, E402
 from replay_walk import Walk, move  # noqa: E402
 from replayed_models import (  # noqa: E402, F401
+    as_without,
     backbone,
     batch,
     close,
@@ -47,8 +49,7 @@ FAMILIES += ["gemma"] if GPU else []  # its RoPE tables are kept by a GPU's numb
 def test_a_replayed_step_is_the_step(made, family, checkpointing):
     model = copy.deepcopy(made(family, checkpointing = checkpointing))
     for seed, length in enumerate((40, 40, 37, 64, 33)):
-        inputs = batch(2, length, seed, pads = seed)
-        close(step(model, inputs), plain(model, inputs))
+        as_without(model, batch(2, length, seed, pads = seed))
     found = summary(model)
     assert found["replayed"] == 4 and found["buckets"] == [(2, 64)]
     assert found["reasons"] == {"a length's first batch": 1}
@@ -72,15 +73,13 @@ def test_a_batch_of_a_buckets_own_length_keeps_its_bits(made, family, dtype):
 
 def test_packed_rows_are_laid_out_a_document_a_row(llama):
     for seed, lengths in enumerate(([30, 41], [30, 41], [64, 5], [60, 33])):
-        inputs = packed(lengths, seed)
-        close(step(llama, inputs), plain(llama, inputs))
+        as_without(llama, packed(lengths, seed))
     assert summary(llama)["replayed"] == 3 and summary(llama)["buckets"] == [(2, 64)]
 
 
 def test_two_buckets_share_their_memory(llama):
     for seed, length in enumerate((40, 40, 90, 90, 40, 90, 90, 40)):
-        inputs = batch(2, length, seed)
-        close(step(llama, inputs), plain(llama, inputs))
+        as_without(llama, batch(2, length, seed))
     assert summary(llama)["replayed"] == 6 and len(summary(llama)["buckets"]) == 2
 
 
@@ -113,7 +112,7 @@ def test_inputs_on_the_host_and_some_rows_at_once(made, monkeypatch, family, row
     model = copy.deepcopy(made(family))
     for seed in range(3):
         for inputs in (batch(3, 40, seed, pads = seed), packed([60, 41, 33], seed)):
-            close(step(model, inputs), plain(model, inputs))
+            as_without(model, inputs)
     assert summary(model)["replayed"] == 4
 
 
@@ -130,8 +129,7 @@ def test_a_length_that_needs_more_than_was_reserved_gets_a_larger_pool(llama, mo
     stack = step_graphs._stacks[backbone(llama)]
     small, size = weakref.ref(stack.pool), stack.pool.size
     for length in (120, 120, 60):
-        inputs = batch(2, length, length)
-        close(step(llama, inputs), plain(llama, inputs))
+        as_without(llama, batch(2, length, length))
     assert small() is None and stack.pool.size > 1.5 * size
     assert summary(llama)["buckets"] == [(2, 128), (2, 64)]
     assert (summary(llama)["captures"], summary(llama)["dropped"]) == (3, 1)
@@ -150,16 +148,20 @@ def test_rows_that_take_the_gpu_longer_pay_where_the_host_is_waited_for(llama, m
 
 @pytest.mark.parametrize("checkpointing", ["unsloth", False])
 def test_graphs_may_take_a_part_of_the_peak_where_memory_is_saved(made, monkeypatch, checkpointing):
-    """And of what is free, where it is not."""
+    """Else of what is free; and then no block runs without grad, for which it would compile once more."""
     from unsloth.models import step_graphs
+    from unsloth.models.step_graphs_blocks import BlockRuns
 
+    ran, run = [], BlockRuns._without_grad
+    monkeypatch.setattr(BlockRuns, "_without_grad", lambda *a: (ran.append(a), run(*a))[1])
+    monkeypatch.setattr(recorder_class(), "peak", lambda self: 1000 * MIB)
+    monkeypatch.setattr(recorder_class(), "memory", lambda self: (0, 4000 * MIB))
     model = copy.deepcopy(made("llama", checkpointing = checkpointing))
-    recorder = recorder_class()
-    monkeypatch.setattr(recorder, "peak", lambda self: 1000 * MIB)
-    monkeypatch.setattr(recorder, "memory", lambda self: (0, 4000 * MIB))
-    step(captured(model), batch(2, 40))
+    with graphs("auto"):
+        step(captured(model), batch(2, 40))
     pool = step_graphs._stacks[backbone(model)].pool
     assert pool.room == pytest.approx((406 if checkpointing else 1000) * MIB)
+    assert bool(ran) is bool(checkpointing)
 
 
 # --------------------------------------------------------------------------- gradients as autograd's
@@ -269,8 +271,7 @@ def test_a_length_is_captured_while_an_earlier_loss_is_alive(llama, pending):
 def test_a_length_waits_in_a_graph_that_is_a_little_longer(llama):
     """Until it has been seen so often that one of its own repays."""
     for length in (130, 130, 100, 100, 100, 100, 70):
-        inputs = batch(2, length, length)
-        close(step(llama, inputs), plain(llama, inputs))
+        as_without(llama, batch(2, length, length))
     found = summary(llama)
     assert found["replayed"] == 6 and found["buckets"] == [(2, 192), (2, 128)]
 
@@ -278,8 +279,7 @@ def test_a_length_waits_in_a_graph_that_is_a_little_longer(llama):
 def test_a_forward_pass_whose_backward_pass_never_comes(llama):
     captured(llama)
     forward(llama, batch(2, 40, 4))
-    inputs = batch(2, 44, 5)
-    close(step(llama, inputs), plain(llama, inputs))
+    as_without(llama, batch(2, 44, 5))
 
 
 def test_optimizer_steps_are_seen(llama):
@@ -387,8 +387,7 @@ def test_a_change_is_noticed_before_anything_is_computed_with_the_old_state(llam
     captured(llama)
     change(llama)
     for seed in range(3):
-        inputs = batch(2, 40, seed)
-        close(step(llama, inputs), plain(llama, inputs))
+        as_without(llama, batch(2, 40, seed))
     assert summary(llama)["dropped"] == 1 or change is _new_layers
     assert summary(llama)["captures"] == 2  # of the new state
 
@@ -422,8 +421,6 @@ def test_attention_kernels_and_implementation_are_part_of_a_graphs_key(llama):
 
 def test_autocast_and_its_dtype_are_part_of_a_graphs_key():
     """A graph of bfloat16 products must not run where float16 ones are asked for."""
-    from types import SimpleNamespace
-
     from unsloth.models.step_graphs_stack import Stack
 
     stack = SimpleNamespace(_model = lambda: SimpleNamespace(config = None))
@@ -471,8 +468,7 @@ def test_weights_that_move_between_the_passes_are_an_error(llama, moved):
     with pytest.raises(RuntimeError, match = "UNSLOTH_STEP_GRAPHS=0"):
         loss.backward()
     llama.zero_grad()
-    inputs = batch(2, 40, 1)
-    close(step(llama, inputs), plain(llama, inputs))
+    as_without(llama, batch(2, 40, 1))
 
 
 def test_the_summary_tells_what_the_padding_is(llama):
@@ -491,8 +487,7 @@ def test_nothing_changed_nothing_is_dropped(llama):
     llama.train()
     state = {n: p.detach().clone() for n, p in llama.named_parameters() if p.requires_grad}
     llama.load_state_dict(state, strict = False)
-    inputs = batch(2, 40, 9)
-    close(step(llama, inputs), plain(llama, inputs))
+    as_without(llama, batch(2, 40, 9))
     assert summary(llama)["dropped"] == 0 and summary(llama)["captures"] == 1
 
 
@@ -698,8 +693,7 @@ def test_the_least_recently_used_bucket_goes(llama, monkeypatch):
     for length in (40, 40, 100, 100, 40, 150, 150):
         step(llama, batch(2, length))
     assert summary(llama)["buckets"] == [(2, 64), (2, 192)]
-    inputs = batch(2, 100, 1)
-    close(step(llama, inputs), plain(llama, inputs))
+    as_without(llama, batch(2, 100, 1))
 
 
 def test_auto_captures_only_where_the_host_is_waited_for(llama, recorders):
@@ -732,8 +726,7 @@ def test_the_model_is_as_it_was_after_an_error(llama):
     with pytest.raises(RuntimeError):  # no such width
         backbone(llama)(inputs_embeds = torch.zeros(2, 40, 7, device = DEVICE))
     assert "layers" not in backbone(llama).__dict__
-    inputs = batch(2, 40, 1)
-    close(step(llama, inputs), plain(llama, inputs))
+    as_without(llama, batch(2, 40, 1))
 
 
 def test_a_model_can_be_copied_and_is_freed(made):

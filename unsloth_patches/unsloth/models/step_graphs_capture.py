@@ -134,8 +134,9 @@ class Bucket:
         ``keeping`` bytes; then inputs on the host; then half the rows at once, and so on.
         """
         if self.graph_bytes() <= room:
-            spare = max(0, keeping - self.graph_bytes())
-            self.keep_last(min(len(self._layers), int(spare // max(1, self.block_bytes))))
+            spare = keeping - self.graph_bytes()
+            if spare > 0 and self.block_bytes:
+                self.keep_last(min(len(self._layers), int(spare // self.block_bytes)))
             return True
         try:
             self.inputs_on_host()

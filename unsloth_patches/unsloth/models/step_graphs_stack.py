@@ -357,14 +357,15 @@ class Stack:
 
     def _why_not(self, bucket: Bucket) -> str:
         """A reason why it does not pay or fit, or ''."""
+        checkpointed = self._checkpointed()
+        if not checkpointed:  # before any runs: without grad they would compile once more
+            bucket.keep_last(len(self.layers))
         busy = bucket.gpu_over_host() if mode() == "auto" else 0.0
         if busy > HOST_BOUND:
             return GPU_BOUND
         bucket.measure()
         room = self.pool.room - bucket.outside_bytes()
-        if not self._checkpointed():
-            bucket.keep_last(len(self.layers))
-            return "" if bucket.graph_bytes() <= room else OVER_BUDGET
-        if not bucket.fit_into(room, KEPT * room):
+        fits = bucket.fit_into(room, KEPT * room) if checkpointed else bucket.graph_bytes() <= room
+        if not fits:
             return OVER_BUDGET
         return GPU_BOUND if bucket.split and busy > ROWS_HOST_BOUND else ""
