@@ -163,7 +163,7 @@ class BlockRuns:
         rows: slice = slice(None),
     ) -> torch.Tensor:
         arguments = self.arguments
-        if arguments.get("position_ids") is not None:
+        if self.rows and arguments.get("position_ids") is not None:
             arguments = {**arguments, "position_ids": arguments["position_ids"][rows]}
         # forward, not the call: the layer's own checkpoint stays out, and hooks were asked for before.
         with torch.set_grad_enabled(kept):  # else activations stay until the next block has its own

@@ -118,10 +118,10 @@ class Bucket:
         return buffers + sum(p.nbytes for p in self.parameters)
 
     def graph_bytes(self) -> int:
-        """What the graphs are expected to hold at most: blocks' inputs, of those on the host three at a
-        time, kept activations, and one block's work."""
+        """What the graphs are expected to hold at most: kept activations, other blocks' inputs, of those
+        on the host three at a time, and one block's work."""
         runs, rows = self._runs, self.input.shape[0]
-        inputs = 3 if runs.host is not None else len(self._layers)
+        inputs = 3 if runs.host is not None else runs.keep.count(False)
         work = WORK * (runs.rows or rows) / rows + sum(runs.keep)
         weights = (p for layer in self._layers for p in layer.parameters())
         fixed = 2 * max(map(_decoded_bytes, weights), default = 0) + WORKSPACE
@@ -138,10 +138,7 @@ class Bucket:
             if spare > 0 and self.block_bytes:
                 self.keep_last(min(len(self._layers), int(spare // self.block_bytes)))
             return True
-        try:
-            self.inputs_on_host()
-        except RuntimeError:  # it has no such memory
-            return False
+        self.inputs_on_host()
         rows = self.input.shape[0]
         while self.graph_bytes() > room and rows > 1:
             rows = -(-rows // 2)
@@ -149,9 +146,17 @@ class Bucket:
         return self.graph_bytes() <= room
 
     def inputs_on_host(self) -> None:
-        """Raises RuntimeError where the host has no such memory."""
-        self.pool.host.reserve(len(self._layers) * self._runs.input_bytes, self.input.device)
         self._runs.host = self.pool.host
+
+    def host_has_room(self) -> bool:
+        """For the inputs that are to be there; takes it."""
+        try:
+            if self._runs.host is not None:
+                nbytes = len(self._layers) * self._runs.input_bytes
+                self._runs.host.reserve(nbytes, self.input.device)
+        except RuntimeError:
+            return False
+        return True
 
     def some_rows_at_once(self, rows: int) -> None:
         self._runs.some_rows_at_once(rows)

@@ -325,10 +325,12 @@ class Stack:
         )
 
     def _captured(self, bucket: Bucket) -> str:
-        """'', or that the pool is too small for it."""
+        """'', or that the pool is too small for it, or the host's memory."""
         pool, needed = self.pool, bucket.graph_bytes()
         if pool.size and (needed > pool.size or bucket.tokens() > pool.tokens):
             return SMALL_POOL
+        if not bucket.host_has_room():
+            return OVER_BUDGET
         if not pool.size:  # no smaller than one before: else the two would take turns
             wanted = max(self.size, GROWTH * needed)
             pool.reserve(int(min(pool.room - bucket.outside_bytes(), wanted)))
