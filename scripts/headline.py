@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "docs/results"
 TRAIN, LOSS, DEQUANT = "train_h100_llama-8b-8-layers", "loss_h100", "dequant_h100"
-STEPS = "steps_h100_llama-{}"
+STEPS = "steps_h200_llama-{}"
 
 
 def _read(name):
@@ -31,7 +31,7 @@ def _short_steps(model):
     found = _read(name)
     case = found["cases"]["default"]
     each = {form: _time_and_memory(case[form]) for form in case}
-    what = f"QLoRA step of {found['title']}, plain SFTTrainer, 4 x 2 rows of about 490 tokens"
+    what = f"QLoRA step of {found['title']}, plain SFTTrainer, 4 x 2 rows of about 490 tokens, one H200"
     return _row(what, each["stock"], each["graphs"], name)
 
 
