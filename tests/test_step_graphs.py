@@ -615,9 +615,12 @@ def test_a_capture_that_fails_turns_graphs_off(llama, recorders, monkeypatch):
 
 
 def test_out_of_memory_while_capturing_gives_the_memory_back(llama, monkeypatch):
-    from unsloth.models import step_graphs_capture
+    from unsloth.models import step_graphs, step_graphs_capture
 
     captured(llama)
+    stack = step_graphs._stacks[backbone(llama)]
+    pool, give_back, alive = weakref.ref(stack.pool), stack._give_back, []
+    stack._give_back = lambda: (give_back(), alive.append(pool()))
     capture = step_graphs_capture.Bucket.capture
 
     def capture_small(bucket, *arguments):
@@ -628,7 +631,7 @@ def test_out_of_memory_while_capturing_gives_the_memory_back(llama, monkeypatch)
     monkeypatch.setattr(step_graphs_capture.Bucket, "capture", capture_small)
     for seed in range(3):
         bit_equal(llama, batch(2, 100, seed))
-    assert reasons(llama) == {"out of memory while capturing"}
+    assert reasons(llama) == {"out of memory while capturing"} and alive == [None]
     assert summary(llama)["buckets"] == [] and summary(llama)["dropped"] == 1
     step(llama, batch(2, 40))
     assert summary(llama)["buckets"] == [(2, 64)]

@@ -64,6 +64,43 @@ def test_some_rows_at_once_and_inputs_on_the_host(blocks, monkeypatch, rows, on_
         assert g is None or torch.allclose(g, reference, rtol = 1e-5, atol = 1e-5)
 
 
+@pytest.mark.parametrize("fails", ["forward", "backward", "wide"])
+def test_copies_are_waited_for_where_a_block_raises(blocks, monkeypatch, fails):
+    """Or an input is wider than its place on the host: the next one's would be written over."""
+    from unsloth.models.step_graphs_blocks import BlockRuns, HostInputs
+
+    waited, run = [], BlockRuns._run
+    runs = BlockRuns(list(blocks), {"scale": 0.5}, (0, 0, 0), True)
+    x = torch.randn(2, 5, 8, device = DEVICE)
+    runs.activation_bytes(x, TapeRecorder(DEVICE))
+    runs.host = HostInputs()
+    runs.host.reserve(3 * runs.input_bytes, x.device)
+    monkeypatch.setattr(HostInputs, "wait", lambda host: waited.append(1))
+
+    def raising(
+        runs,
+        number,
+        x,
+        kept = True,
+        rows = slice(None),
+    ):
+        if number == 1 and kept is (fails == "backward"):
+            raise torch.OutOfMemoryError("full")
+        return run(runs, number, x, kept, rows)
+
+    if fails == "wide":
+        runs.input_bytes -= 1
+        with pytest.raises(RuntimeError, match = "block 0's input takes more"):
+            runs.forward(x)
+        return
+    monkeypatch.setattr(BlockRuns, "_run", raising)
+    with pytest.raises(torch.OutOfMemoryError):
+        y = runs.forward(x)
+        waited.clear()
+        runs.backward(torch.ones_like(y), lambda *gradients: None)
+    assert len(waited) == (2 if fails == "forward" else 3)
+
+
 def test_a_block_of_each_kind_warms_up(blocks, monkeypatch):
     from unsloth.models.step_graphs_blocks import BlockRuns
 

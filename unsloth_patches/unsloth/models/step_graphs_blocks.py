@@ -181,9 +181,13 @@ class BlockRuns:
                 y = self._run(number, x)
                 hidden = y.detach()
             elif self.host is not None:
+                if x.nbytes > self.input_bytes:
+                    raise RuntimeError(f"block {number}'s input takes more than the first and last")
                 self.host.put(number * self.input_bytes, x)
-                hidden = self._without_grad(number, x)
-                self.host.wait()
+                try:
+                    hidden = self._without_grad(number, x)
+                finally:  # a capture cannot end while copies are not waited for
+                    self.host.wait()
                 x = (x.shape, x.dtype)
             else:
                 hidden = self._without_grad(number, x)
@@ -207,6 +211,15 @@ class BlockRuns:
     ) -> Optional[torch.Tensor]:
         """The input's gradient or None. take(number, gradients): of that layer's trainable parameters, in
         order; at once, since those of all layers need as much memory as they."""
+        try:
+            return self._backward(grad, take)
+        finally:
+            if self.host is not None:
+                self.host.wait()
+
+    def _backward(
+        self, grad: torch.Tensor, take: Callable[[int, Gradients], None]
+    ) -> Optional[torch.Tensor]:
         torch.clear_autocast_cache()  # casts of weights that were made without gradients
         before = self._input(len(self.layers) - 1, grad.device)
         for number in reversed(range(len(self.layers))):

@@ -20,6 +20,7 @@ from .step_graphs_pool import Gradients, Pool, tell_losses
 
 __all__ = ["Bucket", "replay_blocks"]
 
+GROWTH = 1.25  # memory is reserved for lengths that need so much more
 WORK = 1.75  # times what a block's backward pass reads is what it holds
 WORKSPACE = 32 << 20  # cuBLAS', on Hopper
 
@@ -113,8 +114,11 @@ class Bucket:
         self.block_bytes = self._runs.activation_bytes(self.input, self.pool.recorder)
 
     def outside_bytes(self) -> int:
-        """Of what no graph frees: the pool's input, output and gradients."""
-        buffers = 2 * self._runs.input_bytes * self.pool.tokens // self.tokens()
+        """Of what no graph frees: input, output and gradients, of the pool or of one that is long enough."""
+        tokens, longest = self.tokens(), self.pool.tokens
+        if tokens > longest:
+            longest = int(GROWTH * tokens)
+        buffers = 2 * self._runs.input_bytes * longest // tokens
         return buffers + sum(p.nbytes for p in self.parameters)
 
     def graph_bytes(self) -> int:

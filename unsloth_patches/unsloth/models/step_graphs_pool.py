@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import sys
 import time
 import weakref
@@ -34,9 +35,11 @@ class CudaRecorder:
         try:
             if not self._graphs:  # the allocator takes no handle again whose graphs are all gone
                 self._handle = torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(
+            recording = torch.cuda.graph(
                 graph, pool = self._handle, stream = self.stream, capture_error_mode = "thread_local"
-            ):
+            )
+            # Its own way back to this stream is skipped where the capture's end raises.
+            with torch.cuda.stream(torch.cuda.current_stream(self.device)), recording:
                 function()
         finally:
             if collects:
@@ -50,7 +53,10 @@ class CudaRecorder:
 
     def reserve(self, nbytes: int) -> None:
         """In one piece, of which captures take theirs: pieces of each length's own sizes would fit no
-        other's."""
+        other's. Not where the allocator is told to split none of that size."""
+        variables = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+        if any("max_split_size_mb" in os.environ.get(name, "") for name in variables):
+            return
 
         def take():
             torch.empty(nbytes, dtype = torch.uint8, device = self.device)[:1].zero_()

@@ -15,7 +15,7 @@ import torch
 
 from . import step_graphs_pool
 from .step_graphs_buckets import PaddedRows, lay_out, unknown_argument
-from .step_graphs_capture import Bucket, replay_blocks
+from .step_graphs_capture import GROWTH, Bucket, replay_blocks
 from .step_graphs_pool import Pool
 from .step_graphs_state import BlockState, why_not_capturable
 
@@ -31,12 +31,12 @@ POOL_SHARE = 0.25  # of the GPU's memory that this process had not needed before
 # expected to need no more than that much, and a share of what was allocated at most; or it is left out.
 EXTRA_BYTES, EXTRA_SHARE = 256 << 20, 0.15
 KEPT = 0.5  # of that at most is filled by activations that need no second run
-GROWTH = 1.25  # memory is reserved for lengths that need so much more
 # GPU time, waits for the host included, over host time of an ordinary run, up to which replaying pays.
 # Some rows at a time take the GPU up to a quarter longer.
 HOST_BOUND, ROWS_HOST_BOUND = 1.1, 1.03
 FIRST, OVER_BUDGET = "a length's first batch", "past the pool's budget"
 GPU_BOUND, SMALL_POOL = "the GPU is what takes the time", "the pool is too small"
+OUT_OF_MEMORY = "out of memory while capturing"
 _ATTENTION_KERNELS = tuple(
     getattr(torch.backends.cuda, f"{name}_sdp_enabled")
     for name in ("flash", "mem_efficient", "math", "cudnn")
@@ -98,7 +98,7 @@ class Stack:
         self.reasons: Counter = Counter()
         self.changes: Counter = Counter()
         self.off, self.limit, self.limit_reason = "", MAX_TOKENS, f"more than {MAX_TOKENS} tokens"
-        self.share, self.size, self.tokens = POOL_SHARE, 0, 1024  # of the pool, at least
+        self.share = POOL_SHARE
         self.standing_in: Optional[_Layers] = None
         self._layers_of: Any = None
         self.forget()
@@ -111,6 +111,7 @@ class Stack:
         self.state: Optional[BlockState] = None
         self.blocked: Optional[str] = None
         self.pool: Optional[Pool] = None
+        self.size, self.tokens = 0, 1024  # of the next pool, at least
         self.recorder: Any = None
 
     def drop(self, why: str) -> None:
@@ -283,15 +284,19 @@ class Stack:
                 if why_not != SMALL_POOL:
                     break
                 del bucket  # it holds the pool
-                self._give_back()  # the others are captured anew, in a larger one
+                size = self.size
+                self._give_back()
+                self.size = size  # the others are captured anew, in a larger one
         except torch.OutOfMemoryError:
-            self._too_large(key, "out of memory while capturing")
-            return None
+            why_not, bucket = OUT_OF_MEMORY, None
         except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0][:200]
             self.forget()
             self.off = f"capture failed: {type(error).__name__}: {first}"
             logger.warning(f"Unsloth: step graphs are off ({self.off}).")
+            return None
+        if why_not == OUT_OF_MEMORY:  # here, where no traceback holds the pool
+            self._too_large(key, why_not)
             return None
         if why_not:
             self.refused[key] = why_not
@@ -304,6 +309,7 @@ class Stack:
             self.buckets.popitem(last = False)
             self.drops += 1
         if self.pool.bytes > self.pool.budget:
+            del bucket
             self._too_large(key, OVER_BUDGET)
         return self.buckets.get(key)
 
@@ -327,11 +333,11 @@ class Stack:
     def _captured(self, bucket: Bucket) -> str:
         """'', or that the pool is too small for it, or the host's memory."""
         pool, needed = self.pool, bucket.graph_bytes()
-        if pool.size and (needed > pool.size or bucket.tokens() > pool.tokens):
-            return SMALL_POOL
         if not bucket.host_has_room():
             return OVER_BUDGET
-        if not pool.size:  # no smaller than one before: else the two would take turns
+        if pool.size and (needed > pool.size or bucket.tokens() > pool.tokens):
+            return SMALL_POOL
+        if not pool.size:  # no smaller than the one before: else the two would take turns
             wanted = max(self.size, GROWTH * needed)
             pool.reserve(int(min(pool.room - bucket.outside_bytes(), wanted)))
             self.size, self.tokens = pool.size, pool.tokens
@@ -350,8 +356,9 @@ class Stack:
     def _give_back(self) -> None:
         self.drops += len(self.buckets)
         self.buckets.clear()
-        self.pool = self.recorder = None
+        self.pool, self.recorder, self.size = None, None, 0
         if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a replay may be under way, on a stream that the pool is not of
             torch.cuda.empty_cache()
 
     def _checkpointed(self) -> bool:
