@@ -32,7 +32,7 @@ POOL_SHARE = 0.25  # of the GPU's memory that this process had not needed before
 EXTRA_BYTES, EXTRA_SHARE = 256 << 20, 0.15
 KEPT = 0.5  # of that at most is filled by activations that need no second run
 # GPU time, waits for the host included, over host time of an ordinary run, up to which replaying pays.
-# Some rows at a time take the GPU up to a quarter longer.
+# Some rows at a time take the GPU longer, short ones by up to a half.
 HOST_BOUND, ROWS_HOST_BOUND = 1.1, 1.03
 FIRST, OVER_BUDGET = "a length's first batch", "past the pool's budget"
 GPU_BOUND, SMALL_POOL = "the GPU is what takes the time", "the pool is too small"
