@@ -660,6 +660,7 @@ def test_graphs_make_room_for_a_pass_without_them(llama, monkeypatch, kind):
         assert summary(llama)["dropped"] == 0
     run(2, 200)
     assert summary(llama)["dropped"] == 1 and stack.pool is None
+    assert stack.size == 0  # a shorter length needs no piece of that size
     assert summary(llama)["changes"] == {"another pass needed the memory": 1}
     step(llama, batch(2, 40))
     assert summary(llama)["buckets"] == [(2, 64)]

@@ -131,6 +131,21 @@ def test_what_is_held_where_a_bucket_fits(blocks, monkeypatch, room, chosen):
         assert bucket.graph_bytes() <= room * 2**20
 
 
+def test_an_allocator_that_splits_no_large_piece_reserves_none(monkeypatch):
+    """Captures would be given their memory beside it."""
+    from unsloth.models.step_graphs_pool import CudaRecorder
+
+    recorder, captured = CudaRecorder.__new__(CudaRecorder), []
+    monkeypatch.setattr(CudaRecorder, "__call__", lambda self, take: captured.append(take))
+    for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(variable, raising = False)
+    recorder.reserve(1 << 20)
+    assert len(captured) == 1
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
+    recorder.reserve(1 << 20)
+    assert len(captured) == 1
+
+
 def test_a_host_without_memory_has_no_room(blocks, monkeypatch):
     from unsloth.models.step_graphs_blocks import HostInputs
     from unsloth.models.step_graphs_capture import Bucket
@@ -161,6 +176,8 @@ def test_what_a_bucket_is_expected_to_hold(blocks):
     gradients = 2 * sum(p.nbytes for p in blocks.parameters() if p.requires_grad)
     fixed = 2 * 40 * 8 * 2 + WORKSPACE
     assert bucket.outside_bytes() == 2 * each * 1024 // 32 + gradients  # for 1024 tokens, not 32
+    pool.tokens = 16  # too short: the next is for somewhat more than the bucket needs
+    assert bucket.outside_bytes() == 2 * each * 40 // 32 + gradients
     assert bucket.graph_bytes() == 6 * each + int(WORK * 2**20) + fixed
     bucket.keep_last(2)
     assert bucket.graph_bytes() == 4 * each + int((WORK + 2) * 2**20) + fixed

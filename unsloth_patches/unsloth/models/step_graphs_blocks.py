@@ -18,7 +18,7 @@ import torch
 
 __all__ = ["BlockRuns", "HostInputs", "own_leaves"]
 
-Gradients = List[Optional[torch.Tensor]]
+BlockGradients = List[Optional[torch.Tensor]]  # of a block's trainable parameters, in order
 PAGE = 16 << 20  # bytes of host memory that are pinned at once
 
 
@@ -207,7 +207,7 @@ class BlockRuns:
         return x
 
     def backward(
-        self, grad: torch.Tensor, take: Callable[[int, Gradients], None]
+        self, grad: torch.Tensor, take: Callable[[int, BlockGradients], None]
     ) -> Optional[torch.Tensor]:
         """The input's gradient or None. take(number, gradients): of that layer's trainable parameters, in
         order; at once, since those of all layers need as much memory as they."""
@@ -218,7 +218,7 @@ class BlockRuns:
                 self.host.wait()
 
     def _backward(
-        self, grad: torch.Tensor, take: Callable[[int, Gradients], None]
+        self, grad: torch.Tensor, take: Callable[[int, BlockGradients], None]
     ) -> Optional[torch.Tensor]:
         torch.clear_autocast_cache()  # casts of weights that were made without gradients
         before = self._input(len(self.layers) - 1, grad.device)
@@ -237,7 +237,7 @@ class BlockRuns:
 
     def _run_again(
         self, number: int, x: torch.Tensor, grad: torch.Tensor
-    ) -> Tuple[Optional[torch.Tensor], Gradients]:
+    ) -> Tuple[Optional[torch.Tensor], BlockGradients]:
         grads, found = [], []
         for rows in self._parts(x):
             part = x[rows].detach().requires_grad_(x.requires_grad)
@@ -250,7 +250,7 @@ class BlockRuns:
 
     def _gradients(
         self, number: int, x: torch.Tensor, y: torch.Tensor, grad: torch.Tensor
-    ) -> Tuple[Optional[torch.Tensor], Gradients]:
+    ) -> Tuple[Optional[torch.Tensor], BlockGradients]:
         trained = [p for p in self.layers[number].parameters() if p.requires_grad]
         inputs = ([x] if x.requires_grad else []) + trained
         if not inputs:
