@@ -2,7 +2,9 @@
 # Copyright 2026 the contributors
 """What step graphs are made of: lengths, layouts, and buckets that share memory."""
 
+import contextlib
 import gc
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -146,6 +148,62 @@ def test_an_allocator_that_splits_no_large_piece_reserves_none(monkeypatch):
     assert len(captured) == 1
 
 
+def test_the_peak_is_that_of_passes_whoever_captures_or_resets_it(monkeypatch):
+    from unsloth.models.step_graphs_pool import CudaRecorder
+
+    peak = [100]
+    monkeypatch.setattr(CudaRecorder, "_peaks", {})
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {"replay": None}))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda *a, **k: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
+    recorder = CudaRecorder(torch.device("cpu"))
+    recorder(lambda: peak.append(peak.pop() + 50))
+    assert recorder.peak() == 100
+    for now, known in ((120, 120), (30, 120), (130, 130)):  # a pass after a reset, then another
+        peak[0] = now
+        assert recorder.peak() == known
+    assert CudaRecorder(torch.device("cpu")).peak() == 130
+
+
+def test_what_blocks_need_outside_of_the_pool_is_free_before_it_is_reserved(blocks, monkeypatch):
+    from unsloth.models.step_graphs_capture import Bucket
+    from unsloth.models.step_graphs_pool import Pool, make_recorder
+
+    recorder = make_recorder(torch.device(DEVICE, 0)) if GPU else TapeRecorder(DEVICE)
+    pool, x = Pool(recorder, 0.5), torch.randn(2, 5, 8, device = DEVICE, requires_grad = True)
+    bucket, order, warm_up, record = (
+        Bucket(pool, list(blocks), (2, 8, 8), {"scale": 0.5}, x, False, False),
+        [],
+        Bucket._warm_up,
+        type(recorder).__call__,
+    )
+    monkeypatch.setattr(Bucket, "_warm_up", lambda self: (order.append("run"), warm_up(self)))
+    monkeypatch.setattr(type(recorder), "reserve", lambda self, size: order.append(size))
+    recording = lambda self, run: (order.append("capture"), record(self, run))[1]
+    monkeypatch.setattr(type(recorder), "__call__", recording)
+    bucket.capture(8 << 20)
+    assert order == ["run", 8 << 20, "capture", "capture"] and pool.size == 8 << 20
+
+
+@pytest.mark.skipif(not GPU, reason = "times a GPU")
+def test_a_gpu_does_not_wait_for_the_host_while_it_is_timed():
+    from unsloth.models.step_graphs_pool import make_recorder
+
+    x = torch.zeros(8, device = DEVICE)
+
+    def slow_launches():
+        for _ in range(10):
+            time.sleep(2e-3)
+            x.add_(1)
+
+    host, gpu = make_recorder(torch.device(DEVICE, 0)).timed(slow_launches)
+    assert host > 0.02 and gpu < 0.25 * host
+
+
 def test_a_host_without_memory_has_no_room(blocks, monkeypatch):
     from unsloth.models.step_graphs_blocks import HostInputs
     from unsloth.models.step_graphs_capture import Bucket
@@ -224,7 +282,7 @@ def test_a_capture_that_raises_holds_nothing_and_the_next_one_is_whole(blocks, m
     bucket().capture()
 
 
-def test_a_gpus_time_over_the_hosts_is_asked_and_the_next_length_is_captured(blocks, monkeypatch):
+def test_both_times_are_asked_and_the_next_length_is_captured(blocks, monkeypatch):
     from unsloth.models.step_graphs_capture import Bucket
     from unsloth.models.step_graphs_pool import Pool, make_recorder
 
@@ -237,7 +295,7 @@ def test_a_gpus_time_over_the_hosts_is_asked_and_the_next_length_is_captured(blo
         return Bucket(pool, list(blocks), (2, 8, 8), {"scale": 0.5}, x, False, False)
 
     asked = bucket()
-    assert asked.gpu_over_host() == 2.5
+    assert asked.seconds() == (2.0, 5.0)
     asked.close()
     asked.close()  # by whoever has made it, whatever became of it
     assert pool.owner is None

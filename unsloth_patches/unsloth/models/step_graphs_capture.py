@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -179,8 +179,8 @@ class Bucket:
             self._backward()
             self.pool.warmed = self.pool.warmed or not self._compiled
 
-    def gpu_over_host(self) -> float:
-        """The GPU's time over the host's for one uncaptured block of a kind: it takes little memory."""
+    def seconds(self) -> Tuple[float, float]:
+        """The host's and the GPU's for one uncaptured block of a kind: it takes little memory."""
 
         def one_of_each():
             self._runs.warm_up(self.input)
@@ -188,17 +188,18 @@ class Bucket:
         with own_leaves(self._layers):
             torch.clear_autocast_cache()
             one_of_each()  # compiles
-            host, gpu = self.pool.recorder.timed(one_of_each)
-        return gpu / host
+            return self.pool.recorder.timed(one_of_each)
 
-    def capture(self) -> None:
-        """Runs uncaptured, then captures both passes."""
+    def capture(self, reserve: int = 0) -> None:
+        """Runs uncaptured, then captures both passes, in a pool of which so many bytes are reserved."""
         self.pool.owner = None  # its input is written over from here on
         self._use_buffers()
         try:
             with own_leaves(self._layers):
                 torch.clear_autocast_cache()
                 self._warm_up()
+            if reserve:  # not before: what the blocks need outside of it is free again
+                self.pool.reserve(reserve)
             with own_leaves(self._layers):  # others: those have met the stream of the first run
                 torch.clear_autocast_cache()  # casts made here would be read by the graphs, grow old
                 before = self.pool.recorder.reserved()
@@ -241,17 +242,19 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, bucket, layout, state, positions, hidden, *parameters):
-        ctx.bucket, ctx.layout, ctx.state = bucket, layout, state
+        ctx.layout, ctx.state = layout, state
         ctx.owner = bucket.run_forward(layout, hidden, positions)
         bucket.frozen = not all(ctx.needs_input_grad[5:])
-        ctx.save_for_backward(hidden, positions)
+        holder = torch.empty(0)  # goes with the backward pass, while a loss that is kept holds ctx
+        holder.bucket = bucket
+        ctx.save_for_backward(hidden, positions, holder)
         return layout.read(bucket.output)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        hidden, positions = ctx.saved_tensors
-        bucket, layout = ctx.bucket, ctx.layout
+        hidden, positions, holder = ctx.saved_tensors
+        bucket, layout = holder.bucket, ctx.layout
         held = ctx.state.readable()
         if held:
             # Another pass came between, or this is the second.

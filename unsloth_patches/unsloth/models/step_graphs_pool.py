@@ -18,9 +18,13 @@ from .step_graphs_blocks import HostInputs
 
 __all__ = ["Gradients", "Pool", "make_recorder", "tell_losses"]
 
+CLOCK = 2e9  # cycles a second of a GPU, about; a slower one sleeps longer
+
 
 class CudaRecorder:
     """recorder(function) -> replay: captures what function launches, in the recorder's pool."""
+
+    _peaks: Dict[torch.device, Tuple[int, int]] = {}  # what passes took, and what was read last
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -30,7 +34,7 @@ class CudaRecorder:
         self._reserved: Any = None
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+        graph, collects, before = torch.cuda.CUDAGraph(), gc.isenabled(), self.peak()
         gc.disable()  # what a collection frees, other graphs say, may call what no capture allows
         try:
             if not self._graphs:  # the allocator takes no handle again whose graphs are all gone
@@ -44,12 +48,19 @@ class CudaRecorder:
         finally:
             if collects:
                 gc.enable()
+            self._peaks[self.device] = before, torch.cuda.max_memory_allocated(self.device)
         self._graphs.add(graph)
         return graph.replay
 
     def peak(self) -> int:
-        """Bytes that this process had allocated, at most."""
-        return torch.cuda.max_memory_allocated(self.device)
+        """Bytes that this process had allocated, at most, but for captures: else each pool would let the
+        next one be larger. Of times before a reset of the statistic, what was read then."""
+        known, last = self._peaks.get(self.device, (0, 0))
+        now = torch.cuda.max_memory_allocated(self.device)
+        if now != last:  # not the last capture's
+            known = max(known, now)
+            self._peaks[self.device] = known, now
+        return known
 
     def reserve(self, nbytes: int) -> None:
         """In one piece, of which captures take theirs: pieces of each length's own sizes would fit no
@@ -78,13 +89,16 @@ class CudaRecorder:
         return torch.cuda.memory_reserved(self.device)
 
     def timed(self, function: Callable[[], None]) -> Tuple[float, float]:
-        """(the host's, the GPU's) seconds; the GPU's include its waits for the host."""
+        """(the host's, the GPU's) seconds; the GPU waits until all is launched, so it waits for nothing."""
         start, end = (torch.cuda.Event(enable_timing = True) for _ in range(2))
         torch.cuda.synchronize(self.device)
-        start.record()
         began = time.perf_counter()
         function()
         host = time.perf_counter() - began
+        torch.cuda.synchronize(self.device)
+        torch.cuda._sleep(int(2 * host * CLOCK))
+        start.record()
+        function()
         end.record()
         torch.cuda.synchronize(self.device)
         return host, start.elapsed_time(end) / 1e3

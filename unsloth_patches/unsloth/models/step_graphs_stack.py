@@ -31,9 +31,7 @@ POOL_SHARE = 0.25  # of the GPU's memory that this process had not needed before
 # expected to need no more than that much, and a share of what was allocated at most; or it is left out.
 EXTRA_BYTES, EXTRA_SHARE = 256 << 20, 0.15
 KEPT = 0.5  # of that at most is filled by activations that need no second run
-# GPU time, waits for the host included, over host time of an ordinary run, up to which replaying pays.
-# Some rows at a time take the GPU longer, short ones by up to a half.
-HOST_BOUND, ROWS_HOST_BOUND = 1.1, 1.03
+HOST_BOUND = 0.95  # the GPU's time over the host's in an ordinary run, up to which replaying pays
 FIRST, OVER_BUDGET = "a length's first batch", "past the pool's budget"
 GPU_BOUND, SMALL_POOL = "the GPU is what takes the time", "the pool is too small"
 OUT_OF_MEMORY = "out of memory while capturing"
@@ -207,6 +205,7 @@ class Stack:
     ) -> Tuple[str, Any, Any]:
         """What ``_bucket_for`` answers: a longer bucket, one that is captured now, or none yet."""
         self.seen[key] += 1
+        self.recorder.peak()  # whoever resets it
         # What cannot be captured is asked once a length, and what changed since, too.
         change = self.state.changed()
         if change:
@@ -337,11 +336,12 @@ class Stack:
             return OVER_BUDGET
         if pool.size and (needed > pool.size or bucket.tokens() > pool.tokens):
             return SMALL_POOL
-        if not pool.size:  # no smaller than the one before: else the two would take turns
+        if pool.size:
+            bucket.capture()
+        else:  # no smaller than the one before: else the two would take turns
             wanted = max(self.size, GROWTH * needed)
-            pool.reserve(int(min(pool.room - bucket.outside_bytes(), wanted)))
+            bucket.capture(int(min(pool.room - bucket.outside_bytes(), wanted)))
             self.size, self.tokens = pool.size, pool.tokens
-        bucket.capture()
         return ""
 
     def _too_large(self, key: tuple, reason: str) -> None:
@@ -369,12 +369,16 @@ class Stack:
         checkpointed = self._checkpointed()
         if not checkpointed:  # before any runs: without grad they would compile once more
             bucket.keep_last(len(self.layers))
-        busy = bucket.gpu_over_host() if mode() == "auto" else 0.0
-        if busy > HOST_BOUND:
+        host, gpu = bucket.seconds() if mode() == "auto" else (1.0, 0.0)
+        if gpu > HOST_BOUND * host:
             return GPU_BOUND
         bucket.measure()
         room = self.pool.room - bucket.outside_bytes()
         fits = bucket.fit_into(room, KEPT * room) if checkpointed else bucket.graph_bytes() <= room
         if not fits:
             return OVER_BUDGET
-        return GPU_BOUND if bucket.split and busy > ROWS_HOST_BOUND else ""
+        if (
+            bucket.split and mode() == "auto"
+        ):  # which takes the GPU longer, short rows by up to a half
+            gpu = bucket.seconds()[1]
+        return GPU_BOUND if gpu > HOST_BOUND * host else ""
