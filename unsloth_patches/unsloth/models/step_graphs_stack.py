@@ -31,7 +31,9 @@ POOL_SHARE = 0.25  # of the GPU's memory that this process had not needed before
 # expected to need no more than that much, and a share of what was allocated at most; or it is left out.
 EXTRA_BYTES, EXTRA_SHARE = 256 << 20, 0.15
 KEPT = 0.5  # of that at most is filled by activations that need no second run
-HOST_BOUND = 0.95  # the GPU's time over the host's in an ordinary run, up to which replaying pays
+# The GPU's time over the host's for one block, up to which replaying pays: in a training pass a block
+# takes the host longer than by itself.
+HOST_BOUND = 1.1
 FIRST, OVER_BUDGET = "a length's first batch", "past the pool's budget"
 GPU_BOUND, SMALL_POOL = "the GPU is what takes the time", "the pool is too small"
 OUT_OF_MEMORY = "out of memory while capturing"
