@@ -33,7 +33,7 @@ EXTRA_BYTES, EXTRA_SHARE = 256 << 20, 0.15
 KEPT = 0.5  # of that at most is filled by activations that need no second run
 # The GPU's time over the host's for one block, up to which replaying pays: in a training pass a block
 # takes the host longer than by itself.
-HOST_BOUND = 1.1
+HOST_BOUND, ASKED_AGAIN = 1.1, 8
 FIRST, OVER_BUDGET = "a length's first batch", "past the pool's budget"
 GPU_BOUND, SMALL_POOL = "the GPU is what takes the time", "the pool is too small"
 OUT_OF_MEMORY = "out of memory while capturing"
@@ -195,7 +195,7 @@ class Stack:
         if layout.rows * layout.bucket > self.limit:
             return self.limit_reason, None, None
         key = self._key(hidden, kwargs, layout)
-        if key in self.refused:
+        if key in self.refused and not self._asked_again(key):
             return self.refused[key], None, None
         if key in self.buckets:
             self.buckets.move_to_end(key)
@@ -225,6 +225,16 @@ class Stack:
         if bucket is None:
             return self.off or self.refused[key], None, None
         return "", bucket, layout
+
+    def _asked_again(self, key: tuple) -> bool:
+        """Whether the GPU, found busy with a length, is asked once more: another process may have used it."""
+        if self.refused[key] != GPU_BOUND:
+            return False
+        self.seen[key] += 1
+        if self.seen[key] < ASKED_AGAIN or self.seen[key] & (self.seen[key] - 1):  # 8, 16, 32, …
+            return False
+        del self.refused[key]
+        return True
 
     def _recorder(self, device: torch.device) -> Any:
         if self.recorder is None:
