@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from backend import DEVICE, GPU, require
-from graph_tape import TapeRecorder
 
 require("interpreter")
 import unsloth  # noqa: F401, E402
@@ -26,6 +25,7 @@ from replayed_models import (  # noqa: E402, F401
     backbone,
     batch,
     close,
+    fit_on_host,
     forward,
     gradients,
     graphs,
@@ -34,11 +34,13 @@ from replayed_models import (  # noqa: E402, F401
     made,
     packed,
     plain,
+    recorder_class,
     recorders,
     step,
     summary,
 )
 
+MIB = 1 << 20
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 FAMILIES += ["gemma"] if GPU else []  # its RoPE tables are kept by a GPU's number
 
@@ -84,27 +86,6 @@ def test_two_buckets_share_their_memory(llama):
     assert summary(llama)["replayed"] == 6 and len(summary(llama)["buckets"]) == 2
 
 
-MIB = 1 << 20
-
-
-def recorder_class():
-    from unsloth.models import step_graphs_pool
-    return step_graphs_pool.CudaRecorder if GPU else TapeRecorder
-
-
-def fit_on_host(monkeypatch, rows):
-    """Buckets have inputs on the host, and so many rows at once."""
-    from unsloth.models.step_graphs_capture import Bucket
-
-    def fit_into(bucket, room, keeping):
-        bucket.inputs_on_host()
-        if rows:
-            bucket.some_rows_at_once(rows)
-        return True
-
-    monkeypatch.setattr(Bucket, "fit_into", fit_into)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rows", [None, 1, 2])
 def test_inputs_on_the_host_and_some_rows_at_once(made, monkeypatch, family, rows):
@@ -117,12 +98,13 @@ def test_inputs_on_the_host_and_some_rows_at_once(made, monkeypatch, family, row
     assert summary(model)["replayed"] == 4
 
 
+def by_tokens(bucket):
+    bucket.block_bytes = bucket.input.shape[1] * MIB
+
+
 def test_a_length_that_needs_more_than_was_reserved_gets_a_larger_pool(llama, monkeypatch):
     """In which the others are captured anew; nothing holds the old one, no loss that is kept, either."""
     from unsloth.models import step_graphs, step_graphs_capture
-
-    def by_tokens(bucket):
-        bucket.block_bytes = bucket.input.shape[1] * MIB
 
     monkeypatch.setattr(recorder_class(), "peak", lambda self: 40 << 30)
     monkeypatch.setattr(step_graphs_capture.Bucket, "measure", by_tokens)
@@ -135,6 +117,17 @@ def test_a_length_that_needs_more_than_was_reserved_gets_a_larger_pool(llama, mo
     assert small() is None and stack.pool.size > 1.5 * size
     assert summary(llama)["buckets"] == [(2, 128), (2, 64)]
     assert (summary(llama)["captures"], summary(llama)["dropped"]) == (3, 1)
+
+
+def test_a_length_that_pays_is_not_asked_again_in_a_larger_pool(llama, monkeypatch):
+    taken = itertools.cycle([(1.0, 1.0), (1.0, 1.2)])
+    monkeypatch.setattr(recorder_class(), "peak", lambda self: 40 << 30)
+    monkeypatch.setattr("unsloth.models.step_graphs_capture.Bucket.measure", by_tokens)
+    with graphs("auto"):
+        step(captured(llama), batch(2, 600))
+        monkeypatch.setattr(recorder_class(), "timed", lambda self, run: next(taken))
+        step(llama, batch(2, 600))
+    assert summary(llama)["buckets"] == [(2, 624)] and summary(llama)["captures"] == 2
 
 
 def test_rows_that_take_the_gpu_longer_pay_where_the_host_is_waited_for(llama, monkeypatch):
@@ -386,11 +379,18 @@ CHANGES = (
 
 
 @pytest.mark.parametrize("change", CHANGES, ids = lambda f: f.__name__)
-def test_a_change_is_noticed_before_anything_is_computed_with_the_old_state(llama, change):
+def test_a_change_is_noticed_before_anything_is_computed(llama, change, monkeypatch):
+    """And the old graphs' memory is free by then."""
+    from unsloth.models.step_graphs import _stacks
+    from unsloth.models.step_graphs_stack import Stack
+
     captured(llama)
+    pool, ordinary, held = weakref.ref(_stacks[backbone(llama)].pool), Stack.ordinary, []
+    monkeypatch.setattr(Stack, "ordinary", lambda *a: (held.append(pool()), ordinary(*a))[1])
     change(llama)
     for seed in range(3):
         as_without(llama, batch(2, 40, seed))
+    assert held and not any(held)
     assert summary(llama)["dropped"] == 1 or change is _new_layers
     assert summary(llama)["captures"] == 2  # of the new state
 
@@ -713,10 +713,10 @@ def test_auto_captures_only_where_the_host_is_waited_for(llama, recorders):
         for seed in range(3):
             bit_equal(llama, batch(2, 100, seed))
         assert reasons(llama) == {"the GPU is what takes the time"}
-        recorders[0].host_and_gpu = (1.0, 0.5)  # it was somebody else
-        for seed in range(7):
-            step(llama, batch(2, 100, seed))
-    assert summary(llama)["buckets"] == [(2, 64), (2, 128)]
+        for sighting in range(4, 18):
+            recorders[0].host_and_gpu = (1.0, 1.5 if sighting < 9 else 0.5)
+            step(llama, batch(2, 100, sighting))
+            assert summary(llama)["captures"] == (1 if sighting < 16 else 2)
 
 
 def test_the_variable_takes_three_values(llama):

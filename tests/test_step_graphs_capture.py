@@ -2,7 +2,6 @@
 # Copyright 2026 the contributors
 """What step graphs are made of: lengths, layouts, and buckets that share memory."""
 
-import contextlib
 import gc
 import time
 import weakref
@@ -149,24 +148,20 @@ def test_an_allocator_that_splits_no_large_piece_reserves_none(monkeypatch):
 
 
 def test_the_peak_is_that_of_passes_whoever_captures_or_resets_it(monkeypatch):
-    from unsloth.models.step_graphs_pool import CudaRecorder
+    from unsloth.models import step_graphs_pool
+    from unsloth.models.step_graphs_pool import CudaRecorder, apart
 
-    peak = [100]
-    monkeypatch.setattr(CudaRecorder, "_peaks", {})
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {"replay": None}))
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph", lambda *a, **k: contextlib.nullcontext())
+    peak, recorder = [100], CudaRecorder.__new__(CudaRecorder)
+    recorder.device = torch.device("cpu")
+    monkeypatch.setattr(step_graphs_pool, "_peaks", {})
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
-    recorder = CudaRecorder(torch.device("cpu"))
-    recorder(lambda: peak.append(peak.pop() + 50))
+    with pytest.raises(RuntimeError), apart(recorder):
+        peak[0] = 150
+        raise RuntimeError("while a length is captured")
     assert recorder.peak() == 100
     for now, known in ((120, 120), (30, 120), (130, 130)):  # a pass after a reset, then another
         peak[0] = now
         assert recorder.peak() == known
-    assert CudaRecorder(torch.device("cpu")).peak() == 130
 
 
 def test_what_blocks_need_outside_of_the_pool_is_free_before_it_is_reserved(blocks, monkeypatch):

@@ -66,7 +66,7 @@ class TapeRecorder:
 
     def __init__(self, device):
         self.tapes, self.fail, self.free = [], None, 1 << 40
-        self.host_and_gpu = (1.0, 0.5)
+        self.device, self.host_and_gpu = device, (1.0, 0.5)
 
     def __call__(self, function):
         if self.fail is not None:

@@ -56,6 +56,24 @@ def recorders(monkeypatch):
     yield made
 
 
+def recorder_class():
+    from unsloth.models import step_graphs_pool
+    return step_graphs_pool.CudaRecorder if GPU else TapeRecorder
+
+
+def fit_on_host(monkeypatch, rows):
+    """Buckets have inputs on the host, and so many rows at once."""
+    from unsloth.models.step_graphs_capture import Bucket
+
+    def fit_into(bucket, room, keeping):
+        bucket.inputs_on_host()
+        if rows:
+            bucket.some_rows_at_once(rows)
+        return True
+
+    monkeypatch.setattr(Bucket, "fit_into", fit_into)
+
+
 @pytest.fixture(scope = "module")
 def made():
     models = {}

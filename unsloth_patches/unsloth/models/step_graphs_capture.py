@@ -181,14 +181,10 @@ class Bucket:
 
     def seconds(self) -> Tuple[float, float]:
         """The host's and the GPU's for one uncaptured block of a kind: it takes little memory."""
-
-        def one_of_each():
-            self._runs.warm_up(self.input)
-
         with own_leaves(self._layers):
             torch.clear_autocast_cache()
-            one_of_each()  # compiles
-            return self.pool.recorder.timed(one_of_each)
+            self._runs.warm_up(self.input)  # compiles
+            return self.pool.recorder.timed(lambda: self._runs.warm_up(self.input))
 
     def capture(self, reserve: int = 0) -> None:
         """Runs uncaptured, then captures both passes, in a pool of which so many bytes are reserved."""
@@ -198,10 +194,10 @@ class Bucket:
             with own_leaves(self._layers):
                 torch.clear_autocast_cache()
                 self._warm_up()
+            torch.clear_autocast_cache()  # casts made here would be read by the graphs, grow old
             if reserve:  # not before: what the blocks need outside of it is free again
                 self.pool.reserve(reserve)
             with own_leaves(self._layers):  # others: those have met the stream of the first run
-                torch.clear_autocast_cache()  # casts made here would be read by the graphs, grow old
                 before = self.pool.recorder.reserved()
                 self.forward = self.pool.recorder(self._forward)
                 self.backward = self.pool.recorder(self._backward)

@@ -4,27 +4,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
 import sys
 import time
 import weakref
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
 from .step_graphs_blocks import HostInputs
 
-__all__ = ["Gradients", "Pool", "make_recorder", "tell_losses"]
+__all__ = ["Gradients", "Pool", "apart", "make_recorder", "tell_losses"]
 
+_peaks: Dict[torch.device, Tuple[int, int]] = {}  # what passes took at most, what was read last
 CLOCK = 2e9  # cycles a second of a GPU, about; a slower one sleeps longer
 
 
 class CudaRecorder:
     """recorder(function) -> replay: captures what function launches, in the recorder's pool."""
-
-    _peaks: Dict[torch.device, Tuple[int, int]] = {}  # what passes took, and what was read last
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -34,7 +34,7 @@ class CudaRecorder:
         self._reserved: Any = None
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        graph, collects, before = torch.cuda.CUDAGraph(), gc.isenabled(), self.peak()
+        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
         gc.disable()  # what a collection frees, other graphs say, may call what no capture allows
         try:
             if not self._graphs:  # the allocator takes no handle again whose graphs are all gone
@@ -48,18 +48,17 @@ class CudaRecorder:
         finally:
             if collects:
                 gc.enable()
-            self._peaks[self.device] = before, torch.cuda.max_memory_allocated(self.device)
         self._graphs.add(graph)
         return graph.replay
 
     def peak(self) -> int:
-        """Bytes that this process had allocated, at most, but for captures: else each pool would let the
-        next one be larger. Of times before a reset of the statistic, what was read then."""
-        known, last = self._peaks.get(self.device, (0, 0))
+        """Bytes that this process had allocated, at most, but for what ran `apart`. Of times before a reset
+        of the statistic, what was read then."""
+        known, last = _peaks.get(self.device, (0, 0))
         now = torch.cuda.max_memory_allocated(self.device)
-        if now != last:  # not the last capture's
+        if now != last:
             known = max(known, now)
-            self._peaks[self.device] = known, now
+            _peaks[self.device] = known, now
         return known
 
     def reserve(self, nbytes: int) -> None:
@@ -89,23 +88,34 @@ class CudaRecorder:
         return torch.cuda.memory_reserved(self.device)
 
     def timed(self, function: Callable[[], None]) -> Tuple[float, float]:
-        """(the host's, the GPU's) seconds, of three runs the least: others may use the machine. The GPU
-        starts when all is launched, so it waits for nothing."""
-        start, end = (torch.cuda.Event(enable_timing = True) for _ in range(2))
+        """(the host's, the GPU's) seconds, of three the least. The GPU starts when all is launched."""
         hosts, gpus = [], []
-        for _ in range(3):
-            torch.cuda.synchronize(self.device)
-            began = time.perf_counter()
-            function()
-            hosts.append(time.perf_counter() - began)
-            torch.cuda.synchronize(self.device)
-            torch.cuda._sleep(int(2 * hosts[-1] * CLOCK))
-            start.record()
-            function()
-            end.record()
-            torch.cuda.synchronize(self.device)
-            gpus.append(start.elapsed_time(end) / 1e3)
+        with torch.cuda.device(self.device):
+            start, end = (torch.cuda.Event(enable_timing = True) for _ in range(2))
+            for _ in range(3):
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                function()
+                hosts.append(time.perf_counter() - began)
+                torch.cuda.synchronize()
+                torch.cuda._sleep(int(2 * hosts[-1] * CLOCK))
+                start.record()
+                function()
+                end.record()
+                torch.cuda.synchronize()
+                gpus.append(start.elapsed_time(end) / 1e3)
         return min(hosts), min(gpus)
+
+
+@contextlib.contextmanager
+def apart(recorder: Any) -> Iterator[None]:
+    """What is allocated meanwhile is no pass's: else each pool would let the next one be larger."""
+    before, device = recorder.peak(), recorder.device
+    del recorder  # it holds a pool
+    try:
+        yield
+    finally:
+        _peaks[device] = before, torch.cuda.max_memory_allocated(device)
 
 
 def make_recorder(device: torch.device) -> Optional[Any]:

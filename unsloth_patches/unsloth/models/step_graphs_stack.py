@@ -16,7 +16,7 @@ import torch
 from . import step_graphs_pool
 from .step_graphs_buckets import PaddedRows, lay_out, unknown_argument
 from .step_graphs_capture import GROWTH, Bucket, replay_blocks
-from .step_graphs_pool import Pool
+from .step_graphs_pool import Pool, apart
 from .step_graphs_state import BlockState, why_not_capturable
 
 __all__ = ["Stack", "checkpointing_layer", "mode"]
@@ -150,6 +150,7 @@ class Stack:
         change = "requires_grad changed" if bucket.frozen else self.state.changed(wholly = False)
         if change:
             self.drop(change)
+            del out, bucket  # they hold the pool
             return self.run(hidden, kwargs)
         self.replayed += 1
         self.real += layout.real
@@ -230,8 +231,9 @@ class Stack:
         """Whether the GPU, found busy with a length, is asked once more: another process may have used it."""
         if self.refused[key] != GPU_BOUND:
             return False
-        self.seen[key] += 1
-        if self.seen[key] < ASKED_AGAIN or self.seen[key] & (self.seen[key] - 1):  # 8, 16, 32, …
+        seen = self.seen[key] + 1
+        if seen < ASKED_AGAIN or seen & (seen - 1):  # not 8, 16, 32, …
+            self.seen[key] = seen
             return False
         del self.refused[key]
         return True
@@ -285,17 +287,19 @@ class Stack:
     def _capture(
         self, key: tuple, hidden: torch.Tensor, kwargs: dict, layout: Any
     ) -> Optional[Bucket]:
+        timed = mode() == "auto"
         try:
             while True:
-                bucket = self._new_bucket(hidden, kwargs, layout)
-                try:
-                    why_not = self._why_not(bucket) or self._captured(bucket)
-                finally:
-                    bucket.close()
+                with apart(self._recorder(hidden.device)):
+                    bucket = self._new_bucket(hidden, kwargs, layout)
+                    try:
+                        why_not = self._why_not(bucket, timed) or self._captured(bucket)
+                    finally:
+                        bucket.close()
                 if why_not != SMALL_POOL:
                     break
                 del bucket  # it holds the pool
-                size = self.size
+                timed, size = False, self.size
                 self._give_back()
                 self.size = size  # the others are captured anew, in a larger one
         except torch.OutOfMemoryError:
@@ -376,12 +380,12 @@ class Stack:
     def _checkpointed(self) -> bool:
         return bool(getattr(self.layers[0], "gradient_checkpointing", False))
 
-    def _why_not(self, bucket: Bucket) -> str:
-        """A reason why it does not pay or fit, or ''."""
+    def _why_not(self, bucket: Bucket, timed: bool) -> str:
+        """A reason why it does not pay or fit, or ''. timed: whether that it pays is asked."""
         checkpointed = self._checkpointed()
         if not checkpointed:  # before any runs: without grad they would compile once more
             bucket.keep_last(len(self.layers))
-        host, gpu = bucket.seconds() if mode() == "auto" else (1.0, 0.0)
+        host, gpu = bucket.seconds() if timed else (1.0, 0.0)
         if gpu > HOST_BOUND * host:
             return GPU_BOUND
         bucket.measure()
@@ -389,8 +393,6 @@ class Stack:
         fits = bucket.fit_into(room, KEPT * room) if checkpointed else bucket.graph_bytes() <= room
         if not fits:
             return OVER_BUDGET
-        if (
-            bucket.split and mode() == "auto"
-        ):  # which takes the GPU longer, short rows by up to a half
-            gpu = bucket.seconds()[1]
-        return GPU_BOUND if gpu > HOST_BOUND * host else ""
+        # Some rows at a time take the GPU longer, short ones by up to a half.
+        slower = timed and bucket.split and bucket.seconds()[1] > HOST_BOUND * host
+        return GPU_BOUND if slower else ""
