@@ -31,7 +31,7 @@ def _short_steps(model):
     found = _read(name)
     case = found["cases"]["default"]
     each = {form: _time_and_memory(case[form]) for form in case}
-    what = f"QLoRA step of {found['title']}, plain SFTTrainer, 4 x 2 rows of about 490 tokens, one H200"
+    what = f"QLoRA step of {found['title']}, plain SFTTrainer, 4 x 2 rows of 490 tokens in the median, one H200"
     return _row(what, each["stock"], each["graphs"], name)
 
 

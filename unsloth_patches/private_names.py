@@ -68,6 +68,7 @@ PRIVATE_NAMES = (
     PrivateName("torch._C:DisableTorchFunctionSubclass", _GRAPHS),
     PrivateName("torch._C:_any_requires_grad", _GRAPHS),
     PrivateName("torch._C:_current_graph_task_id", ("fsdp2-offload-apply",)),
+    PrivateName("torch.cuda:_sleep", ("step-graphs-capture",)),
     PrivateName("torch._utils:_unflatten_dense_tensors", ("step-graphs-capture",)),
     PrivateName("torch.utils._pytree:tree_map", ("checkpoint-shared-graph",)),
     PrivateName("torch:_foreach_copy_", ("step-graphs-capture",)),

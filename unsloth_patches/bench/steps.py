@@ -187,7 +187,11 @@ def show(payload: dict) -> None:
 
 def plot(payloads: List[dict], path: Path) -> None:
     """Tokens a second against the median length, a line a form; one panel a model, below each other."""
-    colors = {"stock": "upstream", "patched": "peer", "graphs": "ours"}
+    lines = {  # form -> color, name
+        "stock": ("upstream", "stock"),
+        "patched": ("peer", "patched, UNSLOTH_STEP_GRAPHS=0"),
+        "graphs": ("ours", "patched"),
+    }
     with harness.plot_style() as plt:
         figure, panels = plt.subplots(
             len(payloads), 1, figsize = (5.2, 3.4 * len(payloads)), squeeze = False
@@ -198,10 +202,10 @@ def plot(payloads: List[dict], path: Path) -> None:
                 for case, forms in payload["cases"].items()
                 if case.startswith("default")
             }
-            for form, color in colors.items():
+            for form, (color, label) in lines.items():
                 places = sorted(measured)
                 values = [measured[n][form]["tokens_per_second"] for n in places]
-                axes.plot(places, values, marker = "o", color = harness.COLORS[color], label = form)
+                axes.plot(places, values, marker = "o", color = harness.COLORS[color], label = label)
             places = [n for n in sorted(measured) if "gpu_busy_share" in measured[n]["graphs"]]
             limit = [measured[n]["graphs"]["gpu_limit_tokens_per_second"] for n in places]
             axes.plot(places, limit, linestyle = ":", color = "gray", label = "GPU busy all the time")
