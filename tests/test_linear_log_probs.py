@@ -168,6 +168,7 @@ def test_log_probs_equal_dense_ones(logits_dtype, vocab):
         ({"targets": torch.zeros(7)}, TypeError, "targets must be a tensor of integers"),
         ({"temperature": 0}, ValueError, "temperature must be a positive number, got 0"),
         ({"temperature": "hot"}, ValueError, "got 'hot'"),
+        ({"temperature": True}, ValueError, "got True"),
         ({"head_grad_dtype": torch.float16}, TypeError, "head_grad_dtype must be"),
     ],
 )

@@ -2,6 +2,8 @@
 # Copyright 2026 the contributors
 """Loss options reach the losses of the models that run Unsloth's own forwards."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -150,6 +152,31 @@ def test_shifted_labels_reach_the_stock_loss_where_it_has_to_run():
             unsloth_fused_ce_loss(None, labels = labels[None], **arguments)
 
 
+def test_models_that_take_options_have_trainers_check_what_they_are_given(monkeypatch):
+    """Before any options are set: a column of weights, which preparing the data may drop, is told of."""
+    trl = pytest.importorskip("trl")
+    from unsloth import fused_loss
+
+    class SFTTrainer:
+        def __init__(
+            self,
+            model,
+            args = None,
+        ):
+            pass
+
+    monkeypatch.setattr(trl, "SFTTrainer", SFTTrainer)
+
+    def CausalLM_fast_forward(fast_forward_inference):
+        return lambda self, labels = None: None
+
+    fused_loss.forward_factory_with_loss_options(CausalLM_fast_forward)(None)
+    model = Marked()
+    model._takes_loss_options = True
+    with pytest.raises(ValueError, match = "SFTConfig: label_smoothing_factor .* got 1.5"):
+        SFTTrainer(model, SimpleNamespace(label_smoothing_factor = 1.5))
+
+
 # --- what an error leaves behind ----------------------------------------------------------------
 
 
@@ -187,8 +214,6 @@ def test_options_of_a_call_that_raises_are_gone_afterwards(marked):
 
 def test_label_smoothing_of_a_trainer_survives_a_loss_that_raises(marked):
     """The trainer's label_smoother is back, so that a retry smooths as well."""
-    from types import SimpleNamespace
-
     from transformers.trainer_pt_utils import LabelSmoother
     from unsloth.fused_loss import label_smoothing_in_the_model
 
@@ -218,6 +243,10 @@ def test_label_smoothing_of_a_trainer_survives_a_loss_that_raises(marked):
         assert seen[-1] == (other.label_smoother, None)
     compute_loss(trainer, lambda labels: None, {"labels": torch.zeros(1)})
     assert seen[-1] == (smoother, None)
+    trainer.label_smoother = LabelSmoother(epsilon = 1.5)  # of a trainer that is none of TRL's
+    with pytest.raises(ValueError, match = "SFTConfig: label_smoothing_factor .* got 1.5"):
+        compute_loss(trainer, marked, {"labels": torch.zeros(1)})
+    assert trainer.label_smoother.epsilon == 1.5
 
 
 @pytest.mark.parametrize("fault", [faults.Operations, faults.Lines])

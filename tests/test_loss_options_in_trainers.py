@@ -26,7 +26,13 @@ torch.set_num_threads(1)
         ({"class_weight": [-1.0] * 64}, ValueError, "not negative"),
         ({"class_weight": [float("nan")] * 64}, ValueError, "finite"),
         ({"class_weight": [0] * 64}, ValueError, "a weight that is not 0"),
+        ({"class_weight": ["1"] * 64}, TypeError, r"\[64\] numbers, got \['1', .*\.\.\.\]"),
         ({"label_smoothing": 2.0}, ValueError, "between 0 and 1"),
+        ({"label_smoothing": True}, ValueError, "got True; give an int or a float"),
+        ({"label_smoothing": "0.1"}, ValueError, "got '0.1'; give an int or a float"),
+        ({"z_loss": True}, ValueError, "z_loss must be a finite number, got True"),
+        ({"chunk_rows": "64"}, ValueError, "positive number of rows, got '64'"),
+        ({"ignore_index": "5"}, TypeError, "an integer, got '5'"),
         ({"z_loss": -1.0}, ValueError, "z_loss must not be negative"),
         ({"z_loss": "much"}, ValueError, "z_loss must be a finite number"),
         ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer"),
@@ -76,9 +82,19 @@ def test_columns_of_the_loss_are_collated_with_their_tokens(padding_free):
         [[0.0, -float("inf")]] * 2,
     )  # log-probabilities, say
     assert collator(rows)["ids"].isinf().any() and collator(rows)["ids"][0, 0, 1] == 2
-    for missing in (None, float("nan"), "1", [1.0, None, 1.0]):
+    for missing, shown in (
+        (None, "None"),
+        (float("nan"), "nan"),
+        ("1", "'1'"),
+        ([1.0, None, 1.0], "None at its token 1"),
+        ([*[1.0] * 500, float("inf")], "inf at its token 500"),
+        (torch.tensor([1.0, float("nan")]), "nan at its token 1"),
+        (["a"] * 500, "'a' at its token 0"),
+        ([[1.0]] * 9 + [[1.0, 2.0]], r"\[(\[1.0\], ){6}\.\.\.\]"),
+    ):
         rows[0]["loss_weights"] = missing
-        with pytest.raises(ValueError, match = "a row's 'loss_weights' is .*; give finite numbers"):
+        words = f"a row's 'loss_weights' is {shown}; give finite numbers"
+        with pytest.raises(ValueError, match = words):
             collator(rows)
 
 
@@ -369,6 +385,70 @@ def test_weights_that_nobody_asked_for_are_told_once():
     assert not told(batch = {"loss_weights": 1}) and not told(options = LossOptions())
 
 
+def test_what_a_trainer_is_given_is_checked_as_it_is_made():
+    """Before the data are prepared, which may drop their columns; by position and by name, and told once."""
+    from unsloth.loss_columns import warn_of_dropped_weights
+    from unsloth.loss_in_trainers import checking_what_is_given
+    from unsloth.loss_options import LossOptions
+
+    class Trainer:
+        @checking_what_is_given
+        def __init__(self, *args, **kwargs):
+            self.model, self.seen = model, (args, kwargs)
+
+    model, args = torch.nn.Linear(1, 1), SimpleNamespace(label_smoothing_factor = 0.0)
+    weighted = SimpleNamespace(column_names = ["text", "loss_weights"])
+    model._takes_loss_options = True
+
+    def told(*given, **named):
+        with warnings.catch_warnings(record = True) as caught:
+            warnings.simplefilter("always")
+            trainer = Trainer(*given, **named)
+            assert trainer.seen == (given, named)
+            trainer.train_dataset = weighted
+            warn_of_dropped_weights(trainer, {})
+        return [(str(each.message), each.filename) for each in caught]
+
+    for given in (
+        ((), {"model": model, "args": args, "train_dataset": weighted}),
+        ((model, args, None, weighted), {}),
+        ((model,), {"train_dataset": weighted}),
+    ):
+        ((text, place),) = told(*given[0], **given[1])
+        assert "column loss_weights is not used" in text and "before the trainer is made" in text
+        assert place == __file__
+    for factor in (1.5, -0.1, True, "0.1", float("nan")):
+        args.label_smoothing_factor = factor
+        with pytest.raises(ValueError, match = f"label_smoothing_factor must be .* got {factor!r}"):
+            Trainer(model, args)
+    model._unsloth_loss_options, args.label_smoothing_factor = LossOptions(), 0.5
+    assert not told(model, args, None, weighted)
+    model._takes_loss_options, args.label_smoothing_factor = (
+        False,
+        1.5,
+    )  # a stock loss: nothing of ours
+    assert not told(model, args, None, weighted) and not told("name", train_dataset = weighted)
+
+
+def test_options_are_shown_as_a_user_writes_them():
+    """What differs from the defaults; nothing that the forward or a trainer fills in."""
+    from unsloth.loss_options import LossOptions
+
+    assert repr(LossOptions(observe = print, weight_items = 3, shifted_labels = 1)) == "LossOptions()"
+    shown = LossOptions(
+        class_weight = torch.ones(64), label_smoothing = 0.1, class_weight_mean = "labels"
+    )
+    words = "class_weight = <64 weights>, label_smoothing = 0.1, class_weight_mean = 'labels'"
+    assert repr(shown) == f"LossOptions({words})"
+    own = LossOptions(loss_fn = told_by_name, loss_columns = ("ids",), logits_dtype = torch.float32)
+    words = "loss_fn = told_by_name, loss_columns = ('ids',), logits_dtype = torch.float32"
+    assert repr(own) == f"LossOptions({words})"
+
+
+def told_by_name(logits, labels):
+    pass
+
+
 def test_options_of_a_call_that_do_not_fit_the_models_loss_are_named():
     """Cross entropy's beside a loss of one's own; a column that the batch does not have."""
     from unsloth.loss_options import LossOptions, collect_options
@@ -379,7 +459,7 @@ def test_options_of_a_call_that_do_not_fit_the_models_loss_are_named():
     with pytest.raises(ValueError, match = "z_loss is an option of cross entropy.*leave one of"):
         collect_options(model, {"z_loss": 0.1, "scores": 1})
     for labels in ("labels", "shift_labels"):
-        with pytest.raises(ValueError, match = "no column 'scores'.*remove_unused_columns = False"):
+        with pytest.raises(ValueError, match = "no column 'scores'.*before the trainer is made"):
             collect_options(model, {labels: torch.ones(1)})
     assert collect_options(model, {}).loss_columns == ()  # without labels there is no loss
     batch = {"labels": torch.ones(1), "scores": 3}
@@ -389,6 +469,8 @@ def test_options_of_a_call_that_do_not_fit_the_models_loss_are_named():
         collect_options(model, {"labels": labels, "z_loss": -1})
     with pytest.raises(ValueError, match = "z_loss must be a finite number, got 'much'"):
         collect_options(model, {"labels": labels, "z_loss": "much"})
+    with pytest.raises(ValueError, match = "z_loss must be a finite number, got True"):
+        collect_options(model, {"labels": labels, "z_loss": True})
     with pytest.raises(ValueError, match = r"loss_weights must be \(2, 3\) as the labels are"):
         collect_options(model, {"labels": labels, "loss_weights": [1.0, 2.0]})
     weights = [[0.0, 1.0, 2.0]] * 2

@@ -64,6 +64,8 @@ def test_label_smoothing_factor_reaches_the_chunked_loss(checkpoint):
     assert calls().get(COUNTED, 0) - before == 4
     assert abs(found[1] - reference_losses(checkpoint)[1]) > 5 * EXACT
     assert found == pytest.approx(reference_losses(checkpoint, label_smoothing = 0.5), abs = EXACT)
+    with pytest.raises(ValueError, match = "label_smoothing_factor .* got 1.5"):
+        train(checkpoint, label_smoothing_factor = 1.5)
 
 
 @pytest.mark.parametrize("mean", ["weights", "labels"])
@@ -260,10 +262,7 @@ def test_weights_of_tokens_of_prompts_and_completions(checkpoint, batches):
         **sequential(),
     )
     trainer = SFTTrainer(
-        model = model,
-        args = config,
-        train_dataset = Dataset.from_list(rows),
-        processing_class = tokenizer,
+        model = model, args = config, train_dataset = Dataset.from_list(rows), processing_class = tokenizer
     )
     in_order(trainer).train()
     total = weights = 0.0
@@ -370,6 +369,7 @@ def test_weights_of_tokens_through_sft_trainer(checkpoint):
 
 def test_columns_of_the_loss_survive_train_on_responses_only(checkpoint):
     """It drops what no forward names; with options the model is fed them, without options it is not."""
+    from trl import SFTTrainer
     from unsloth.chat_templates import train_on_responses_only
     from unsloth.fused_loss import set_loss_options
 
@@ -385,7 +385,7 @@ def test_columns_of_the_loss_survive_train_on_responses_only(checkpoint):
         rows,
         collator = None,
     )
-    collator = trainer.data_collator
+    collator, data = trainer.data_collator, trainer.train_dataset
     trainer.args.remove_unused_columns = True  # which Unsloth unsets for rows without padding
     trainer = train_on_responses_only(trainer, instruction_part = "w3", response_part = "w4")
     batch = next(iter(trainer.get_train_dataloader()))
@@ -397,6 +397,10 @@ def test_columns_of_the_loss_survive_train_on_responses_only(checkpoint):
     trainer.data_collator = collator
     trainer = train_on_responses_only(trainer, instruction_part = "w3", response_part = "w4")
     assert not {"loss_weights", "ids"} & set(trainer.train_dataset.column_names)
+    with pytest.warns(UserWarning, match = "loss_weights is not used.*before the trainer is made"):
+        SFTTrainer(
+            trainer.model, trainer.args, None, data, processing_class = trainer.processing_class
+        )
 
 
 def test_model_arguments_that_stock_drops_are_honoured(checkpoint):

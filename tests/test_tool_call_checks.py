@@ -515,6 +515,8 @@ UNUSUAL = {
     "some parsers of tool calls refuse": [user("q"), calls(made("Market Trends API", {}))],
     "has no result": [user("q"), calls(ROME), user("r")],
     "but no call stands before it": [user("q"), identified("1", "x9")],
+    "is a tool result, but no call stands": [user("q"), result("16"), assistant("A")],
+    "a tool result, but no call": [user("q"), calls(ROME), result("1"), user("r"), result("2")],
     "rendered as a pair": [user("q"), calls({**ROME, "id": "a"}), identified("1", "b")],
     "not the first one": [user("q"), system("S")],
     "'developer'": [developer("D"), user("q")],
@@ -535,6 +537,58 @@ def test_unusual_conversations_are_rendered_with_one_notice(notice, tokenizer, n
     assert len(notices) == 1 and notice in notices[0] and "messages[" in notices[0]
 
 
+WRONG_NAME, WRONG_ARGUMENT = (
+    made("get_weathr", {"city": "Rome"}),
+    made("get_weather", {"town": "Rome"}),
+)
+
+
+def as_text(call):
+    """The call with arguments as JSON text, which have to be read first."""
+    return made(call["function"]["name"], json.dumps(call["function"]["arguments"]))
+
+
+@pytest.mark.parametrize("form", [lambda call: call, as_text], ids = ["clean", "read"])
+@pytest.mark.parametrize(
+    "call, expected",
+    [
+        (WRONG_NAME, "('get_weathr'): calls a tool that is not among those given (get_weather, "),
+        (WRONG_ARGUMENT, "not declare: ['town'], where it declares ['city']. Correct"),
+    ],
+)
+def test_calls_that_no_tool_declares_are_noticed(call, expected, form, tokenizer, notices):
+    """Once, with the place, in every way to give tools; what is rendered stays the same."""
+    messages = [user("q"), calls(form(call)), result("16"), assistant("A")]
+    clean = [user("q"), calls(call), *messages[2:]]
+    plain = rendered(tokenizer, messages)
+    assert not notices and plain == as_published(clean, tokenizer)
+    for tools in (TOOLS, tuple(TOOLS), json.dumps(TOOLS)):
+        text = rendered(tokenizer, messages, tools = tools)
+        assert text == as_published(clean, tokenizer, tools = TOOLS)
+    assert len(notices) == 1 and expected in notices[0] and "messages[1], call 1" in notices[0]
+    checks = importlib.import_module("unsloth.tool_calls.checks")
+    fine = [user("q"), calls(ROME)]
+    for given, options in (
+        ([fine, messages], {"tools": TOOLS}),
+        ({"messages": messages, "tools": TOOLS}, {}),
+        (messages, {"custom_tools": TOOLS}),
+    ):
+        checks._warned.clear()
+        tokenizer.apply_chat_template(given, tokenize = False, **options)
+    assert len(notices) == 4 and all(expected in notice for notice in notices)
+
+
+def test_builtin_tools_need_no_schema(tokenizer, notices):
+    """They are declared by name; and Arrow's filling is no argument."""
+    search = calls(made("brave_search", {"query": "x"}))
+    options = {"tools": TOOLS, "builtin_tools": ["brave_search"]}
+    rendered(tokenizer, [user("q"), search], **options)
+    rendered(
+        tokenizer, [user("q"), calls(made("get_weather", {"city": "x", "b": None}))], **options
+    )
+    assert not notices
+
+
 @pytest.mark.parametrize(
     "name", ["Market Trends API", "ns:tool/x", "météo", "天气", "a{b}", "x" * 300]
 )
@@ -546,7 +600,15 @@ def test_unusual_names_are_read_back(name, tokenizer):
 
 
 def test_levels(tokenizer, notices, monkeypatch):
-    """error raises, warn says it once and renders what the template can, off looks at nothing."""
+    """error raises, warn says it once and renders what the template can, off looks at nothing. What is
+    only unusual is noticed at the first two, and raises at none."""
+    for level, count in (("off", 0), ("warn", 1), ("error", 2)):
+        monkeypatch.setenv("UNSLOTH_TOOL_CHECKS", level)
+        for unusual in (UNUSUAL["has no result"], [user("q"), calls(WRONG_NAME)]):
+            importlib.import_module("unsloth.tool_calls.checks")._warned.clear()
+            assert "Rome" in rendered(tokenizer, unusual, tools = [WEATHER])
+        assert len(notices) == 2 * count
+    notices.clear()
     bad = [user("q"), calls(made("f", {"a": float("nan")})), assistant("x")]
     parts = [user([{"type": "text", "text": "Hi"}])]
     monkeypatch.setenv("UNSLOTH_TOOL_CHECKS", "warn")

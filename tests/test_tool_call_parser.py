@@ -226,3 +226,54 @@ def test_nulls_in_objects_that_a_schema_refers_to(tool_calls, union):
     root["properties"] = {"p": link if union is None else {union: [link]}}
     given = {"a": None, "n": None, "other": None, "next": {"a": None, "n": None}}
     assert without_filling({"p": given}, root) == {"p": {"n": None, "next": {"n": None}}}
+
+
+# ---------------------------------------------------------------- schemas
+
+
+def weather(city: str, unit: str = "C"):
+    """
+    The weather of a city.
+
+    Args:
+        city: its name
+        unit: of the degrees
+    """
+
+
+PROPERTIES = {"properties": {"a": {}}}
+
+
+@pytest.mark.parametrize(
+    "parameters, names",
+    [
+        (None, None),
+        ("text", None),
+        ({"type": "object"}, None),
+        ({"properties": {}}, None),
+        ({**PROPERTIES, "additionalProperties": True}, None),
+        ({**PROPERTIES, "additionalProperties": {"type": "string"}}, None),
+        ({**PROPERTIES, "patternProperties": {"^b": {}}}, None),
+        ({"anyOf": [PROPERTIES, {"properties": {"b": {}}}]}, {"a", "b"}),
+        ({"$ref": "#/$defs/B", "$defs": {"B": {"properties": {"b": {}}}}}, {"b"}),
+        (PROPERTIES, {"a"}),
+        ({**PROPERTIES, "additionalProperties": False}, {"a"}),
+        ({"allOf": [PROPERTIES]}, {"a"}),
+    ],
+)
+def test_argument_names_that_a_tool_declares(parameters, names):
+    """None where it takes any; a schema that lists none is taken for one that was left out."""
+    schemas = importlib.import_module("unsloth.tool_calls.schemas").Schemas
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    declared = schemas([tool])
+    assert declared.arguments("f") == names
+    for one in ("a", "b", "c"):
+        assert declared.declare("f", {one: 1}) is (names is None or one in names)
+    assert not declared.declare("g", {}) and schemas([]).declare("g", {"a": 1})
+
+
+def test_functions_declare_their_arguments():
+    declared = importlib.import_module("unsloth.tool_calls.schemas").Schemas([weather])
+    assert declared.names() == ["weather"] and declared.arguments("weather") == {"city", "unit"}
+    assert declared.declare("weather", {"city": "x"}) and declared.get("town") is None
+    assert not declared.declare("weather", {"town": "x"})

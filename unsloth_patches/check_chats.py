@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, TextIO
+from typing import Any, Dict, Iterator, List, Optional, Set, TextIO
 
 from rich.console import Console
 from rich.progress import track
@@ -20,7 +21,9 @@ from rich.text import Text
 
 DONE, BAD_ROWS, MISUSE = 0, 1, 2
 COLUMNS = ("messages", "conversations", "conversation", "chat")
+TOOLS_COLUMN = "tools"
 SHOWN_ROWS = 8
+FIRST_LINES = 3  # where none of them is JSON, the file is no jsonl file
 BINS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _PLACE = re.compile(r"^(?:Unsloth: )?(?:messages\[\d+\](?:, call \d+(?: \('.*?'\))?)?: )?")
 _VALUE = re.compile(r"""'[^']*'|"[^"]*"|\[[^]]*\]|\([^)]*\)|-?\d[\d.]*""")
@@ -77,12 +80,29 @@ def read_rows(data: Path) -> Iterator[Any]:
     if not data.is_file():
         raise Unreadable(f"{data} is not there; name a jsonl, json or parquet file, or a folder")
     if data.suffix == ".parquet":
-        import pyarrow.parquet
-        for batch in pyarrow.parquet.ParquetFile(data).iter_batches(batch_size = 1000):
-            yield from batch.to_pylist()
+        yield from _parquet_rows(data)
         return
     with open(data, encoding = "utf-8") as text:
-        yield from _json_rows(text, data)
+        try:
+            yield from _json_rows(text, data)
+        except UnicodeDecodeError as error:
+            raise _no_data_file(data, f"it is not UTF-8 text ({error.reason})") from None
+
+
+def _no_data_file(data: Path, reason: str) -> Unreadable:
+    return Unreadable(
+        f"{data} is no jsonl, json or parquet file: {reason}; name one, with that ending"
+    )
+
+
+def _parquet_rows(data: Path) -> Iterator[Any]:
+    import pyarrow.parquet
+    try:
+        file = pyarrow.parquet.ParquetFile(data)
+    except ValueError as error:
+        raise _no_data_file(data, str(error)) from None
+    for batch in file.iter_batches(batch_size = 1000):
+        yield from batch.to_pylist()
 
 
 def _json_rows(file: TextIO, data: Path) -> Iterator[Any]:
@@ -93,12 +113,20 @@ def _json_rows(file: TextIO, data: Path) -> Iterator[Any]:
             raise Unreadable(f"{data} is not JSON: {error}") from None
         yield from rows if isinstance(rows, list) else [rows]
         return
-    for line in file:
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                yield Unreadable(f"the line is not JSON: {error}")
+    rows = (_json_row(line) for line in file if line.strip())
+    first = list(itertools.islice(rows, FIRST_LINES))
+    if first and all(isinstance(row, Unreadable) for row in first):
+        raise _no_data_file(data, f"none of its first lines is JSON ({first[0].__cause__})")
+    yield from itertools.chain(first, rows)
+
+
+def _json_row(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        row = Unreadable(f"the line is not JSON: {error}")
+        row.__cause__ = error
+        return row
 
 
 def _saved_dataset(data: Path) -> Iterator[Any]:
@@ -117,8 +145,11 @@ def _messages(row: Any, column: Optional[str]) -> Any:
     for name in names:
         if isinstance(row, dict) and row.get(name) is not None:
             return row[name]
-    has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-    raise ValueError(f"the row has no {' or '.join(names)}: {has}; name the column with --messages")
+    is_dict = isinstance(row, dict)
+    has = f"its columns: {', '.join(row)}" if is_dict else f"it is a {type(row).__name__}"
+    raise ValueError(
+        f"the row has no chat under the column {' or '.join(names)} ({has}); name it with --messages"
+    )
 
 
 def _schemas(row: Any, column: str) -> Any:
@@ -166,8 +197,8 @@ def check(
     from transformers import PreTrainedTokenizerBase
 
     from .unsloth.tool_calls.checks import Checks
-    from .unsloth.tool_calls.messages import is_clean, prepare_conversation
-    from .unsloth.tool_calls.schemas import prepare_tools
+    from .unsloth.tool_calls.messages import is_clean, is_declared, prepare_conversation
+    from .unsloth.tool_calls.schemas import Schemas, prepare_tools
 
     checks = getattr(tokenizer, "_tool_call_checks", Checks(tokenizer.chat_template))
     render = PreTrainedTokenizerBase.apply_chat_template
@@ -184,17 +215,18 @@ def check(
         try:
             messages = _messages(row, column)
             own = prepare_tools(_schemas(row, tools))
-            given = messages
-            if not (type(messages) is list and is_clean(messages, (), checks.mode == "join")):
+            given, schemas = messages, Schemas(own, is_prepared = True)
+            clean = type(messages) is list and is_clean(messages, (), checks.mode == "join")
+            if not (clean and is_declared(messages, schemas)):
                 given = prepare_conversation(
                     messages,
-                    tools = own,
+                    tools = schemas,
                     arrange = checks.arrange,
                     warn = lambda where, notice: notices.append(
                         where.replace("Unsloth: ", "", 1) + notice
                     ),
                 )
-                messages = prepare_conversation(messages, tools = own, arrange = keep)
+                messages = prepare_conversation(messages, tools = schemas, arrange = keep)
             text = render(tokenizer, given, tools = own, tokenize = False)
         except Exception as error:
             report.bad += 1
@@ -263,7 +295,7 @@ def run(
     template: str = "llama-3.1",
     mode: str = "error",
     messages: Optional[str] = None,
-    tools: str = "tools",
+    tools: str = TOOLS_COLUMN,
     model: Optional[Path] = None,
     as_json: bool = False,
     fix: Optional[Path] = None,
@@ -283,10 +315,11 @@ def run(
         return MISUSE
     report = Report()
     kept: List[Any] = []
+    columns: Set[str] = set()
     try:
         with _written_whole(fix) as out:
             rows = track(
-                _keep_rows(data, kept),
+                _keep_rows(data, kept, columns),
                 "checking",
                 console = console,
                 disable = not console.is_terminal,
@@ -299,6 +332,11 @@ def run(
                     print(json.dumps(row, ensure_ascii = False, default = str), file = out)
             if not report.rows:
                 raise Unreadable(f"{data} has no rows; name the data that training will use")
+            if tools != TOOLS_COLUMN and tools not in columns:
+                raise Unreadable(
+                    f"--tools {tools}: no row has that column; the rows have "
+                    f"{', '.join(sorted(columns)) or 'none'}. Name the tools' column, or leave it out"
+                )
     except (Unreadable, OSError) as error:
         console.print(f"[red]check-chats:[/] {error}", highlight = False, soft_wrap = True)
         return MISUSE
@@ -311,27 +349,15 @@ def run(
     return BAD_ROWS if report.bad else DONE
 
 
-def _keep_rows(data: Path, kept: List[Any]) -> Iterator[Any]:
+def _keep_rows(data: Path, kept: List[Any], columns: Set[str]) -> Iterator[Any]:
     for row in read_rows(data):
         kept[:] = [row]
+        columns.update(row if isinstance(row, dict) else ())
         yield row
 
 
 def _print(report: Report, console: Console, fix: Optional[Path]) -> None:
-    for title, kinds in (("errors", report.kinds), ("rendered, but unusual", report.notices)):
-        if kinds:
-            console.print(Text(f"\n{title}", "bold"))
-        for reason, rows in sorted(kinds.items(), key = lambda item: -len(item[1])):
-            places = ", ".join(map(str, rows[:SHOWN_ROWS]))
-            if len(rows) > SHOWN_ROWS:
-                places += ", … (--json lists all)"
-            console.print(Text(f"{len(rows)} x {reason}"))
-            of = f"; the text is of row {rows[0]}" if len(rows) > 1 else ""
-            console.print(Text(f"    row{'s' * (len(rows) > 1)} {places}{of}", "dim"))
-    if any("pass parallel_tool_calls" in reason for reason in report.kinds):
-        console.print(Text("Here: --parallel-tool-calls split, or join, as in training", "dim"))
-    if report.kinds or report.notices:
-        console.print(Text("Rows count from 0, as in a data set", "dim"))
+    """What was found comes last, where it stays on the screen."""
     if report.first_rendered:
         console.print(Text("\nthe first row that renders", "bold"))
         console.print(Text(report.first_rendered[:2000]))
@@ -346,6 +372,20 @@ def _print(report: Report, console: Console, fix: Optional[Path]) -> None:
                     Text(f"{'≤ ' if bound != 'more' else ''}{bound!s:>6} {count:>8}  {bar}")
                 )
         console.print(f"longest: {report.longest}", highlight = False)
+    for title, kinds in (("errors", report.kinds), ("rendered, but unusual", report.notices)):
+        if kinds:
+            console.print(Text(f"\n{title}", "bold"))
+        for reason, rows in sorted(kinds.items(), key = lambda item: -len(item[1])):
+            places = ", ".join(map(str, rows[:SHOWN_ROWS]))
+            if len(rows) > SHOWN_ROWS:
+                places += ", … (--json lists all)"
+            console.print(Text(f"{len(rows)} x {reason}"))
+            of = f"; the text is of row {rows[0]}" if len(rows) > 1 else ""
+            console.print(Text(f"    row{'s' * (len(rows) > 1)} {places}{of}", "dim"))
+    if any("pass parallel_tool_calls" in reason for reason in report.kinds):
+        console.print(Text("Here: --parallel-tool-calls split, or join, as in training", "dim"))
+    if report.kinds or report.notices:
+        console.print(Text("Rows count from 0, as in a data set", "dim"))
     good = report.rows - report.bad
     written = f"; {good} written to {fix}" if fix else ""
     style = "red" if report.bad else "green"

@@ -5,18 +5,22 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import io
 import json
 import os
+import sys
 from pathlib import Path
-from typing import Optional
+from typing import Iterator, Optional
 
 import typer
 from rich.console import Console
 
 from . import __version__
-from .bench import BENCHMARKS, NOT_HERE
+from .bench import BENCHMARKS, FAILED, NOT_HERE
 from .console import doctor_listing, status_listing, verbose_status_listing
+from .registry import SUPPORTED_UPSTREAM
 
 app = typer.Typer(
     name = "unsloth-patches",
@@ -28,8 +32,8 @@ app = typer.Typer(
 console = Console()
 
 
-def _import_unsloth() -> str:
-    """Import Unsloth with its banner kept back; returns why it does not import, or an empty string."""
+def _import_unsloth() -> Optional[Exception]:
+    """Import Unsloth with its banner kept back; returns why it does not import, or None."""
     os.environ["UNSLOTH_PATCHES_QUIET"] = "1"
     banner = io.StringIO()
     try:
@@ -37,8 +41,46 @@ def _import_unsloth() -> str:
             import unsloth  # noqa: F401
             import unsloth.chat_templates  # noqa: F401
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+        return error
+    return None
+
+
+def _absent(error: Optional[Exception]) -> str:
+    """The package whose absence an error is about, or an empty string."""
+    if not isinstance(error, ImportError):
+        return ""
+    # Unsloth itself raises a plain ImportError where torch is absent.
+    named = error.name if isinstance(error, ModuleNotFoundError) else ""
+    packages = ((named or "").partition(".")[0], "unsloth", "torch")
+    return next((package for package in packages if package and not _installed(package)), "")
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # it is imported, and has no spec
+        return True
+
+
+def _reason(error: Optional[Exception]) -> str:
+    """Why something does not import, with the remedy where a package is absent."""
+    package = _absent(error)
+    if not package:
+        return f"{type(error).__name__}: {error}" if error else ""
+    wanted = f"unsloth=={SUPPORTED_UPSTREAM[-1]}" if package == "unsloth" else package
+    return f"this Python ({sys.executable}) has no {package}: pip install {wanted}"
+
+
+@contextlib.contextmanager
+def _naming_what_is_absent(name: str) -> Iterator[None]:
+    """Within it one line, not a traceback, tells which package a benchmark lacks."""
+    try:
+        yield
+    except ImportError as error:
+        if not _absent(error):
+            raise
+        console.print(f"[red]bench {name} did not run[/]: {_reason(error)}", soft_wrap = True)
+        raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -51,18 +93,23 @@ def status(
 
     with console.status("importing unsloth …"):
         error = _import_unsloth()
+    if _absent(error) and not as_json:
+        # No patch can be in, and a list of all of them would push the reason off the screen.
+        console.print(f"[red]no patch is in[/]: {_reason(error)}", soft_wrap = True)
+        raise typer.Exit(1)
     rows = current()
     if as_json:
         patches = [row._asdict() for row in rows]
         print(
             json.dumps(
-                {"version": __version__, "unsloth_error": error, "patches": patches}, indent = 2
+                {"version": __version__, "unsloth_error": _reason(error), "patches": patches},
+                indent = 2,
             )
         )
     else:
         console.print(verbose_status_listing(rows) if verbose else status_listing(rows))
         if error:
-            console.print(f"[red]unsloth does not import here:[/] {error}")
+            console.print(f"[red]unsloth does not import here:[/] {_reason(error)}")
             console.print("`python -m unsloth_patches doctor` says what is missing.")
     raise typer.Exit(1 if error or any(row.state == "failed" for row in rows) else 0)
 
@@ -103,8 +150,12 @@ def demo(
 
 @app.command()
 def plan(
-    model: Optional[Path] = typer.Option(None, help = "config.json, or a folder that holds one."),
-    gpus: Optional[int] = typer.Option(None, help = "Ranks that share the frozen weights."),
+    model: Optional[Path] = typer.Option(
+        None, help = "config.json, or a folder that holds one. Required without --table."
+    ),
+    gpus: Optional[int] = typer.Option(
+        None, help = "GPUs that share the frozen weights. Required without --table."
+    ),
     memory: float = typer.Option(79.0, help = "Memory of one GPU, GiB; 79 is an 80 GB card."),
     tokens: int = typer.Option(4096, help = "Tokens of one micro-batch on one GPU."),
     rank: int = typer.Option(16, help = "LoRA rank, on all seven linears of a block."),
@@ -117,7 +168,11 @@ def plan(
     sweep: bool = typer.Option(False, help = "One line for each power of two up to --gpus."),
     table: bool = typer.Option(False, help = "Markdown: Llama 70B and 405B on 2 to 64 GPUs."),
 ) -> None:
-    """Would QLoRA on this model train on these GPUs under FSDP2, and with what offload? No GPU needed."""
+    """Would QLoRA on this model train on these GPUs under FSDP2, and with what offload? No GPU needed.
+
+    Not counted: the memory of step graphs, which run on one GPU only: up to 256 MiB plus 15% of the
+    peak (UNSLOTH_STEP_GRAPHS=0: none).
+    """
     from .plan import plan as compute
     raise typer.Exit(
         compute(
@@ -152,7 +207,7 @@ def check_chats(
 
     error = _import_unsloth()
     if error:
-        console.print(f"[red]unsloth does not import here:[/] {error}")
+        console.print(f"[red]unsloth does not import here:[/] {_reason(error)}", soft_wrap = True)
         raise typer.Exit(2)
     raise typer.Exit(run(data, template, parallel_tool_calls, messages, tools, model, as_json, fix))
 
@@ -173,7 +228,6 @@ def bench(
     ),
 ) -> None:
     """Measure stock Unsloth, peers and the patches side by side on this machine."""
-    import importlib
     import inspect
 
     if name != "all" and name not in BENCHMARKS:
@@ -182,7 +236,8 @@ def bench(
     chosen = {"model": model} if model is not None else {}
     chosen.update({"float32": True} if float32 else {})
     place = "every" if name == "all" else BENCHMARKS[name].module
-    module = importlib.import_module(f"{__package__}.bench.{place}")
+    with _naming_what_is_absent(name):
+        module = importlib.import_module(f"{__package__}.bench.{place}")
     for option in chosen:
         if option not in inspect.signature(module.run).parameters:
             others = (
@@ -200,7 +255,8 @@ def bench(
             f"[red]cannot write to {out}[/]: {error.strerror}; name another folder with --out"
         )
         raise typer.Exit(2)
-    code = module.run(out, quick = quick, **chosen)
+    with _naming_what_is_absent(name):
+        code = module.run(out, quick = quick, **chosen)
     if code != NOT_HERE and any(out.iterdir()):
         console.print(f"results: {out.resolve()}")
     raise typer.Exit(code)

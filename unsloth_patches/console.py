@@ -65,7 +65,10 @@ def status_listing(rows: Sequence) -> Group:
         table.add_row(Text(row.name, "bold"), Text(_state(row), _style(row.state)), Text(row.title))
     parts = [Text(f"unsloth_patches {__version__}", "italic"), table, *_reasons(rows)]
     if any("/" in _state(row) for row in rows):
-        meaning = "1/4: one of four functions is replaced; the others' modules are not imported"
+        meaning = (
+            "n/m, as in 1/3: n of the patch's m functions are replaced now; the other functions' modules "
+            "are not imported, or not in this release (--verbose says which)"
+        )
         parts += [Text(""), Text(meaning, "dim")]
     return Group(*parts)
 

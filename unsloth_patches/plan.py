@@ -20,17 +20,18 @@ The command's options, in this order:
     --table               Markdown for Llama-3.1 70B and 405B (or --model) on 2 to 64 (--gpus) GPUs
 
 The exit code is 0 where it fits (with --sweep: on N GPUs; with --table always), else 1; 2 for a
-value that cannot be counted, or a model that is no decoder. What the count leaves out of a model is
-said in a last line.
+value that cannot be counted, or a model that is no decoder. Where it does not fit, each single option
+is named with which it would. What the count leaves out of a model is said in a last line. The memory
+of step graphs (one GPU only) is not counted.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any, Callable, List, Optional
 
 GIB = 2**30
 # CUDA's context, cuBLAS and NCCL: what a card of N GiB does not give to tensors. Stated, not
@@ -38,6 +39,12 @@ GIB = 2**30
 RESERVED_GIB = 2.0
 CARD_GIB = 79.0
 LARGEST = 64
+LARGEST_CARD_GIB = 4096
+# What step graphs may take beside gradient checkpointing: docs/step_graphs.md.
+STEP_GRAPHS = (
+    "Not counted: step graphs, which run on one GPU only, take up to 256 MiB plus 15% of the peak more "
+    "(UNSLOTH_STEP_GRAPHS=0: none)."
+)
 _LLAMA = {"num_key_value_heads": 8, "vocab_size": 128256}
 # Of the published configs.
 LLAMAS = {
@@ -150,8 +157,55 @@ def plan(
         print_sweep(plans, memory, tokens)
     else:
         print(plans[0].table())
-    print(*[_label(), *notes], sep = "\n")
+    if not plans[-1].fits:
+        print(*_remedies(job, model, gpus), sep = "\n")
+    print(*[_label(), *[STEP_GRAPHS] * (gpus == 1), *notes], sep = "\n")
     return 0 if plans[-1].fits else 1
+
+
+def _remedies(job: _Job, source: Any, gpus: int) -> List[str]:
+    """Every option that makes it fit when it alone is changed, with the value that does."""
+
+    def fits(count: int = gpus, **changes: Any) -> bool:
+        return replace(job, **changes).on(source, count).fits
+
+    found = []
+    if job.offload != "auto" and fits(offload = "auto"):
+        found.append("--offload auto (in a training: UNSLOTH_FSDP2_OFFLOAD=auto)")
+    if job.checkpointing != "unsloth" and fits(checkpointing = "unsloth"):
+        found.append("--checkpointing unsloth")
+    if fits(tokens = 1):
+        most = _first(1, job.tokens, lambda tokens: not fits(tokens = tokens)) - 1
+        found.append(f"--tokens {most} (shorter rows, or fewer in a micro-batch)")
+    more = [count for count in _powers_of_two(LARGEST) if count > gpus and fits(count)]
+    if more:
+        why = ": offload to host memory needs two at least" if gpus == 1 else ""
+        found.append(f"--gpus {more[0]} (more GPUs{why})")
+    if job.host is not None and fits(host = None):
+        found.append(f"--host {_least_host(job, source, gpus)} (GiB of one host)")
+    if fits(memory = LARGEST_CARD_GIB):
+        least = _first(int(job.memory), LARGEST_CARD_GIB, lambda size: fits(memory = size))
+        found.append(f"--memory {least} (GiB of one GPU)")
+    if not found:
+        return ["No single option makes it fit: change several, or take a smaller model."]
+    return [
+        "It would fit with any one of these, all else as it is:",
+        *(f"  {one}" for one in found),
+    ]
+
+
+def _first(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """The smallest number above ``low`` for which it holds, as it does for ``high``."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _least_host(job: _Job, source: Any, gpus: int) -> int:
+    from .unsloth.models.fsdp2_offload_plan import HOST_SHARE
+    needed = replace(job, host = None).on(source, gpus).host_needed
+    return math.ceil(needed / HOST_SHARE / GIB)
 
 
 def _table(job: _Job, model: Optional[Path], gpus: int) -> int:

@@ -78,6 +78,12 @@ def test_every_bad_row_is_named(kind, tmp_path, capsys):
     assert sum(report["lengths"].values()) == len(ROWS) - len(BAD)
 
 
+def calling(name, **arguments):
+    """A conversation with one call, in the form that needs no reading."""
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return [GOOD[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+
 def test_every_summary_line_names_its_subject(tmp_path, capsys):
     """Errors and notices say which message or call they are about, and of which row that is true."""
     answered = {"role": "tool", "tool_call_id": "y", "content": "1"}
@@ -87,6 +93,9 @@ def test_every_summary_line_names_its_subject(tmp_path, capsys):
         {"messages": [*CALLING, answered], "tools": [TOOL]},
         {"messages": [{"role": "developer", "content": "s"}, *GOOD]},
         {"messages": [*GOOD, answered]},
+        {"messages": [GOOD[0], {"role": "tool", "content": "16"}, GOOD[1]]},
+        *[{"messages": calling("g", b = 1), "tools": [TOOL]}] * 2,
+        {"messages": calling("f", c = json.dumps([1])), "tools": [TOOL]},
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding = "utf-8")
@@ -99,8 +108,53 @@ def test_every_summary_line_names_its_subject(tmp_path, capsys):
         "1 x messages[2]: is the result of call id 'y', and the only call",
         "1 x messages[0]: has role 'developer'",
         "1 x messages[2]: is the result of call id 'y', but no call",
+        "1 x messages[1]: is a tool result, but no call stands before it",
+        "2 x messages[1], call 1 ('g'): calls a tool that is not among those given (f)",
+        "1 x messages[1], call 1 ('f'): has arguments that its tool does not declare: ['c']",
     ):
         assert line in screen, line
+
+
+def test_findings_come_after_the_example(tmp_path, capsys):
+    """A row that is rendered is long: what was found has to be on the screen when the command ends."""
+    check_chats.run(written(tmp_path, "jsonl"))
+    screen = capsys.readouterr().out
+    parts = ["first row that renders", "longest: ", "\nerrors\n", "but unusual\n", "4 of 7 rows"]
+    places = [screen.index(part) for part in parts]
+    assert places == sorted(places)
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path, capsys):
+    """Of tools for the whole data, since rows may have none; of chats for each row."""
+    data, fixed = written(tmp_path, "jsonl"), tmp_path / "fixed.jsonl"
+    assert check_chats.run(data, tools = "tool", fix = fixed) == check_chats.MISUSE
+    screen = " ".join(capsys.readouterr().out.split())
+    assert (
+        "--tools tool: no row has that column; the rows have conversations, id, messages" in screen
+    )
+    assert not fixed.exists()
+    data.write_text('{"messages": [], "schemas": null}\n' + json.dumps({"messages": GOOD}) + "\n")
+    assert check_chats.run(data, tools = "schemas") != check_chats.MISUSE
+    data.write_text(json.dumps(GOOD) + "\n")
+    assert check_chats.run(data) == check_chats.DONE
+    assert check_chats.run(data, tools = "schemas") == check_chats.MISUSE
+    assert "the rows have none" in " ".join(capsys.readouterr().out.split())
+    rows = [{"messages": GOOD, "n": 1}, {"messages": GOOD}, {"chat": None, "id": 1}, 3]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert check_chats.run(data, messages = "chat") == check_chats.BAD_ROWS
+    screen = " ".join(capsys.readouterr().out.split())
+    assert (
+        "4 x the row has no chat under the column chat (its columns: messages, n); name" in screen
+    )
+
+
+@pytest.mark.parametrize("level", ["error", "warn", "off"])
+def test_checks_of_the_environment_do_not_change_what_is_found(
+    level, tmp_path, capsys, monkeypatch
+):
+    """The command says what training would say with checks on."""
+    monkeypatch.setenv("UNSLOTH_TOOL_CHECKS", level)
+    test_every_bad_row_is_named("jsonl", tmp_path, capsys)
 
 
 def test_parquet_and_saved_datasets(tmp_path, capsys):
@@ -136,12 +190,21 @@ def test_fix_writes_what_can_be_read(tmp_path, capsys):
         ("broken.json", "[", "is not JSON"),
         ("empty", None, "no jsonl, json or parquet files"),
         ("empty.jsonl", "\n", "empty.jsonl has no rows"),
+        (
+            "script.py",
+            "import json\n\nprint(1)\n" * 9,
+            "script.py is no jsonl, json or parquet file",
+        ),
+        ("one.jsonl", '{"messages": [', "none of its first lines is JSON (Expecting value"),
+        ("wrong.parquet", "{}", "wrong.parquet is no jsonl, json or parquet file"),
+        ("binary.jsonl", b"\x80\xff", "it is not UTF-8 text"),
+        ("late.jsonl", b'{"messages": []}\n' * 5000 + b"\x80", "it is not UTF-8 text"),
     ],
 )
 def test_data_that_cannot_be_read(name, text, expected, tmp_path, capsys):
     data = tmp_path / name
     if text is not None:
-        data.write_text(text, encoding = "utf-8")
+        data.write_bytes(text if isinstance(text, bytes) else text.encode())
     elif name == "empty":
         data.mkdir()
     fixed = tmp_path / "fixed.jsonl"
@@ -157,6 +220,9 @@ def test_a_line_that_is_no_json_is_a_bad_row(tmp_path, capsys):
     assert check_chats.run(data, as_json = True) == check_chats.BAD_ROWS
     report = json.loads(capsys.readouterr().out)
     assert [bad["row"] for bad in report["bad_rows"]] == [1] and report["rows"] == 3
+    data.write_text("{\n" * 2 + json.dumps(ROWS[0]) + "\n{\n", encoding = "utf-8")
+    check_chats.run(data, as_json = True)
+    assert [bad["row"] for bad in json.loads(capsys.readouterr().out)["bad_rows"]] == [0, 1, 3]
 
 
 def test_several_calls_name_the_option_of_the_command(tmp_path, capsys):

@@ -3,13 +3,17 @@
 """What ``status`` and ``doctor`` print in a terminal of 80 columns."""
 
 import io
+import json
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
+from toy_project import ROOT
 
 from unsloth_patches.console import doctor_listing, status_listing, verbose_status_listing
 from unsloth_patches.doctor import Finding
-from unsloth_patches.registry import PATCHES
+from unsloth_patches.registry import PATCHES, SUPPORTED_UPSTREAM
 from unsloth_patches.reporting import PatchStatus
 
 
@@ -61,7 +65,8 @@ def test_status_says_why_a_patch_is_not_in():
     below = " ".join(lines[lines.index("") :]).split()
     expected = (
         f"skipped: {reason} ({first.name}, {second.name}) skipped: switched off ({third.name}) "
-        "1/4: one of four functions is replaced; the others' modules are not imported"
+        "n/m, as in 1/3: n of the patch's m functions are replaced now; the other functions' modules "
+        "are not imported, or not in this release (--verbose says which)"
     )
     assert below == expected.split()
 
@@ -104,3 +109,48 @@ def test_a_short_text_stands_beside_its_name_and_a_long_one_below():
     assert lines[-1] == "ready; notes: 1"
     findings.append(Finding("unsloth", "absent", "problem", "install it"))
     assert printed(doctor_listing(findings))[-1] == "1 of 4 checks found a problem"
+
+
+def without(package, *arguments):
+    """The command line where a package is not installed: (exit code, lines of its output)."""
+    code = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv[0] = 'unsloth_patches'; "
+    code += "runpy.run_module('unsloth_patches', run_name = '__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd = ROOT,
+        capture_output = True,
+        text = True,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("options", [(), ("--verbose",)])
+def test_status_without_unsloth_says_only_that(options):
+    """Once, with the remedy, and without a list that would push it off the screen."""
+    code, lines = without("unsloth", "status", *options)
+    (line,) = lines
+    assert code == 1 and line.startswith("no patch is in: this Python (")
+    assert line.endswith(f"has no unsloth: pip install unsloth=={SUPPORTED_UPSTREAM[-1]}")
+
+
+def test_json_of_status_without_unsloth_is_whole():
+    code, lines = without("unsloth", "status", "--json")
+    found = json.loads("\n".join(lines))
+    names = {patch["name"] for patch in found["patches"]}
+    assert code == 1 and names and names <= {patch.name for patch in PATCHES}
+    assert "has no unsloth: pip install unsloth==" in found["unsloth_error"]
+
+
+def test_check_chats_without_unsloth_names_the_remedy():
+    code, lines = without("unsloth", "check-chats", "chats.jsonl")
+    assert code == 2 and "has no unsloth: pip install unsloth==" in lines[-1] and len(lines) == 1
+
+
+@pytest.mark.parametrize(
+    "package, name", [("torch", "loss"), ("torch", "all"), ("unsloth", "chat")]
+)
+def test_bench_names_the_package_that_is_absent(tmp_path, package, name):
+    code, lines = without(package, "bench", name, "--out", str(tmp_path))
+    assert code == 1 and lines[-1].startswith(f"bench {name} did not run: this Python (")
+    assert f"has no {package}: pip install {package}" in lines[-1]

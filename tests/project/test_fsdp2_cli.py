@@ -315,6 +315,88 @@ def test_train_script_checks_before_it_loads(
     assert "Name a" in error or "Write one" in error, "no remedy"
 
 
+@pytest.mark.parametrize("rank, waits", [("0", []), ("1", [60])])
+def test_train_script_lets_the_first_rank_tell(monkeypatch, capsys, rank, waits):
+    """torchrun ends all ranks with the first that ends: another one must not be that."""
+    script, slept = _train_script(), []
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(script.time, "sleep", slept.append)
+    with pytest.raises(SystemExit):
+        script.stop("--data x: is empty.")
+    assert slept == waits and "train_fsdp2: --data x: is empty." in capsys.readouterr().err
+
+
+def _call(number):
+    return {"type": "function", "function": {"name": "look", "arguments": {"x": number}}}
+
+
+LOOK = {"name": "look", "description": "d", "parameters": {"type": "object", "properties": {}}}
+LOOK["parameters"]["properties"] = {"x": {"type": "integer"}}
+USER = {"role": "user", "content": "w4"}
+ONE, TWO = (
+    {
+        "messages": [
+            USER,
+            {"role": "assistant", "content": "", "tool_calls": [_call(n) for n in range(count)]},
+        ],
+        "tools": [{"type": "function", "function": LOOK}],
+    }
+    for count in (1, 2)
+)
+SINGLE = "{% for m in messages %}{% if m.tool_calls and m.tool_calls|length > 1 %}"
+SINGLE += "{{ raise_exception('one call, please!') }}{% endif %}{{ m.content }}{% endfor %}"
+
+
+@needs_unsloth
+@pytest.mark.parametrize(
+    "own, given, words",
+    [
+        (
+            SINGLE,
+            "",
+            ["row 1 (rows count from 0)", "one call, please!", "--parallel-tool-calls join"],
+        ),
+        (SINGLE, "--template llama-3.1", ["row 1 (", "--template llama-3.1 --parallel-tool-calls"]),
+        (SINGLE, "--parallel-tool-calls join", ["needs a template", "Add --template llama-3.1"]),
+        (None, "--template nothing", ["--template nothing is unknown. Name one of", "llama-3.1"]),
+        (None, "--template chatml --parallel-tool-calls join", ["needs one of the templates"]),
+        (None, "--template llama-3.1 --parallel-tool-calls join", None),
+        (
+            None,
+            "--template llama-3.3 --parallel-tool-calls split",
+            ["has no result", "Mend or remove"],
+        ),
+    ],
+)
+def test_train_script_renders_before_it_loads(
+    tmp_path, toy, monkeypatch, capsys, own, given, words
+):
+    """One message that names the row and the remedy, before anything is loaded; without words: it loads."""
+    from transformers import AutoTokenizer
+
+    script = _train_script()
+    tokenizer = AutoTokenizer.from_pretrained(toy)
+    tokenizer.chat_template = own
+    monkeypatch.setattr(script, "read_tokenizer", lambda _: tokenizer)
+
+    def load(*_, **__):
+        assert words is None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script.FastLanguageModel, "from_pretrained", load)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("UNSLOTH_FSDP2_BATCH_TOKENS", "1")
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(ONE) + "\n" + json.dumps(TWO) + "\n", encoding = "utf-8")
+    arguments = ["train_fsdp2.py", "--model", str(toy), "--data", str(data), *given.split()]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(KeyboardInterrupt if words is None else SystemExit):
+        script.main()
+    if words:
+        (error,) = capsys.readouterr().err.strip().splitlines()[-1:]
+        assert error.startswith("train_fsdp2: --") and all(word in error for word in words), error
+
+
 def test_plan_table_is_computed_markdown(config, capsys):
     """--table prints the same figures as the plan, for both Llamas on 2 to 64 GPUs, and says that
     they are computed.

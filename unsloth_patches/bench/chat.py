@@ -26,6 +26,7 @@ def _tool(number: int) -> Dict[str, Any]:
     properties = {
         "city": {"type": "string", "description": "The city to look up"},
         "units": {"type": "string", "enum": ["celsius", "fahrenheit"]},
+        "days": {"type": "array", "items": {"type": "integer"}},
     }
     parameters = {"type": "object", "properties": properties, "required": ["city"]}
     function = {

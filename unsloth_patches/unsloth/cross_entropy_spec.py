@@ -85,14 +85,24 @@ class RowLoss:
 
 
 def finite_number(name: str, label: str, value) -> float:
-    """``value`` as a float; ValueError naming ``label`` where it is none, infinite or NaN."""
+    """``value`` as a float; ValueError naming ``label`` where it is none, infinite or NaN.
+
+    Text and truth values are none, though ``float`` takes them: True is a switch, not a strength of 1.
+    """
     try:
-        number = float(value)
+        number = float("nan") if _is_no_number(value) else float(value)
     except (TypeError, ValueError):
         number = float("nan")
     if number != number or number in (float("inf"), float("-inf")):
-        raise ValueError(f"{name}: {label} must be a finite number, got {value!r}.")
+        raise ValueError(
+            f"{name}: {label} must be a finite number, got {value!r}; give an int or a float."
+        )
     return number
+
+
+def _is_no_number(value) -> bool:
+    kind = str(getattr(value, "dtype", ""))  # NumPy's and torch's have truth values as well
+    return isinstance(value, (bool, str, bytes)) or kind.endswith("bool")
 
 
 def padded_columns(vocab_size: int) -> int:

@@ -19,6 +19,11 @@ import torch
 
 from .loss_calls import calls, count_call, require_parameters
 from .loss_columns import warn_of_dropped_weights
+from .loss_in_trainers import (
+    check_smoothing_factor,
+    check_what_trainers_are_given,
+    install_in_trainers,
+)
 from .loss_options import (
     PLAIN,
     LossOptions,
@@ -60,8 +65,6 @@ def set_loss_options(
         checked = checked_options("set_loss_options", vocab_size, options)
         if model_taking_options(inner) is None:
             take_options_from_logits(inner)
-        from .loss_in_trainers import install_in_trainers
-
         install_in_trainers(checked.loss_columns)
         before = getattr(inner, "_unsloth_loss_options", None) or PLAIN
         inner._unsloth_loss_options = replace(checked, observe = before.observe)
@@ -197,6 +200,7 @@ def forward_factory_with_loss_options(stock):
         forward = stock(fast_forward_inference)
         shifts_itself = _knows_shift_labels(forward)
         in_force = still_there(stock, "unsloth.models.llama")
+        check_what_trainers_are_given()
         return taking_options(forward, shifts_itself, in_force = in_force)
 
     CausalLM_fast_forward._takes_loss_options = True
@@ -353,7 +357,7 @@ def label_smoothing_in_the_model(compute_loss, in_force = lambda: True):
             return compute_loss(self, model, inputs, *args, **kwargs)
         try:
             self.label_smoother = None
-            inputs = {**inputs, "label_smoothing": float(smoother.epsilon)}
+            inputs = {**inputs, "label_smoothing": check_smoothing_factor(smoother.epsilon)}
             return compute_loss(self, model, inputs, *args, **kwargs)
         finally:
             self.label_smoother = smoother

@@ -17,6 +17,7 @@ from .fused_loss import (
     taking_options,
 )
 from .loss_calls import count_call, require_parameters
+from .loss_in_trainers import check_what_trainers_are_given
 from .loss_options import active_options, causal_model
 
 _PARAMETERS = (
@@ -196,5 +197,7 @@ def smooth_in_the_model(in_force = lambda: True) -> None:
     and that one is wrapped instead.
     """
     from transformers import Trainer
+
+    check_what_trainers_are_given()
     if not getattr(Trainer.compute_loss, "_takes_loss_options", False):
         Trainer.compute_loss = label_smoothing_in_the_model(Trainer.compute_loss, in_force)

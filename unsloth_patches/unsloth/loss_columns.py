@@ -7,7 +7,9 @@ selection and their collator, with a value a token where its token stands.
 """
 
 import functools
+import reprlib
 import warnings
+from math import isfinite
 from typing import Any, Callable, Iterable, List, Optional
 
 import torch
@@ -21,6 +23,7 @@ __all__ = [
     "naming_columns",
     "preparing_columns",
     "warn_of_dropped_weights",
+    "warn_where_a_trainer_is_made",
 ]
 
 # Columns that a loss has been asked to take, of any model: TRL prepares its data before it has one.
@@ -193,7 +196,7 @@ class ColumnCollator:
             known = False
         if not known:
             raise ValueError(
-                f"a row's {name!r} is {value!r:.80}; give finite numbers, and one to every row (1.0 where "
+                f"a row's {name!r} is {_fault(value)}; give finite numbers, and one to every row (1.0 where "
                 "data sets are joined of which some have none)."
             )
         row = row.float() if row.is_floating_point() or name == "loss_weights" else row
@@ -201,6 +204,16 @@ class ColumnCollator:
             return row.expand(length)
         _check_length(name, row.shape[0], length)
         return row
+
+
+def _fault(value: Any) -> str:
+    """What is no finite number in a row's column, and where; the column in short, where that is not seen."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    for place, each in enumerate(value if isinstance(value, list) else ()):
+        number = isinstance(each, float) and isfinite(each)
+        if not number and not isinstance(each, (int, list)):
+            return f"{reprlib.repr(each)} at its token {place}"
+    return reprlib.repr(value)
 
 
 def _kept(collator: Callable) -> slice:
@@ -230,11 +243,26 @@ def warn_of_dropped_weights(trainer: Any, inputs: Any) -> None:
     if "_loss_weights_asked" in vars(trainer):
         return
     trainer._loss_weights_asked = True
-    names = getattr(getattr(trainer, "train_dataset", None), "column_names", None) or ()
-    dropped = "loss_weights" in names and "loss_weights" not in inputs
-    if dropped and trainer_options(trainer.model) is None and model_taking_options(trainer.model):
-        warnings.warn(
-            "Unsloth: the data set's column loss_weights is not used. Before the trainer is made, call "
-            'set_loss_options(model, class_weight_mean = "weights") of unsloth.fused_loss.',
-            stacklevel = 2,
-        )
+    if "loss_weights" not in inputs:
+        given = (getattr(trainer, name, None) for name in ("model", "train_dataset"))
+        _warn_of_unused_weights(*given)
+
+
+def warn_where_a_trainer_is_made(trainer: Any, model: Any, dataset: Any) -> None:
+    """The same, as early as it can be known: preparing the data may drop the column before the first step."""
+    if _warn_of_unused_weights(model, dataset):
+        trainer._loss_weights_asked = True
+
+
+def _warn_of_unused_weights(model: Any, dataset: Any) -> bool:
+    names = getattr(dataset, "column_names", None) or ()
+    unused = "loss_weights" in names and trainer_options(model) is None
+    if not unused or model_taking_options(model) is None:
+        return False
+    warnings.warn(
+        "Unsloth: the data set's column loss_weights is not used, as the model has no loss options. Call "
+        'set_loss_options(model, class_weight_mean = "weights") of unsloth.fused_loss before the trainer is '
+        "made; where it is made already, make it again.",
+        stacklevel = 4,  # who makes the trainer
+    )
+    return True

@@ -2,7 +2,8 @@
 # Copyright 2026 the contributors
 """A model's loss options in transformers' and TRL's trainers: counted, honoured in evaluation, or refused.
 
-Put in with the first `set_loss_options`; a trainer whose model has no options runs as it did.
+Put in with the first `set_loss_options`, and the check of what a trainer is given before; a trainer whose
+model has no options runs as it did.
 """
 
 import contextlib
@@ -11,11 +12,18 @@ from typing import Any, Callable, Iterable
 
 import torch
 
+from .cross_entropy_spec import finite_number
 from .loss_calls import calls
-from .loss_columns import ask_for, keeping_columns, naming_columns, preparing_columns
-from .loss_options import LossOptions, trainer_options
+from .loss_columns import (
+    ask_for,
+    keeping_columns,
+    naming_columns,
+    preparing_columns,
+    warn_where_a_trainer_is_made,
+)
+from .loss_options import LossOptions, model_taking_options, trainer_options
 
-__all__ = ["install_in_trainers"]
+__all__ = ["check_smoothing_factor", "check_what_trainers_are_given", "install_in_trainers"]
 
 
 def install_in_trainers(columns: Iterable[str] = ()) -> None:
@@ -40,6 +48,41 @@ def install_in_trainers(columns: Iterable[str] = ()) -> None:
     owner = next(kind for kind in SFTTrainer.__mro__ if "compute_loss" in vars(kind))
     if owner is not Trainer:
         _wrap(owner, "compute_loss", sft_loss_with_options)
+
+
+def check_what_trainers_are_given() -> None:
+    """From now on SFTTrainer says when it is made what its model's loss cannot take, or will not."""
+    # TRL's modules load lazily, and fail as RuntimeError.
+    with contextlib.suppress(ImportError, RuntimeError):
+        from trl import SFTTrainer
+        owner = next(kind for kind in SFTTrainer.__mro__ if "__init__" in vars(kind))
+        _wrap(owner, "__init__", checking_what_is_given)
+
+
+def checking_what_is_given(stock):
+    """``SFTTrainer.__init__``: a model that takes loss options, the data and the arguments beside it."""
+
+    @functools.wraps(stock)
+    def __init__(self, *args, **kwargs):
+        # As TRL and transformers have them; a signature of (*args, **kwargs) stands before theirs.
+        given = {**dict(zip(("model", "args", "data_collator", "train_dataset"), args)), **kwargs}
+        model = given.get("model")
+        if model_taking_options(model) is not None:
+            check_smoothing_factor(getattr(given.get("args"), "label_smoothing_factor", 0.0))
+            warn_where_a_trainer_is_made(self, model, given.get("train_dataset"))
+        stock(self, *args, **kwargs)
+
+    return __init__
+
+
+def check_smoothing_factor(value: Any) -> float:
+    """A trainer's ``label_smoothing_factor``, by the name that its user gave it."""
+    factor = finite_number("SFTConfig", "label_smoothing_factor", value)
+    if not 0.0 <= factor <= 1.0:
+        raise ValueError(
+            f"SFTConfig: label_smoothing_factor must be between 0 and 1, got {value}; 0.1 is usual."
+        )
+    return factor
 
 
 def _wrap(owner: Any, name: str, decorator: Callable) -> None:

@@ -3,6 +3,7 @@
 """What a model's loss does beyond plain cross entropy, and how the loss gets to know it."""
 
 import contextlib
+import reprlib
 import threading
 from dataclasses import dataclass, fields, replace
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple
@@ -22,7 +23,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen = True)
+@dataclass(frozen = True, repr = False)
 class LossOptions:
     """What a model's loss does beyond plain cross entropy.
 
@@ -58,9 +59,20 @@ class LossOptions:
         names = (f.name for f in fields(self) if f.name not in without)
         return {name: getattr(self, name) for name in names if self._differs(name)}
 
+    def __repr__(self) -> str:
+        """What a user has set, as it is written in the call."""
+        given = self.changed(*_FILLED_IN)
+        return f"LossOptions({', '.join(f'{name} = {_shown(value)}' for name, value in given.items())})"
+
     def _differs(self, name: str) -> bool:
         value = getattr(self, name)
         return isinstance(value, torch.Tensor) or value != getattr(PLAIN, name)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"<{value.numel()} weights>"
+    return getattr(value, "__name__", None) or repr(value)
 
 
 PLAIN = LossOptions()
@@ -95,7 +107,12 @@ def checked_options(name: str, vocab_size: int, options: Dict[str, Any]) -> Loss
     options = {key: value for key, value in options.items() if value is not None}
     weight = options.get("class_weight")
     if weight is not None:
-        weight = torch.as_tensor(weight).detach()
+        try:
+            weight = torch.as_tensor(weight).detach()
+        except (TypeError, ValueError, RuntimeError) as error:  # text, or None in it
+            raise TypeError(
+                f"{name}: class_weight must be [{vocab_size}] numbers, got {reprlib.repr(weight)}."
+            ) from error
         weight = weight if weight.is_floating_point() else weight.float()
         if not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
             raise ValueError(f"{name}: class_weight must be finite and not negative.")
@@ -181,7 +198,8 @@ def collect_options(model: Any, arguments: Dict[str, Any]) -> LossOptions:
         if missing and labelled:
             raise ValueError(
                 f"{name}: the batch has no column {missing[0]!r}, which loss_fn asked for; "
-                "keep it in the data set and the collator (remove_unused_columns = False)."
+                "keep it in the data set and the collator (remove_unused_columns = False), and call "
+                "set_loss_options before the trainer is made."
             )
         given["loss_columns"] = tuple(
             arguments.pop(column) for column in options.loss_columns if column in arguments

@@ -79,7 +79,8 @@ def linear_log_probs(
         logit_scale = logit_scale,
         softcap = softcap,
     )
-    if not isinstance(temperature, (int, float)) or not 0.0 < temperature < float("inf"):
+    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not number or not 0.0 < temperature < float("inf"):
         raise ValueError(f"{_NAME}: temperature must be a positive number, got {temperature!r}.")
     if not isinstance(targets, torch.Tensor) or targets.is_floating_point():
         raise TypeError(f"{_NAME}: targets must be a tensor of integers.")

@@ -80,8 +80,8 @@ class OffloadPlan:
             moved = "all blocks are offloaded" + (", embedding and head too" if self.tables else "")
         else:
             moved = f"{count} of {self.layers} blocks are offloaded"
-        verdict = "fits" if self.fits else "does NOT fit"
-        return f"{verdict} on {self.world} ranks: {moved} ({self.mode})"
+        where = f"on {self.world} ranks" if self.world > 1 else "on one GPU"
+        return f"{'fits' if self.fits else 'does NOT fit'} {where}: {moved} ({self.mode})"
 
     def table(self) -> str:
         """The count and the decision, one line each, in GiB."""
@@ -89,7 +89,7 @@ class OffloadPlan:
             *self.lines,
             (f"peak, {self.phase}", self.peak),
             ("with allocator loss", self.needed),
-            ("usable on the smallest rank", self.usable),
+            ("usable" + (" on the smallest rank" if self.world > 1 else ""), self.usable),
         ]
         if self.host_needed:
             rows.append((f"host memory, {self.local_world} ranks of one host", self.host_needed))

@@ -66,6 +66,8 @@ def tidy_call(
         arguments = _without_filling(arguments, name, schemas, where, warn)
     if name in builtin_tools:
         _check_builtin_arguments(arguments, where)
+    elif warn is not silent and schemas is not None and not schemas.declare(name, arguments):
+        _notice_undeclared(name, arguments, schemas, where, warn)
     if "<|" in text or "<|" in name:
         _notice_special_tokens(name + text, where, warn)
     call["function"]["arguments"] = arguments
@@ -239,6 +241,23 @@ def _check_builtin_arguments(arguments: Mapping[str, Any], where: str) -> None:
                 'name.call(key="text"), which has no escapes: use a text without quotes, or offer '
                 "the tool through tools = [...] instead of builtin_tools."
             )
+
+
+def _notice_undeclared(name, arguments, schemas: Schemas, where: str, warn) -> None:
+    known = schemas.arguments(name)
+    if known is None:
+        names = ", ".join(schemas.names()[:8])
+        warn(
+            where,
+            f"calls a tool that is not among those given ({names}). Correct the name, or add the "
+            "tool to tools.",
+        )
+        return
+    warn(
+        where,
+        f"has arguments that its tool does not declare: {sorted(arguments.keys() - known)}, where it "
+        f"declares {sorted(known)}. Correct the names, or the tool's schema.",
+    )
 
 
 def _notice_special_tokens(text: str, where: str, warn) -> None:

@@ -7,6 +7,8 @@
 error  ToolCallError, which names the message, the call and the remedy (the default)
 warn   a warning, one a kind, and the template gets the conversation as it is
 off    nothing is read or checked: the template gets every conversation as it is
+
+What is only unusual is rendered with one notice a kind at the first two, and never raises.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 from ..llama_chat_templates import LLAMA_3X_NAMES
 from .errors import ToolCallError
-from .messages import is_clean, prepare_conversation
+from .messages import is_clean, is_declared, prepare_conversation
 from .reading import CONVERSATION_KEYS
 from .results import one_call_a_message
-from .schemas import prepare_tools
+from .schemas import Schemas, prepare_tools
 from .values import plain
 
 logger = logging.getLogger(__name__)
@@ -175,11 +177,12 @@ def checks_level() -> str:
 
 def _prepared(conversation, options: Mapping[str, Any], checks: Checks):
     """Conversation (or batch of them) and options as the template needs them."""
-    tools, builtin = options.get("tools"), options.get("builtin_tools") or ()
+    tools, custom = options.get("tools"), options.get("custom_tools")
+    builtin = options.get("builtin_tools") or ()
     builtin = builtin if builtin and has_builtin_tools(checks.template) else ()
     several = checks.mode == "join"
     clean = type(conversation) is list and is_clean(conversation, builtin, several)
-    if clean and tools is None:  # as it is at every level, which takes long to read
+    if clean and tools is None and not custom:  # as it is at every level, which takes long to read
         return conversation, options
     level = checks_level()
     if level == "off":
@@ -188,13 +191,14 @@ def _prepared(conversation, options: Mapping[str, Any], checks: Checks):
     tools = prepare_tools(tools) if given else _tools_of_rows(conversation)
     if given or tools:
         options = {**options, "tools": tools}
-    if clean:
+    schemas = Schemas(custom) if custom else Schemas(tools, is_prepared = True)
+    if clean and is_declared(conversation, schemas):
         return conversation, options
 
     def prepare(messages):
         if type(messages) is list and is_clean(messages, builtin, several):
-            return messages
-        schemas = options.get("custom_tools") or tools
+            if is_declared(messages, schemas):
+                return messages
         return prepare_conversation(messages, schemas, builtin, warn_once, checks.arrange)
 
     conversation = plain(conversation)

@@ -78,6 +78,15 @@ def is_clean(
     return not (expected and answered) and len(ids) == len(set(ids))
 
 
+def is_declared(messages: List[Dict[str, Any]], schemas: Schemas) -> bool:
+    """Whether the calls of clean messages are of tools and arguments that were given."""
+    return all(
+        schemas.declare(call["function"]["name"], call["function"]["arguments"])
+        for message in messages
+        for call in message.get("tool_calls", ())
+    )
+
+
 def prepare_conversation(
     conversation: Any,
     tools: Any = None,
@@ -87,7 +96,7 @@ def prepare_conversation(
 ) -> List[Dict[str, Any]]:
     """A tidy copy of a conversation in any form that is read, as the Llama 3.x templates need it.
 
-    tools: the tools on offer; their schemas tell a null from Arrow's filling.
+    tools: the tools on offer, or their ``Schemas``, which tell a null from Arrow's filling.
     builtin_tools: names of tools that are called in Llama's ``name.call(key="text")`` form.
     warn: called with ``(where, notice)``, two str, for what is rendered but hardly meant; None:
         silent.
@@ -96,7 +105,7 @@ def prepare_conversation(
     Raises ToolCallError (a ValueError).
     """
     warn = warn or silent
-    schemas = Schemas(tools)
+    schemas = tools if isinstance(tools, Schemas) else Schemas(tools)
     messages, places = read_messages(conversation)
     prepared: List[Dict[str, Any]] = []
     position = 0
@@ -142,11 +151,13 @@ def _check_message(message: Dict[str, Any], index: int, position: int, warn) -> 
             "has text beside tool_calls, which the Llama templates do not render. Put "
             "the text into an assistant message of its own if it should be learned.",
         )
-    if role in _RESULT_ROLES and "tool_call_id" in message:
+    if role in _RESULT_ROLES:
+        call_id = message.get("tool_call_id")
+        result = "a tool result" if call_id is None else f"the result of call id {call_id!r}"
         warn(
             where_in(index),
-            f"is the result of call id {message['tool_call_id']!r}, but no call stands "
-            "before it. Put it right after the assistant message that makes the call.",
+            f"is {result}, but no call stands before it. Put it right after the assistant message "
+            "that makes the call.",
         )
     elif role == "system" and position:
         warn(where_in(index), "is a system message that is not the first one; Llama has seen few.")

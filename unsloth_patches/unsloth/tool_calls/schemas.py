@@ -8,9 +8,10 @@ schema tells such a None in a call's arguments from a null that was meant.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, FrozenSet, Iterator, List, Optional
 
 from .errors import ToolCallError
 from .values import is_missing, plain
@@ -76,34 +77,84 @@ def tool_names(tools: Any) -> List[str]:
 
 
 class Schemas:
-    """Tool name -> JSON schema of its parameters, read when the first one is asked for."""
+    """Tool name -> JSON schema of its parameters, each read when it is first asked for.
 
-    def __init__(self, tools: Any):
-        self._tools = tools
-        self._schemas: Optional[Dict[str, Any]] = None
+    is_prepared: the tools come from ``prepare_tools``.
+    """
+
+    def __init__(
+        self,
+        tools: Any,
+        is_prepared: bool = False,
+    ):
+        self._given, self._is_prepared = tools, is_prepared
+        self._tools: Optional[Dict[str, Any]] = None
+        self._schemas: Dict[str, Any] = {}
+        self._arguments: Dict[str, Optional[FrozenSet[str]]] = {}
+
+    def names(self) -> List[str]:
+        return list(self._by_name())
 
     def get(self, name: str) -> Any:
-        if self._schemas is None:
-            self._schemas = dict(map(_named_schema, prepare_tools(self._tools) or ()))
-        return self._schemas.get(name)
+        if name not in self._schemas:
+            self._schemas[name] = _parameters(self._by_name().get(name))
+        return self._schemas[name]
+
+    def arguments(self, name: str) -> Optional[FrozenSet[str]]:
+        """Names of the arguments that a tool declares; None where it takes any, or is not known."""
+        if name not in self._arguments:
+            self._arguments[name] = _argument_names(self.get(name))
+        return self._arguments[name]
+
+    def declare(self, name: str, arguments: Mapping[str, Any]) -> bool:
+        """Whether a call is of a tool and of arguments that are declared, or no tools are at all."""
+        tools = self._by_name()
+        if name not in tools:
+            return not tools
+        known = self.arguments(name)
+        return known is None or arguments.keys() <= known
+
+    def _by_name(self) -> Dict[str, Any]:
+        if self._tools is None:
+            tools = self._given if self._is_prepared else prepare_tools(self._given)
+            self._tools = {tool_name(tool): tool for tool in tools or ()}
+        return self._tools
 
 
-def _named_schema(tool: Any):
+@functools.lru_cache(maxsize = 100)
+def _schema_of_function(function: Any) -> Any:
+    from transformers.utils import get_json_schema
+    return get_json_schema(function)
+
+
+def _argument_names(schema: Any) -> Optional[FrozenSet[str]]:
+    places = list(_alternatives(schema, schema))
+    listed = [one["properties"] for one in places if isinstance(one.get("properties"), Mapping)]
+    takes_any = any(one.get(key) for one in places for key in _OTHER_NAMES)
+    names = frozenset(name for properties in listed for name in properties)
+    # None named is more often a schema left out than a tool without arguments.
+    return names if names and not takes_any else None
+
+
+_OTHER_NAMES = ("additionalProperties", "patternProperties")
+
+
+def _parameters(tool: Any) -> Any:
+    """The schema of a tool's parameters; None where it has none that can be read."""
     if callable(tool):
-        from transformers.utils import get_json_schema
-        tool = get_json_schema(tool)
+        tool = _schema_of_function(tool)
     if not isinstance(tool, Mapping):
-        return str(tool), None
+        return None
     function = tool.get("function")
     function = function if isinstance(function, Mapping) else tool
     parameters = function.get("parameters") or {}
     if not isinstance(parameters, Mapping):
-        return tool_name(tool), None
+        return None
     # A tool without parameters has none that could be null, unless it takes any.
     known = parameters.get("additionalProperties") or any(
         key in parameters for key in ("$ref", "allOf", "anyOf", "oneOf")
     )
-    return tool_name(tool), parameters if known else {"properties": {}, **parameters}
+    return parameters if known else {"properties": {}, **parameters}
 
 
 def _may_have_null(value: Any) -> bool:
