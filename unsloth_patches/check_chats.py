@@ -152,10 +152,15 @@ def _messages(row: Any, column: Optional[str]) -> Any:
     )
 
 
-def _schemas(row: Any, column: str) -> Any:
+def _schemas(row: Any, column: str, notices: List[str]) -> Any:
     """The row's tools; None where the column holds names, which a script has to look up."""
     tools = row.get(column) if isinstance(row, dict) else None
     names = isinstance(tools, list) and all(isinstance(t, str) and t[:1] != "{" for t in tools)
+    if names and tools:
+        notices.append(
+            f"{column} holds names and no schemas, so the row is rendered without tools here. Give "
+            "apply_chat_template the tools that they name."
+        )
     return None if names else tools
 
 
@@ -214,7 +219,7 @@ def check(
         notices: List[str] = []
         try:
             messages = _messages(row, column)
-            own = prepare_tools(_schemas(row, tools))
+            own = prepare_tools(_schemas(row, tools, notices))
             given, schemas = messages, Schemas(own, is_prepared = True)
             clean = type(messages) is list and is_clean(messages, (), checks.mode == "join")
             if not (clean and is_declared(messages, schemas)):

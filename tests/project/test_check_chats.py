@@ -272,6 +272,9 @@ def test_the_demos_data_passes():
     tokenizer = check_chats._tokenizer("llama-3.1", "join", None)
     *_, (report, _) = check_chats.check(iter(rows), tokenizer, None, "tools", False)
     assert report.bad == 0 and report.rows == len(rows)
+    # Its tools are looked up by name; nothing else is unusual.
+    ((notice, numbers),) = report.notices.items()
+    assert "tools holds names and no schemas" in notice and len(numbers) == len(rows)
 
 
 def test_reasons_that_differ_in_names_only_are_one_kind(capsys):
