@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "_shared"))
 
-from unsloth_patches import check_chats  # noqa: E402
+from unsloth_patches import chat_rows, check_chats  # noqa: E402
 
 GOOD = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 CALL = {"name": "f", "args": {"a": None, "b": 1}, "id": "x"}
@@ -195,7 +195,7 @@ def test_fix_writes_what_can_be_read(tmp_path, capsys):
             "import json\n\nprint(1)\n" * 9,
             "script.py is no jsonl, json or parquet file",
         ),
-        ("one.jsonl", '{"messages": [', "none of its first lines is JSON (Expecting value"),
+        ("one.txt", '{"messages": [', "none of its first lines is JSON (Expecting value"),
         ("wrong.parquet", "{}", "wrong.parquet is no jsonl, json or parquet file"),
         ("binary.jsonl", b"\x80\xff", "it is not UTF-8 text"),
         ("late.jsonl", b'{"messages": []}\n' * 5000 + b"\x80", "it is not UTF-8 text"),
@@ -223,6 +223,9 @@ def test_a_line_that_is_no_json_is_a_bad_row(tmp_path, capsys):
     data.write_text("{\n" * 2 + json.dumps(ROWS[0]) + "\n{\n", encoding = "utf-8")
     check_chats.run(data, as_json = True)
     assert [bad["row"] for bad in json.loads(capsys.readouterr().out)["bad_rows"]] == [0, 1, 3]
+    data.write_text("{\n" * 4 + json.dumps(ROWS[0]) + "\n", encoding = "utf-8")
+    assert check_chats.run(data, fix = tmp_path / "fixed.jsonl") == check_chats.BAD_ROWS
+    assert len((tmp_path / "fixed.jsonl").read_text("utf-8").splitlines()) == 1
 
 
 def test_several_calls_name_the_option_of_the_command(tmp_path, capsys):
@@ -262,7 +265,7 @@ def test_an_unknown_template_is_named(tmp_path, capsys):
 
 
 def demo_rows():
-    return list(check_chats.read_rows(ROOT / "unsloth_patches" / "demo" / "conversations.jsonl"))
+    return list(chat_rows.read_rows(ROOT / "unsloth_patches" / "demo" / "conversations.jsonl"))
 
 
 def test_the_demos_data_passes():
@@ -305,7 +308,7 @@ def test_the_data_itself_can_be_mended_and_survives_what_cannot_be_read(
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    for place, name in ((Path, "replace"), (check_chats, "_as_stored")):
+    for place, name in ((Path, "replace"), (check_chats, "as_stored")):
         with monkeypatch.context() as patched:
             patched.setattr(place, name, full)
             capsys.readouterr()
