@@ -208,7 +208,7 @@ class Stack:
     ) -> Tuple[str, Any, Any]:
         """What ``_bucket_for`` answers: a longer bucket, one that is captured now, or none yet."""
         self.seen[key] += 1
-        self.recorder.peak()  # whoever resets it
+        self.recorder.peak()  # what a reset would lose
         # What cannot be captured is asked once a length, and what changed since, too.
         change = self.state.changed()
         if change:
